@@ -1,0 +1,34 @@
+"""Runs Mixture-of-Experts models whose experts stay on the SSD.
+
+    model = flashmoe.load(path, memory="4GiB")
+    model.generate(...)
+    model.flashmoe.stats()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import FlashMoEError
+
+__version__ = "0.1.0"
+__all__ = ["FlashMoEError", "demo_path", "demo_routing_path", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # transformers takes seconds to import, the command line often needs none
+        from flashmoe.engine import load
+
+        return load
+    raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
+
+
+def demo_path() -> Path:
+    """The shipped demo model: a trained OLMoE of 27 M parameters, as a Hugging Face directory."""
+    return Path(__file__).parent / "demo" / "model"
+
+
+def demo_routing_path() -> Path:
+    """The demo model's routing on held-out text of six kinds (a trace file)."""
+    return Path(__file__).parent / "demo" / "routing.npz"

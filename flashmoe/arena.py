@@ -1,0 +1,45 @@
+"""The slots: DRAM that holds resident experts, seen as the parameters that the modules expect."""
+
+from __future__ import annotations
+
+import torch
+
+from flashmoe.store.direct_io import aligned_memory
+from flashmoe.store.manifest import DTYPES, LayerSpec
+
+
+class Arena:
+    """`n_slots` extents of one layer, side by side, each filled by one read.
+
+    `parameters[slot]` are the expert's tensors as views of the slot's bytes (no copy), by
+    the module's parameter names. Memory is resident only where a slot was filled.
+    """
+
+    def __init__(self, layer: LayerSpec, n_slots: int) -> None:
+        self.n_slots = n_slots
+        self.extent_bytes = layer.extent_bytes
+        self.memory = aligned_memory(n_slots * layer.extent_bytes)
+        whole = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.slots = [
+            memoryview(self.memory)[slot * layer.extent_bytes : (slot + 1) * layer.extent_bytes]
+            for slot in range(n_slots)
+        ]
+        self.parameters = []
+        for slot in range(n_slots):
+            extent = whole[slot * layer.extent_bytes : (slot + 1) * layer.extent_bytes]
+            self.parameters.append(
+                {
+                    spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
+                    .view(DTYPES[spec.dtype])
+                    .view(spec.shape)
+                    for spec in layer.tensors
+                }
+            )
+
+    def close(self) -> None:
+        """Give the memory back. Tensors handed out must not be used afterwards."""
+        self.parameters.clear()
+        for view in self.slots:
+            view.release()
+        self.slots.clear()
+        del self.memory  # unmapped when the last tensor view goes

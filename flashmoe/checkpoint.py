@@ -1,0 +1,191 @@
+"""Reads a Hugging Face checkpoint tensor by tensor, in the form that the modules want.
+
+transformers' own conversion mapping says how tensors on disk become parameters. It is applied
+to one parameter, or to one expert of one parameter, at a time, so memory stays bounded by the
+largest of those and never by a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from flashmoe import skeleton
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.direct_io import drop_page_cache
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass
+class _Recipe:
+    """How one parameter (or several made together) comes from tensors on disk."""
+
+    converter: WeightConverter | None
+    sources: dict[str, list[str]] = field(default_factory=dict)  # by source pattern, in order
+
+
+class Checkpoint:
+    """An open checkpoint directory. Use as a context manager.
+
+    Raises FlashMoEError when it is not an MoE checkpoint that transformers can route through
+    its ExpertsInterface, or a shard is missing or cut short.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = skeleton.read_config(directory)
+        self.model = skeleton.build(self.config)
+        self.experts = skeleton.expert_modules(self.model)
+        if not self.experts:
+            raise FlashMoEError(
+                f"{directory} ({self.config.model_type}) has no experts that transformers "
+                f"dispatches: FlashMoE streams Mixture-of-Experts models only"
+            )
+        self.parameters = self.model.state_dict()
+        self.expert_names = {
+            f"{module_name}.{name}": (module_name, name)
+            for module_name, module in self.experts.items()
+            for name in skeleton.expert_parameters(module)
+        }
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        self._paths: list[Path] = []
+        self._open_shards()
+        self._recipes = self._plan()
+        missing = [name for name in self.expert_names if name not in self._recipes]
+        if missing:
+            self.close()
+            raise FlashMoEError(f"{directory}: no tensors for the experts' {missing[0]}")
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _open_shards(self) -> None:
+        index = self.directory / INDEX_NAME
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise FlashMoEError(f"{index} is not a shard index ({error!r})") from None
+        else:
+            names = [SINGLE_NAME]
+        for name in names:
+            path = self.directory / name
+            if Path(name).name != name or not path.is_file():
+                raise FlashMoEError(
+                    f"{self.directory}: shard {name} is missing; fetch the checkpoint again"
+                )
+            try:  # pread, since mapped pages of a 13 GB source would count as ours
+                file = safe_open(path, framework="pt", backend="pread")
+                self._stack.enter_context(file)
+            except (SafetensorError, OSError) as error:
+                raise FlashMoEError(
+                    f"{path} is cut short or damaged ({error}); fetch the checkpoint again"
+                ) from None
+            self._paths.append(path)
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    def _plan(self) -> dict[str, _Recipe]:
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix, known = self.model.base_model_prefix, self.parameters
+        recipes: dict[str, _Recipe] = {}
+        for key in sorted(self._file_of, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if target not in known and key in known:
+                target, pattern = rename_source_key(key, [], [], prefix, known)
+            if target in known:  # others are extras such as draft heads, unused by the model
+                recipe = recipes.setdefault(target, _Recipe(by_pattern.get(pattern or "")))
+                recipe.sources.setdefault(pattern or key, []).append(key)
+        return recipes
+
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter and buffer on disk that belongs to no expert, one at a time."""
+        for target, recipe in self._recipes.items():
+            if target not in self.expert_names:
+                sources = {p: [self._read(k) for k in keys] for p, keys in recipe.sources.items()}
+                for name, tensor in self._convert(target, recipe, sources).items():
+                    yield name, self._cast(name, tensor)
+
+    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+        """All parameters of one expert, without the expert dimension, contiguous."""
+        count: int = self.experts[module_name].num_experts  # type: ignore[assignment]
+        result = {}
+        for full, (module, _) in self.expert_names.items():
+            if module != module_name:
+                continue
+            recipe = self._recipes[full]
+            sources = {
+                # one tensor an expert on disk, or one tensor with an expert dimension
+                p: [self._read(keys[expert])] if len(keys) == count > 1 else
+                   [self._read(keys[0], slice(expert, expert + 1))]
+                for p, keys in recipe.sources.items()
+            }
+            for name, tensor in self._convert(full, recipe, sources).items():
+                result[self.expert_names[name][1]] = self._cast(name, tensor)[0].contiguous()
+        return result
+
+    def forget_pages(self) -> None:
+        """Let the kernel drop the shards' pages, so that a pack does not fill the page cache."""
+        for path in self._paths:
+            with open(path, "rb") as file:
+                drop_page_cache(file.fileno())
+
+    def _read(self, key: str, rows: slice | None = None) -> torch.Tensor:
+        try:
+            file = self._file_of[key]
+            tensor: torch.Tensor = (
+                file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+            )
+            return tensor
+        except (SafetensorError, OSError) as error:
+            raise FlashMoEError(
+                f"{self.directory}: tensor {key} cannot be read ({error}); "
+                "fetch the checkpoint again"
+            ) from None
+
+    def _convert(
+        self, target: str, recipe: _Recipe, sources: dict[str, list[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        if recipe.converter is None:
+            ((tensor,),) = sources.values()
+            return {target: tensor}
+        converter = copy.deepcopy(recipe.converter)
+        for pattern, tensors in sources.items():
+            converter.collected_tensors[pattern] = list(tensors)
+        made = converter.convert(target, model=self.model, config=self.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        wanted = self.parameters[name]
+        expected = (1, *wanted.shape[1:]) if name in self.expert_names else tuple(wanted.shape)
+        if tuple(tensor.shape) != expected:
+            raise FlashMoEError(
+                f"{self.directory}: {name} has shape {list(tensor.shape)} on disk, "
+                f"the model wants {list(expected)}; config.json and weights do not match"
+            )
+        return tensor.to(wanted.dtype)

@@ -1,0 +1,246 @@
+"""Joins a model and a store: `load` returns a transformers model whose experts stream."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from flashmoe import experts, policies, skeleton
+from flashmoe.arena import Arena
+from flashmoe.cache import ExpertCache
+from flashmoe.errors import FlashMoEError
+from flashmoe.sizes import format_bytes, parse_bytes
+from flashmoe.store import manifest as manifests
+from flashmoe.store.pack import pack
+from flashmoe.store.reader import ExtentReader
+from flashmoe.store.verify import open_manifest
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """What `model.flashmoe` is: the caches of a loaded model, their counts and their end."""
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, store: Path, memory_bytes: int, policy: str
+    ) -> None:
+        self.store = store
+        self.manifest = open_manifest(store)
+        self.memory_bytes = memory_bytes
+        self.policy_name = policy
+        self.policy_class = policies.get(policy, online=True)
+        self.modules = skeleton.expert_modules(model)
+        _check_fit(self.modules, self.manifest, store)
+        self.slots = slots_per_layer(self.manifest, memory_bytes)
+        self.timings = experts.Timings()
+        self.reader = ExtentReader(store, self.manifest)
+        self.layers = []
+        for number, (spec, module) in enumerate(
+            zip(self.manifest.layers, self.modules.values(), strict=True)
+        ):
+            arena = Arena(spec, min(self.slots, spec.n_experts))
+            streamed = experts.StreamedExperts(
+                number, arena, self._new_cache(number), self.reader, self.timings
+            )
+            module.flashmoe_experts = streamed  # type: ignore[assignment]
+            self.layers.append(streamed)
+        self._peak_resident_bytes = 0
+
+    def _new_cache(self, number: int) -> ExpertCache:
+        n_experts = self.manifest.layers[number].n_experts
+        return ExpertCache(self.policy_class(n_experts, min(self.slots, n_experts)))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of experts in slots now. Grows to the budget's whole slots, never above."""
+        return sum(
+            len(layer.cache.slot_of) * layer.arena.extent_bytes for layer in self.layers
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since load or the last reset, in experts, bytes and seconds.
+
+        `requests` counts distinct (forward step, layer, expert); `hits` those resident when
+        the step reached the layer. `read_seconds` is time with a read in flight,
+        `wait_seconds` the part of it in which the model stood still.
+        """
+        caches = [layer.cache for layer in self.layers]
+        resident = self.resident_bytes
+        self._peak_resident_bytes = max(self._peak_resident_bytes, resident)
+        requests = sum(cache.requests for cache in caches)
+        hits = sum(cache.hits for cache in caches)
+        return {
+            "policy": self.policy_name,
+            "slots_per_layer": self.slots,
+            "requests": requests,
+            "hits": hits,
+            "misses": requests - hits,
+            "hit_rate": hits / requests if requests else 0.0,
+            "prefetch_used": 0,
+            "prefetch_wasted": 0,
+            "bytes_read": self.reader.bytes_read,
+            "read_seconds": self.reader.busy_seconds,
+            "wait_seconds": self.timings.wait_seconds,
+            "compute_seconds": self.timings.compute_seconds,
+            "experts_seconds": self.timings.total_seconds,
+            "policy_seconds": sum(cache.policy_seconds for cache in caches),
+            "resident_bytes": resident,
+            "peak_resident_bytes": self._peak_resident_bytes,
+            "memory_bytes": self.memory_bytes,
+            "direct_io": self.reader.direct,
+        }
+
+    def reset(self) -> None:
+        """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
+        for number, layer in enumerate(self.layers):
+            layer.cache = self._new_cache(number)
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Counts at zero; residency and the policies' statistics stay as they are."""
+        for layer in self.layers:
+            layer.cache.requests = layer.cache.hits = 0
+            layer.cache.policy_seconds = 0.0
+        self.timings.total_seconds = self.timings.wait_seconds = 0.0
+        self.timings.compute_seconds = 0.0
+        self.reader.bytes_read, self.reader.busy_seconds = 0, 0.0
+        self._peak_resident_bytes = 0
+
+    def close(self) -> None:
+        """Free slots, threads and the store's descriptor. The model cannot run afterwards."""
+        self.reader.close()
+        for module in self.modules.values():
+            if hasattr(module, "flashmoe_experts"):
+                del module.flashmoe_experts
+        for layer in self.layers:
+            layer.arena.close()
+        self.layers.clear()
+
+
+def slots_per_layer(manifest: manifests.Manifest, memory_bytes: int) -> int:
+    """Whole slots that every layer gets from the budget.
+
+    Raises FlashMoEError when that is fewer than one token needs at a layer.
+    """
+    one_each = sum(layer.extent_bytes for layer in manifest.layers)
+    slots = memory_bytes // one_each
+    if slots < manifest.top_k:
+        least = one_each * manifest.top_k
+        raise FlashMoEError(
+            f"memory={format_bytes(memory_bytes)} is too small: a token uses {manifest.top_k} "
+            f"experts at each of {len(manifest.layers)} layers, which takes "
+            f"{format_bytes(least)} ({least} bytes) at least"
+        )
+    return int(min(slots, max(layer.n_experts for layer in manifest.layers)))
+
+
+def _check_fit(
+    modules: dict[str, torch.nn.Module], manifest: manifests.Manifest, store: Path
+) -> None:
+    wanted = {
+        name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
+        for name, module in modules.items()
+    }
+    held = {
+        layer.module: {t.name: (layer.n_experts, *t.shape) for t in layer.tensors}
+        for layer in manifest.layers
+    }
+    if wanted != held:
+        differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
+        raise FlashMoEError(
+            f"store {store} is of another model (its experts differ at {differing[0]}); "
+            "pack it again with `flashmoe pack`"
+        )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str,
+    policy: str = "lru",
+    device: str = "cpu",
+    prefetch: bool = False,
+) -> transformers.PreTrainedModel:
+    """A transformers model, ready for `.generate`, whose experts stay on the SSD.
+
+    path: a store, or a Hugging Face directory, which is packed into the user's cache
+        directory the first time (see `store_for`).
+    memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
+        (5-7 % of it) comes on top. Output does not depend on it.
+    policy: a name from `flashmoe policies`.
+    Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
+    small for one token. `model.flashmoe` is the Engine.
+    """
+    if torch.device(device).type != "cpu":
+        raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
+    if prefetch:
+        raise FlashMoEError("prefetch is not built yet: leave it off")
+    memory_bytes = parse_bytes(memory)
+    store = store_for(Path(path))
+    config = skeleton.read_config(store)
+    model = skeleton.build(config)
+    engine = Engine(model, store, memory_bytes, policy)
+    try:
+        _load_dense(model, store, engine.manifest.dense_file)
+        model.set_experts_implementation(experts.NAME)
+        if (store / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(store)
+    except BaseException:
+        engine.close()
+        raise
+    model.flashmoe = engine  # type: ignore[assignment]
+    model.name_or_path = str(path)
+    return model
+
+
+def store_for(path: Path) -> Path:
+    """`path` if it is a store; else the store packed from it, made on first use.
+
+    Stores made here live under $XDG_CACHE_HOME/flashmoe (default ~/.cache/flashmoe), named
+    after the checkpoint and a digest of its files' sizes and times.
+    """
+    if manifests.is_store(path):
+        return path
+    if not path.is_dir():
+        raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
+    stamp = [str(path.resolve())]
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
+        stat = file.stat()
+        stamp.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+    digest = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe"
+    store = root / f"{path.resolve().name}-{digest}"
+    if not manifests.is_store(store):
+        logger.warning("packing %s into %s (once)", path, store)
+        pack(path, store)
+    return store
+
+
+def _load_dense(model: transformers.PreTrainedModel, store: Path, name: str) -> None:
+    """Fill everything but the experts, in anonymous memory (pread, not a mapping)."""
+    try:
+        with safe_open(store / name, framework="pt", backend="pread") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FlashMoEError(f"store {store}: {name} is damaged ({error}); pack it again") from None
+    try:
+        model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise FlashMoEError(f"store {store}: {name} does not fit the model ({error})") from None
+    model.tie_weights()
+    model.requires_grad_(False)
+    held = {
+        f"{module_name}.{parameter}"
+        for module_name, module in skeleton.expert_modules(model).items()
+        for parameter in skeleton.expert_parameters(module)
+    }
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta and key not in held:
+            raise FlashMoEError(f"store {store}: {name} lacks {key}; pack it again")

@@ -1,0 +1,62 @@
+"""O_DIRECT files and the aligned memory that they need."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT_BYTES = 4096  # covers 512-byte and 4 KiB logical blocks, and the page size
+
+
+def aligned_memory(size_bytes: int) -> mmap.mmap:
+    """Page-aligned anonymous memory, zero-filled, resident only where touched.
+
+    Huge pages are asked for: pinning a 12 MiB extent for a direct read then takes 6 pages
+    in place of 3,072.
+    """
+    memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel built without transparent huge pages
+            logger.debug("no huge pages here")
+    return memory
+
+
+def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
+    """A descriptor for `path`, and whether it bypasses the page cache.
+
+    Falls back to buffered I/O, with a warning, where the file system refuses O_DIRECT
+    (tmpfs, some network and overlay file systems) at opening or at the first read.
+    """
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        try:
+            descriptor = os.open(path, flags | direct | os.O_CLOEXEC, mode)
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                return descriptor, True
+            try:
+                with aligned_memory(ALIGNMENT_BYTES) as probe:
+                    os.preadv(descriptor, [probe], 0)
+                return descriptor, True
+            except OSError:
+                os.close(descriptor)
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)):
+                raise
+    logger.warning(
+        "%s: this file system refuses direct I/O; reading through the page cache, "
+        "from which the pages are dropped after use",
+        path,
+    )
+    return os.open(path, flags | os.O_CLOEXEC, mode), False
+
+
+def drop_page_cache(descriptor: int, offset: int = 0, size_bytes: int = 0) -> None:
+    """Ask the kernel to forget the file's clean pages (all of them by default)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,201 @@
+"""The store's table of contents: geometry, dtypes, offsets and a checksum per expert."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.direct_io import ALIGNMENT_BYTES
+
+FORMAT, VERSION = "flashmoe-store", 1
+FILE_NAME = "manifest.json"
+TENSOR_ALIGNMENT_BYTES = 64  # a cache line; more than any dtype or matrix kernel asks for
+_MAX_MANIFEST_BYTES = 256 << 20
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one parameter of an expert lies in the expert's extent."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]  # without the expert dimension
+    offset_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One MoE layer: `n_experts` extents of equal size, one after the other."""
+
+    module: str
+    n_experts: int
+    offset_bytes: int
+    extent_bytes: int
+    tensors: tuple[TensorSpec, ...]
+    checksums: tuple[str, ...] = ()  # xxh3-64 of each whole extent, 16 hex digits
+
+    def extent_offset(self, expert: int) -> int:
+        return self.offset_bytes + expert * self.extent_bytes
+
+    @property
+    def end_bytes(self) -> int:
+        return self.extent_offset(self.n_experts)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds. File names are relative to the store's directory."""
+
+    architecture: str
+    config_sha256: str
+    top_k: int
+    experts_file: str
+    dense_file: str
+    dense_bytes: int
+    layers: tuple[LayerSpec, ...]
+    quantisation: str = "none"
+
+    @property
+    def experts_bytes(self) -> int:
+        return max(layer.end_bytes for layer in self.layers)
+
+    def save(self, directory: Path) -> None:
+        """Publish the store: an atomic rename, after which the old files are unreferenced."""
+        partial = directory / f".{FILE_NAME}.{os.getpid()}"
+        document = {"format": FORMAT, "version": VERSION} | asdict(self)
+        with open(partial, "w") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, directory / FILE_NAME)
+        sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lay_out(
+    module: str, n_experts: int, offset_bytes: int, tensors: list[tuple[str, torch.dtype, Any]]
+) -> LayerSpec:
+    """The extent of one expert, from its parameters (name, dtype, shape) in order.
+
+    Raises FlashMoEError for a dtype that a store cannot hold.
+    """
+    specs, end = [], 0
+    for name, dtype, shape in tensors:
+        short = str(dtype).removeprefix("torch.")
+        if short not in DTYPES:
+            raise FlashMoEError(f"{module}.{name} is {short}: a store holds {', '.join(DTYPES)}")
+        spec = TensorSpec(name, short, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
+        specs.append(spec)
+        end = spec.offset_bytes + spec.size_bytes
+    return LayerSpec(
+        module, n_experts, offset_bytes, round_up(end, ALIGNMENT_BYTES), tuple(specs)
+    )
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def is_store(directory: Path) -> bool:
+    return (directory / FILE_NAME).is_file()
+
+
+def load(directory: Path) -> Manifest:
+    """Read and check the manifest of a store, which may come from anywhere.
+
+    Raises FlashMoEError when it is torn, foreign, of another version, inconsistent in itself,
+    or does not fit the size of the files it names.
+    """
+    path = directory / FILE_NAME
+
+    def refuse(what: str) -> FlashMoEError:
+        return FlashMoEError(f"store {directory}: {what}; pack it again with `flashmoe pack`")
+
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise refuse(f"{FILE_NAME} is too large to be a manifest")
+        document = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FlashMoEError(f"{directory} is not a store: it has no {FILE_NAME}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise refuse(f"{FILE_NAME} cannot be read ({error})") from None
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise refuse(f"{FILE_NAME} is not a FlashMoE manifest")
+    if (version := document.pop("version", None)) != VERSION:
+        raise refuse(f"format version {version!r} is not {VERSION}, the one this FlashMoE reads")
+    try:
+        manifest = _parse(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refuse(f"{FILE_NAME} is damaged ({type(error).__name__}: {error})") from None
+    for name in (manifest.experts_file, manifest.dense_file):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise refuse(f"{FILE_NAME} names a file outside the store ({name!r})")
+    for name, expected in (
+        (manifest.experts_file, manifest.experts_bytes),
+        (manifest.dense_file, manifest.dense_bytes),
+    ):
+        file = directory / name
+        if not file.is_file():
+            raise refuse(f"its file {name} is missing")
+        if file.stat().st_size != expected:
+            raise refuse(
+                f"{name} has {file.stat().st_size} bytes, the manifest says {expected}: "
+                "it was cut short or belongs to another store"
+            )
+    return manifest
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    layers = []
+    end = 0
+    for entry in document.pop("layers"):
+        tensors = [TensorSpec(**t | {"shape": tuple(t["shape"])}) for t in entry.pop("tensors")]
+        layer = LayerSpec(
+            **entry | {"tensors": tuple(tensors), "checksums": tuple(entry["checksums"])}
+        )
+        fresh = lay_out(
+            layer.module,
+            layer.n_experts,
+            layer.offset_bytes,
+            [(t.name, DTYPES[t.dtype], t.shape) for t in tensors],
+        )
+        if fresh.tensors != layer.tensors or fresh.extent_bytes != layer.extent_bytes:
+            raise ValueError(f"offsets of {layer.module} are not those of its tensors")
+        if layer.offset_bytes != end or not 0 < layer.n_experts <= 1 << 20:
+            raise ValueError(f"{layer.module} overlaps its neighbour or has a gap before it")
+        if len(layer.checksums) != layer.n_experts:
+            raise ValueError(f"{layer.module} has {len(layer.checksums)} checksums")
+        if not tensors or any(not 0 < n <= 1 << 32 for t in tensors for n in t.shape):
+            raise ValueError(f"shapes of {layer.module}")
+        end = layer.end_bytes
+        layers.append(layer)
+    if not layers:
+        raise ValueError("no layers")
+    manifest = Manifest(**document | {"layers": tuple(layers)})
+    if not isinstance(manifest.top_k, int) or not isinstance(manifest.dense_bytes, int):
+        raise TypeError("top_k and dense_bytes must be integers")
+    if manifest.quantisation != "none":
+        raise ValueError(f"unknown quantisation {manifest.quantisation!r}")
+    return manifest

@@ -1,0 +1,224 @@
+"""Writes a store from a checkpoint, streaming: memory is bounded by a few experts.
+
+The manifest's rename is the moment at which a store changes. Before it, the data files have
+names that no manifest knows; after it, files that the manifest does not name are removed. A
+pack that dies at any point therefore leaves the previous store as it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import xxhash
+
+from flashmoe import skeleton
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.errors import FlashMoEError
+from flashmoe.sizes import format_bytes
+from flashmoe.store import manifest as manifests
+from flashmoe.store.direct_io import aligned_memory, open_direct
+from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
+
+_SIDE_FILES = (  # what from_pretrained, the tokenizer and generate read; nothing executable
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
+
+
+def pack(
+    checkpoint: Path, store: Path, *, quant: str = "none", progress: Progress = lambda d, t: None
+) -> Manifest:
+    """Pack the Hugging Face directory `checkpoint` into the directory `store`.
+
+    Raises FlashMoEError when the checkpoint is unusable, the disk full, or another pack into
+    `store` is under way; a store that was there before stays usable then.
+    """
+    if quant != "none":
+        raise FlashMoEError(f"quantisation {quant!r} is not built yet: pack with --quant none")
+    if store.exists() and not store.is_dir():
+        raise FlashMoEError(f"{store} is a file: name a directory for the store")
+    if store.resolve() == checkpoint.resolve():
+        raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
+    with Checkpoint(checkpoint) as source:
+        layers = _layers(source)
+        total = layers[-1].end_bytes
+        made = not store.exists()
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            with _exclusive(store), _data_names(store) as (experts_name, dense_name):
+                free = shutil.disk_usage(store).free
+                if free < total:
+                    raise FlashMoEError(
+                        f"{store}: the store needs {format_bytes(total)} and the disk has "
+                        f"{format_bytes(free)} free"
+                    )
+                layers = _write_experts(source, layers, store / experts_name, progress)
+                dense_bytes = _write_dense(source, store / dense_name)
+                for name in _SIDE_FILES:
+                    if (checkpoint / name).is_file():
+                        _replace_file(store / name, (checkpoint / name).read_bytes())
+                manifest = Manifest(
+                    architecture=type(source.model).__name__,
+                    config_sha256=config_digest(store),
+                    top_k=skeleton.top_k(source.config),
+                    experts_file=experts_name,
+                    dense_file=dense_name,
+                    dense_bytes=dense_bytes,
+                    layers=tuple(layers),
+                )
+                manifest.save(store)
+                return manifest
+        except OSError as error:
+            raise FlashMoEError(
+                f"{store}: packing stopped ({error.strerror or error}); "
+                "a store that was there before is unchanged"
+            ) from None
+        finally:
+            if made and store.is_dir() and not manifests.is_store(store):
+                shutil.rmtree(store, ignore_errors=True)
+
+
+def config_digest(directory: Path) -> str:
+    return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+
+
+def _layers(source: Checkpoint) -> list[LayerSpec]:
+    layers: list[LayerSpec] = []
+    for module_name, module in source.experts.items():
+        tensors = [
+            (name, parameter.dtype, tuple(parameter.shape[1:]))
+            for name, parameter in skeleton.expert_parameters(module).items()
+        ]
+        offset = layers[-1].end_bytes if layers else 0
+        layers.append(lay_out(module_name, module.num_experts, offset, tensors))  # type: ignore[arg-type]
+    return layers
+
+
+@contextmanager
+def _exclusive(store: Path) -> Iterator[None]:
+    """One pack at a time into a directory; the lock dies with the process."""
+    with open(store / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FlashMoEError(f"{store}: another pack into it is under way") from None
+        yield
+
+
+@contextmanager
+def _data_names(store: Path) -> Iterator[tuple[str, str]]:
+    """Fresh names for the data files; afterwards removes what the manifest does not name."""
+    token = secrets.token_hex(4)
+    try:
+        yield f"experts-{token}.bin", f"dense-{token}.safetensors"
+    finally:
+        kept: set[str] = set()
+        if manifests.is_store(store):
+            document = json.loads((store / manifests.FILE_NAME).read_text())
+            kept = {document.get("experts_file"), document.get("dense_file")}
+        leftovers = [*store.glob("experts-*.bin"), *store.glob("dense-*.safetensors")]
+        for path in leftovers + list(store.glob(".*.partial")):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+def _write_experts(
+    source: Checkpoint, layers: list[LayerSpec], path: Path, progress: Progress
+) -> list[LayerSpec]:
+    total = layers[-1].end_bytes
+    descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        os.posix_fallocate(descriptor, 0, total)
+        finished = []
+        for layer in layers:
+            checksums = []
+            with aligned_memory(layer.extent_bytes) as extent:
+                for expert in range(layer.n_experts):
+                    _fill(extent, layer, source.expert(layer.module, expert))
+                    with memoryview(extent)[: layer.extent_bytes] as view:
+                        checksums.append(xxhash.xxh3_64_hexdigest(view))
+                        _write_all(descriptor, view, layer.extent_offset(expert))
+                    progress(layer.extent_offset(expert) + layer.extent_bytes, total)
+            finished.append(replace(layer, checksums=tuple(checksums)))
+            source.forget_pages()
+        os.fsync(descriptor)
+        return finished
+    finally:
+        os.close(descriptor)
+
+
+def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor]) -> None:
+    for spec in layer.tensors:
+        data = tensors[spec.name].view(-1).view(torch.uint8).numpy()
+        extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes] = data.data
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _write_dense(source: Checkpoint, path: Path) -> int:
+    """A safetensors file of all non-expert tensors, written one tensor at a time.
+
+    The header comes first and needs every offset, so sizes are taken from the model's
+    skeleton. (safetensors' own writer wants all tensors in memory at once.)
+    """
+    with open(path, "xb") as file:
+        entries: dict[str, dict[str, object]] = {}
+        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+        names |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+        end = 0
+        order = []
+        for name, tensor in source.dense():
+            size = tensor.numel() * tensor.element_size()
+            entries[name] = {
+                "dtype": names[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + size],
+            }
+            order.append(name)
+            end += size
+        header = json.dumps(entries).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, tensor in source.dense():
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+        source.forget_pages()
+        return file.tell()
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,153 @@
+"""The trace file: which experts the routers of a model chose, token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashmoe.errors import FlashMoEError
+
+_OPTIONAL = ("weights", "probabilities", "step")
+
+
+@dataclass
+class Trace:
+    """Recorded routing. See `../shared/traces/README.md` in spirit: plain .npz, no pickles.
+
+    experts: [tokens, layers, top_k] uint8 or uint16, distinct within a token and layer.
+    sequence: [tokens] int32, non-decreasing runs: the prompt or answer a token belongs to.
+    weights: [tokens, layers, top_k] float16, the router's weights of the chosen, or None.
+    probabilities: [tokens, layers, experts] float16, the router's of all experts, or None.
+    step: [tokens] int32, the forward pass that computed the token, or None.
+    """
+
+    experts: np.ndarray
+    sequence: np.ndarray
+    n_experts: int
+    weights: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    step: np.ndarray | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.experts.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts.shape[2])
+
+    def sequences(self) -> Iterator[tuple[int, slice]]:
+        """Each sequence's number and its range of tokens, in order."""
+        yield from _runs(self.sequence)
+
+    def steps(self, tokens: slice) -> Iterator[slice]:
+        """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""
+        if self.step is None:
+            yield from (slice(t, t + 1) for t in range(tokens.start, tokens.stop))
+        else:
+            for _, run in _runs(self.step[tokens]):
+                yield slice(run.start + tokens.start, run.stop + tokens.start)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `path` (.npz) and, beside it, the description as .json; both atomically."""
+        target = Path(path)
+        arrays = {"experts": self.experts, "sequence": self.sequence}
+        arrays |= {n: a for n in _OPTIONAL if (a := getattr(self, n)) is not None}
+        description = {
+            "model": self.info.get("model", "unknown"),
+            "experts": self.n_experts,
+            "layers": self.n_layers,
+            "top_k": self.top_k,
+            "tokens": len(self.experts),
+            "sequences": len(list(self.sequences())),
+        } | {k: v for k, v in self.info.items() if k != "model"}
+        partial = target.with_name(target.name + ".partial.npz")
+        np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        os.replace(partial, target)
+        partial = target.with_name(target.name + ".partial.json")
+        partial.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+        os.replace(partial, target.with_suffix(".json"))
+
+
+def _runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
+    edges = np.flatnonzero(np.diff(labels)) + 1
+    starts = [0, *edges.tolist()] if len(labels) else []
+    for start, stop in zip(starts, [*starts[1:], len(labels)], strict=False):
+        yield int(labels[start]), slice(start, stop)
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Read and check a trace, which may come from anywhere.
+
+    Raises FlashMoEError when it is not a trace, holds pickled objects, or its shapes, dtypes
+    or ranges do not fit together.
+    """
+    path = Path(path)
+
+    def refuse(what: str) -> FlashMoEError:
+        return FlashMoEError(f"trace {path}: {what}; record it anew with `flashmoe record`")
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            arrays = {n: archive[n] for n in ("experts", "sequence", *_OPTIONAL) if n in names}
+    except FileNotFoundError:
+        raise FlashMoEError(f"trace {path}: no such file") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        raise refuse(f"cannot be read as a plain .npz without pickled objects ({error})") from None
+    if not {"experts", "sequence"} <= arrays.keys():
+        raise refuse("lacks the arrays 'experts' and 'sequence'")
+    experts, sequence = arrays["experts"], arrays["sequence"]
+    if experts.dtype not in (np.uint8, np.uint16) or experts.ndim != 3 or not experts.size:
+        raise refuse(
+            f"'experts' must be uint8 or uint16 [tokens, layers, top_k] and not empty, "
+            f"not {experts.dtype} {list(experts.shape)}"
+        )
+    tokens = len(experts)
+    if sequence.shape != (tokens,) or sequence.dtype.kind not in "iu":
+        raise refuse(f"'sequence' must be integers [{tokens}]")
+    labels = [label for label, _ in _runs(sequence)]
+    if len(labels) != len(set(labels)):
+        raise refuse("'sequence' returns to an earlier sequence; its tokens must be contiguous")
+    info = _description(path, refuse)
+    n_experts = info.pop("experts", None)
+    if n_experts is None:
+        n_experts = int(experts.max()) + 1
+    if not isinstance(n_experts, int) or not 0 < n_experts <= 65536:
+        raise refuse(f"the description's number of experts is {n_experts!r}")
+    if experts.max() >= n_experts:
+        raise refuse(f"names expert {experts.max()}, but a layer has {n_experts} (0..{n_experts - 1})")
+    ordered = np.sort(experts, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise refuse("a token chooses the same expert twice at one layer")
+    shapes = {
+        "weights": experts.shape,
+        "probabilities": (*experts.shape[:2], n_experts),
+        "step": (tokens,),
+    }
+    for name in _OPTIONAL:
+        if name in arrays and arrays[name].shape != shapes[name]:
+            raise refuse(f"{name!r} must have shape {list(shapes[name])}")
+    optional = {name: arrays.get(name) for name in _OPTIONAL}
+    return Trace(experts, sequence, n_experts, info=info, **optional)
+
+
+def _description(path: Path, refuse: Any) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return {}
+    try:
+        info = json.loads(beside.read_text())
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"its description {beside.name} is not JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise refuse(f"its description {beside.name} is not an object")
+    return {k: v for k, v in info.items() if k not in ("layers", "top_k", "tokens", "sequences")}

@@ -1,0 +1,1 @@
+"""How the shipped demo model was made: corpus -> train -> describe. Not needed to use it."""
