@@ -10,13 +10,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,7 +24,7 @@ from transformers.core_model_loading import (
 
 from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.direct_io import drop_page_cache
+from flashmoe.shards import Shard
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
@@ -63,15 +60,17 @@ class Checkpoint:
             for module_name, module in self.experts.items()
             for name in skeleton.expert_parameters(module)
         }
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-        self._paths: list[Path] = []
-        self._open_shards()
-        self._recipes = self._plan()
-        missing = [name for name in self.expert_names if name not in self._recipes]
-        if missing:
+        self._shards: list[Shard] = []
+        self._shard_of: dict[str, Shard] = {}
+        try:
+            self._open_shards()
+            self._recipes = self._plan()
+            for name in self.expert_names:
+                if name not in self._recipes:
+                    raise FlashMoEError(f"{directory}: no tensors for the experts' {name}")
+        except BaseException:
             self.close()
-            raise FlashMoEError(f"{directory}: no tensors for the experts' {missing[0]}")
+            raise
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -80,7 +79,8 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        self._stack.close()
+        for shard in self._shards:
+            shard.close()
 
     def _open_shards(self) -> None:
         index = self.directory / INDEX_NAME
@@ -92,20 +92,11 @@ class Checkpoint:
         else:
             names = [SINGLE_NAME]
         for name in names:
-            path = self.directory / name
-            if Path(name).name != name or not path.is_file():
-                raise FlashMoEError(
-                    f"{self.directory}: shard {name} is missing; fetch the checkpoint again"
-                )
-            try:  # pread, since mapped pages of a 13 GB source would count as ours
-                file = safe_open(path, framework="pt", backend="pread")
-                self._stack.enter_context(file)
-            except (SafetensorError, OSError) as error:
-                raise FlashMoEError(
-                    f"{path} is cut short or damaged ({error}); fetch the checkpoint again"
-                ) from None
-            self._paths.append(path)
-            self._file_of.update(dict.fromkeys(file.keys(), file))
+            if Path(name).name != name:
+                raise FlashMoEError(f"{index} names a shard outside the directory ({name!r})")
+            shard = Shard(self.directory / name)
+            self._shards.append(shard)
+            self._shard_of.update(dict.fromkeys(shard.tensors, shard))
 
     def _plan(self) -> dict[str, _Recipe]:
         transforms = get_model_conversion_mapping(self.model)
@@ -114,7 +105,7 @@ class Checkpoint:
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix, known = self.model.base_model_prefix, self.parameters
         recipes: dict[str, _Recipe] = {}
-        for key in sorted(self._file_of, key=dot_natural_key):
+        for key in sorted(self._shard_of, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if target not in known and key in known:
                 target, pattern = rename_source_key(key, [], [], prefix, known)
@@ -141,9 +132,10 @@ class Checkpoint:
             recipe = self._recipes[full]
             sources = {
                 # one tensor an expert on disk, or one tensor with an expert dimension
-                p: [self._read(keys[expert])] if len(keys) == count > 1 else
-                   [self._read(keys[0], slice(expert, expert + 1))]
-                for p, keys in recipe.sources.items()
+                pattern: [self._read(keys[expert])]
+                if len(keys) == count > 1
+                else [self._read(keys[0], expert)]
+                for pattern, keys in recipe.sources.items()
             }
             for name, tensor in self._convert(full, recipe, sources).items():
                 result[self.expert_names[name][1]] = self._cast(name, tensor)[0].contiguous()
@@ -151,22 +143,11 @@ class Checkpoint:
 
     def forget_pages(self) -> None:
         """Let the kernel drop the shards' pages, so that a pack does not fill the page cache."""
-        for path in self._paths:
-            with open(path, "rb") as file:
-                drop_page_cache(file.fileno())
+        for shard in self._shards:
+            shard.forget_pages()
 
-    def _read(self, key: str, rows: slice | None = None) -> torch.Tensor:
-        try:
-            file = self._file_of[key]
-            tensor: torch.Tensor = (
-                file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
-            )
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise FlashMoEError(
-                f"{self.directory}: tensor {key} cannot be read ({error}); "
-                "fetch the checkpoint again"
-            ) from None
+    def _read(self, key: str, row: int | None = None) -> torch.Tensor:
+        return self._shard_of[key].read(key, row)
 
     def _convert(
         self, target: str, recipe: _Recipe, sources: dict[str, list[torch.Tensor]]

@@ -25,6 +25,7 @@ import xxhash
 from flashmoe import skeleton
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
+from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory, open_direct
@@ -186,27 +187,12 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 def _write_dense(source: Checkpoint, path: Path) -> int:
     """A safetensors file of all non-expert tensors, written one tensor at a time.
 
-    The header comes first and needs every offset, so sizes are taken from the model's
-    skeleton. (safetensors' own writer wants all tensors in memory at once.)
+    The header comes first and needs every offset, so the tensors are read twice: safetensors'
+    own writer wants all of them in memory at once.
     """
     with open(path, "xb") as file:
-        entries: dict[str, dict[str, object]] = {}
-        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        names |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
-        end = 0
-        order = []
-        for name, tensor in source.dense():
-            size = tensor.numel() * tensor.element_size()
-            entries[name] = {
-                "dtype": names[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [end, end + size],
-            }
-            order.append(name)
-            end += size
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(len(header).to_bytes(8, "little") + header)
+        entries = {name: (t.dtype, tuple(t.shape)) for name, t in source.dense()}
+        file.write(header(entries))
         for _, tensor in source.dense():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()

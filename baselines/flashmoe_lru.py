@@ -1,0 +1,33 @@
+"""FlashMoE itself under LRU: what the others are compared with until a policy is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import flashmoe
+from baselines.base import System
+
+
+class FlashMoELRU(System):
+    """The engine as shipped, evicting the least recently used expert."""
+
+    name = "flashmoe-lru"
+    residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
+
+    def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
+        self.model = flashmoe.load(store, memory=memory_bytes, policy="lru")
+        self.engine = self.model.flashmoe
+        return self.model
+
+    def reset_counts(self) -> None:
+        self.engine.reset_counts()
+
+    def stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = self.engine.stats()
+        return stats
+
+    def close(self) -> None:
+        self.engine.close()

@@ -1,0 +1,3 @@
+from flashmoe.cli import entry
+
+entry()

@@ -1,0 +1,49 @@
+"""The `flashmoe` command. Each module here is one subcommand: `HELP`, `configure` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from flashmoe.errors import FlashMoEError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="flashmoe", description="Run Mixture-of-Experts models whose experts stay on the SSD."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        name = info.name.replace("_", "-")
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.configure(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; errors that users can act on become one sentence and status 1."""
+    logging.basicConfig(format="flashmoe: %(message)s", level=logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parsed = parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except FlashMoEError as error:
+        print(f"flashmoe: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flashmoe: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def entry() -> None:
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Generate text with the experts streamed from the SSD; the text appears as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import flashmoe
+
+HELP = "generate text from a prompt"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="Hugging Face directory or store (default: the demo)"
+    )
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--memory", default="12MiB", help="budget for experts (default: 12MiB)")
+    parser.add_argument("--policy", default="lru", help="see `flashmoe policies`")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    if arguments.max_new_tokens < 1:
+        raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
+    path = arguments.model or flashmoe.demo_path()
+    model = flashmoe.load(path, memory=arguments.memory, policy=arguments.policy)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.store)
+        inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
+        if not inputs["input_ids"].numel():
+            raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")
+        streamer = None if arguments.json else TextStreamer(tokenizer)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=arguments.max_new_tokens,
+                do_sample=False,
+                streamer=streamer,
+            )
+        seconds = time.perf_counter() - started
+        new = output.shape[1] - inputs["input_ids"].shape[1]
+        stats = model.flashmoe.stats()
+    finally:
+        model.flashmoe.close()
+    if arguments.json:
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        ids = output[0].tolist()
+        result = {"text": text, "token_ids": ids, "new_tokens": new, "seconds": seconds}
+        print(json.dumps(result | {"tokens_per_second": new / seconds, "stats": stats}))
+    else:
+        print(
+            f"{new} tokens, {new / seconds:.1f} token/s, hit rate {stats['hit_rate']:.1%}, "
+            f"{stats['bytes_read'] / 2**20:.0f} MiB read",
+            file=sys.stderr,
+        )

@@ -1,0 +1,31 @@
+"""Pack a Hugging Face checkpoint into a store: one aligned extent an expert."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashmoe.sizes import format_bytes
+
+HELP = "turn a checkpoint into a store"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flashmoe.progress import byte_bar
+    from flashmoe.store.pack import pack
+
+    with byte_bar("packing") as progress:
+        manifest = pack(
+            arguments.checkpoint, arguments.store, quant=arguments.quant, progress=progress
+        )
+    layer = manifest.layers[0]
+    print(
+        f"{arguments.store}: {len(manifest.layers)} MoE layers x {layer.n_experts} experts of "
+        f"{format_bytes(layer.extent_bytes)}, {format_bytes(manifest.experts_bytes)} in all"
+    )

@@ -1,0 +1,79 @@
+"""Record the routing of a model on prompts: one line of the file is one prompt.
+
+A file ending in .json is a list of strings, or an object from names to strings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import flashmoe
+
+HELP = "write a trace of a model's routing"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="Hugging Face directory or store")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="TRACE.npz")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="0: only the prompts")
+    parser.add_argument("--memory", help="budget for experts (default: all of them)")
+    parser.add_argument("--policy", default="lru")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="keep the router's probabilities of all experts"
+    )
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            given = json.loads(text)
+            prompts = given if isinstance(given, dict) else dict(enumerate(given))
+        else:
+            prompts = dict(enumerate(line for line in text.splitlines() if line.strip()))
+    except (OSError, ValueError, TypeError) as error:
+        raise flashmoe.FlashMoEError(f"prompts {path} cannot be read ({error})") from None
+    if not prompts or not all(isinstance(p, str) and p for p in prompts.values()):
+        raise flashmoe.FlashMoEError(f"prompts {path}: give at least one, each a non-empty string")
+    return {str(name): prompt for name, prompt in prompts.items()}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from flashmoe.record import record
+
+    if arguments.out.suffix != ".npz":
+        raise flashmoe.FlashMoEError(f"--out {arguments.out} must end in .npz")
+    prompts = read_prompts(arguments.prompts)
+    memory = arguments.memory or 1 << 60
+    model = flashmoe.load(arguments.model, memory=memory, policy=arguments.policy)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.store)
+        encoded = [
+            tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts.values()
+        ]
+        trace = record(
+            model,
+            encoded,
+            max_new_tokens=arguments.max_new_tokens,
+            probabilities=arguments.probabilities,
+            info={
+                "model": arguments.model.name,
+                "phase": "prefill and decode" if arguments.max_new_tokens else "prefill",
+                "source": "flashmoe record",
+                "names": list(prompts),
+            },
+        )
+        stats = model.flashmoe.stats()
+    finally:
+        model.flashmoe.close()
+    trace.save(arguments.out)
+    print(
+        f"{arguments.out}: {len(trace.experts)} tokens x {trace.n_layers} layers x top-"
+        f"{trace.top_k} of {trace.n_experts}; the engine counted {stats['hits']} hits of "
+        f"{stats['requests']}"
+    )

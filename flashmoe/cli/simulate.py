@@ -1,0 +1,61 @@
+"""Replay a recorded trace against policies and capacities. No model is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flashmoe import policies, simulate, trace
+from flashmoe.progress import count_bar
+
+HELP = "replay a trace against policies and capacities"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", type=Path)
+    parser.add_argument(
+        "--policy", nargs="+", action="extend", metavar="NAME", help="default: all of them"
+    )
+    parser.add_argument(
+        "--capacity", nargs="+", action="extend", type=float, metavar="F",
+        help="fractions of a layer's experts (default: 0.125 0.25 0.375 0.5 0.75)",
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="carry residency from sequence to sequence"
+    )
+    parser.add_argument(
+        "--global", dest="shared", action="store_true", help="one budget for all layers"
+    )
+    parser.add_argument(
+        "--as-recorded", action="store_true",
+        help="one event per recorded forward pass and layer, not per token",
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recorded = trace.load(arguments.trace)
+    names = arguments.policy or list(policies.available())
+    capacities = arguments.capacity or [0.125, 0.25, 0.375, 0.5, 0.75]
+    for name in names:
+        policies.get(name)
+    for capacity in capacities:
+        simulate.slots_for(recorded, capacity)
+    conditions = simulate.Conditions(arguments.warm, arguments.shared, arguments.as_recorded)
+    total = len(recorded.experts) * recorded.n_layers * len(names) * len(capacities)
+    rows = []
+    with count_bar("replaying", total, "event") as progress:
+        for capacity in capacities:
+            for name in names:
+                outcome = simulate.replay(recorded, name, capacity, conditions, progress=progress)
+                rows.append(outcome.row())
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'policy':12} {'capacity':>8} {'slots':>6} {'requests':>10} {'hits':>10} {'hit rate':>8}")
+    for row in rows:
+        print(
+            f"{row['policy']:12} {row['capacity']:8.3f} {row['slots']:6} {row['requests']:10} "
+            f"{row['hits']:10} {row['hit_rate']:8.4f}"
+        )

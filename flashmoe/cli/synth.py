@@ -1,0 +1,30 @@
+"""Write a checkpoint with a named model's real shapes and random weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write a full-scale checkpoint of random weights"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="for example olmoe-1b-7b")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flashmoe.progress import byte_bar
+    from flashmoe.synth import synthesise
+
+    with byte_bar("writing") as progress:
+        synthesise(
+            arguments.name,
+            arguments.directory,
+            dtype=arguments.dtype,
+            seed=arguments.seed,
+            progress=progress,
+        )
+    print(f"{arguments.directory}: {arguments.name}, random weights, {arguments.dtype}")

@@ -1,0 +1,32 @@
+"""Progress bars, on standard error and only where a person looks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar fed with (bytes done, bytes in all)."""
+    with tqdm(
+        desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+@contextmanager
+def count_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A bar fed with the count done since the last call."""
+    with tqdm(
+        desc=title, total=total, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        yield bar.update

@@ -1,0 +1,131 @@
+"""Random access to safetensors shards: any rows of any tensor, without mapping the file.
+
+safetensors' own `get_slice` with its pread backend reads the whole tensor for one row (packing
+12 GiB took 6.6 minutes that way), and its mmap backend counts every page as this process's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.direct_io import drop_page_cache
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+def header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The bytes that open a safetensors file holding `tensors` one after the other."""
+    entries, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]
+        }  # fmt: skip
+        end += size
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+class Shard:
+    """One open safetensors file.
+
+    Raises FlashMoEError when the file is missing, cut short, or its header makes no sense.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise FlashMoEError(
+                f"{path.parent}: shard {path.name} is missing; fetch the checkpoint again"
+            ) from None
+        except OSError as error:
+            raise FlashMoEError(f"{path} cannot be opened ({error.strerror})") from None
+        try:
+            self.tensors = self._read_header()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.close()
+            raise FlashMoEError(
+                f"{path} is cut short or damaged ({error}); fetch the checkpoint again"
+            ) from None
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        file_bytes = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if not 2 <= length <= min(file_bytes - 8, _MAX_HEADER_BYTES):
+            raise ValueError("no safetensors header")
+        entries: dict[str, Any] = json.loads(os.pread(self._descriptor, length, 8))
+        tensors = {}
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            size = math.prod(shape) * dtype.itemsize
+            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError(f"tensor {name} has a negative or fractional size")
+            if end - begin != size:
+                raise ValueError(f"tensor {name} takes {size} bytes, its offsets say {end - begin}")
+            if 8 + length + end > file_bytes:
+                raise ValueError(f"tensor {name} ends {8 + length + end - file_bytes} bytes "
+                                 "after the file")
+            tensors[name] = TensorEntry(dtype, shape, 8 + length + begin, size)
+        return tensors
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """A whole tensor, or with `row` its slice [row : row + 1] along the first dimension."""
+        entry = self.tensors[name]
+        shape, offset, size = entry.shape, entry.offset_bytes, entry.size_bytes
+        if row is not None:
+            size //= shape[0]
+            offset += row * size
+            shape = (1, *shape[1:])
+        buffer = bytearray(size)
+        view, done = memoryview(buffer), 0
+        while done < size:
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise FlashMoEError(f"{self.path}: reading {name} failed ({error})") from None
+            if not count:
+                raise FlashMoEError(f"{self.path} ends within {name}: it was cut short")
+            done += count
+        if not size:
+            return torch.empty(shape, dtype=entry.dtype)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).view(shape)
+
+    def forget_pages(self) -> None:
+        """Let the kernel drop this file's pages, so that a pack does not fill the page cache."""
+        drop_page_cache(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,98 @@
+"""`python -m harness`: ssd | hit-rates | speedups | full-scale | run SYSTEM | reproduce | check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from flashmoe.errors import FlashMoEError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ssd", help="measure the drive by fio and by the engine's reader")
+    commands.add_parser("hit-rates", help="replay the shipped routing")
+    commands.add_parser("speedups", help="the generation table of the demo model")
+    full = commands.add_parser("full-scale", help="the generation table at OLMoE-1B-7B's size")
+    full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
+    run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
+    run.add_argument("system")
+    run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
+    run.add_argument("--memory", default="12MiB")
+    run.add_argument("--prompt", default="And it came to pass")
+    run.add_argument("--max-new-tokens", type=int, default=48)
+    reproduce = commands.add_parser("reproduce", help="everything, into results/")
+    reproduce.add_argument("--profile", choices=("quick", "desktop"), default="quick")
+    commands.add_parser("check", help="do the committed results come out of this code?")
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    from harness import report
+    from harness import reproduce as steps
+
+    folder = steps.folder_for("quick")
+    command = f"python -m harness {arguments.command}"
+    match arguments.command:
+        case "run":
+            _run_one(arguments)
+            return
+        case "check":
+            from harness.check import check
+
+            check()
+            return
+        case "ssd":
+            steps.run_ssd(folder, command)
+        case "hit-rates":
+            steps.run_hit_rates(folder, command)
+        case "speedups":
+            steps.run_generation(folder, command, steps.run_ssd(folder, command))
+        case "full-scale":
+            from harness.full_scale import full_scale
+
+            full_scale(steps.folder_for("full-scale"), command, arguments.stores)
+        case "reproduce":
+            steps.reproduce(arguments.profile)
+    report.readme()
+
+
+def _run_one(arguments: argparse.Namespace) -> None:
+    import flashmoe
+    from flashmoe.engine import store_for
+    from flashmoe.sizes import parse_bytes
+    from harness.run import Job, run
+
+    if arguments.job:
+        values = json.loads(arguments.job)
+        for key in ("checkpoint", "store", "routing"):
+            values[key] = Path(values[key]) if values[key] else None
+        job = Job(**values)
+    else:
+        demo = flashmoe.demo_path()
+        job = Job(
+            arguments.system,
+            demo,
+            store_for(demo),
+            parse_bytes(arguments.memory),
+            arguments.prompt,
+            arguments.max_new_tokens,
+        )
+    print(json.dumps(run(job)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FlashMoEError as error:
+        sys.exit(f"harness: {error}")
+    except KeyboardInterrupt:
+        sys.exit("harness: interrupted")

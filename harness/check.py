@@ -1,0 +1,84 @@
+"""Do the committed results come out of this code? Run by CI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flashmoe
+from flashmoe import simulate
+from flashmoe.errors import FlashMoEError
+from flashmoe.record import record
+from harness import hit_rates, report, speedups
+from harness.reproduce import demo_expert_bytes, say
+
+
+def check() -> None:
+    """Raises FlashMoEError listing every figure that this code does not reproduce."""
+    wrong = [*_hit_rates(), *_engine(), *_provenance()]
+    if wrong:
+        raise FlashMoEError("results do not reproduce:\n  " + "\n  ".join(wrong))
+    say("the committed results reproduce")
+
+
+def _hit_rates() -> Iterator[str]:
+    """Every committed hit-rate table, replayed anew, equal to the last digit."""
+    say("replaying the hit-rate tables")
+    committed = sorted(report.RESULTS.glob("*/hit_rates.csv"))
+    if not committed:
+        yield "results/ holds no hit_rates.csv"
+        return
+    rows = hit_rates.table(flashmoe.demo_routing_path(), demo_expert_bytes(), lambda n: None)
+    with TemporaryDirectory() as folder:
+        fresh_path = f"{folder}/hit_rates.csv"
+        pd.DataFrame(rows).to_csv(fresh_path, index=False, float_format="%.6g")
+        fresh = pd.read_csv(fresh_path)
+    for path in committed:
+        try:
+            pd.testing.assert_frame_equal(pd.read_csv(path), fresh)
+        except AssertionError as error:
+            yield f"{path.relative_to(report.RESULTS)}: {str(error).splitlines()[-1]}"
+
+
+def _engine() -> Iterator[str]:
+    """Streamed output equals resident output; the engine's counts equal the simulator's."""
+    say("generating with the engine, in memory, and in the simulator")
+    path = flashmoe.demo_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(speedups.PROMPTS["bible"], return_tensors="pt")["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
+    mask = torch.ones_like(ids)
+    expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+    model = flashmoe.load(path, memory="9MiB", policy="lru")
+    try:
+        given = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+        if not torch.equal(given, expected):
+            yield "the engine's tokens differ from transformers' own"
+        model.flashmoe.reset()
+        trace = record(model, [ids[0]], max_new_tokens=32)
+        stats = model.flashmoe.stats()
+        outcome = simulate.replay(
+            trace, "lru", 1.0, simulate.Conditions(as_recorded=True), slots=model.flashmoe.slots
+        )
+        if (outcome.requests, outcome.hits) != (stats["requests"], stats["hits"]):
+            yield f"engine {stats['hits']} hits, simulator {outcome.hits}"
+    finally:
+        model.flashmoe.close()
+
+
+def _provenance() -> Iterator[str]:
+    """Each table stands beside a record of where it came from, and a committed run made it."""
+    for folder in (path for path in report.RESULTS.iterdir() if path.is_dir()):
+        path = folder / "provenance.json"
+        if not path.exists():
+            yield f"{folder.name} has no provenance.json"
+            continue
+        for name, entry in json.loads(path.read_text()).items():
+            for key in ("command", "commit", "date", "machine", "versions"):
+                if not entry.get(key):
+                    yield f"{folder.name}/{name}: provenance lacks {key}"

@@ -1,0 +1,58 @@
+"""Makes a model route as a recorded trace did, for weights that are not the trace's model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashmoe import skeleton
+from flashmoe.errors import FlashMoEError
+from flashmoe.trace import Trace
+
+
+@contextmanager
+def forced_routing(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
+    """Within, the n-th token of a model's life takes the n-th token's experts of `trace`.
+
+    The hidden states and the router's weights stay the model's own. Works for every system
+    whose experts are transformers' experts modules. Raises FlashMoEError when the geometry
+    differs, and when the trace is used up.
+    """
+    modules = skeleton.expert_modules(model)
+    counts = {int(module.num_experts) for module in modules.values()}  # type: ignore[call-overload]
+    if len(modules) != trace.n_layers or counts != {trace.n_experts}:
+        raise FlashMoEError(
+            f"the trace is {trace.n_layers} layers x {trace.n_experts} experts, the model "
+            f"{len(modules)} x {sorted(counts)}: routing cannot be replayed"
+        )
+    experts = trace.experts.astype(np.int64)
+    used = [0] * len(modules)
+
+    def hook_for(number: int):  # type: ignore[no-untyped-def]
+        def hook(
+            module: nn.Module, arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+        ) -> tuple[torch.Tensor, ...]:
+            hidden, index, weights = arguments
+            first = used[number]
+            used[number] += len(index)
+            rows = experts[first : used[number], number]
+            if rows.shape != tuple(index.shape):
+                raise FlashMoEError("the recorded routing is used up: ask for fewer tokens")
+            return hidden, torch.from_numpy(rows), weights
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(hook_for(number))
+        for number, module in enumerate(modules.values())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

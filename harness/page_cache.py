@@ -1,0 +1,31 @@
+"""How much of a file the page cache holds, as the kernel says (mincore)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+
+def cached_bytes(path: Path) -> int:
+    """Bytes of `path` in the page cache now. Linux only."""
+    size = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap failed")
+        pages = -(-size // mmap.PAGESIZE)
+        resident = (ctypes.c_ubyte * pages)()
+        try:
+            if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident):
+                raise OSError(ctypes.get_errno(), "mincore failed")
+        finally:
+            libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    finally:
+        os.close(descriptor)
+    return sum(page & 1 for page in resident) * mmap.PAGESIZE

@@ -1,0 +1,140 @@
+"""The project's main job: from nothing to tables and plots of this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import flashmoe
+from flashmoe.progress import count_bar
+from flashmoe.store import manifest as manifests
+from flashmoe.store.pack import pack
+from harness import hit_rates, plots, provenance, report, speedups, ssd
+from harness.run import Job
+
+DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
+QUICK_TOKENS = 48
+QUICK_ROUNDS = 2
+_started = time.monotonic()
+
+
+def say(text: str) -> None:
+    """One line of progress, with the minutes since the start."""
+    print(f"[{(time.monotonic() - _started) / 60:4.1f} min] {text}", file=sys.stderr, flush=True)
+
+
+def folder_for(profile: str) -> Path:
+    return report.RESULTS / f"{provenance.machine_slug()}-{profile}"
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A directory on the results' file system, removed afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".scratch-", dir=folder) as made:
+        yield Path(made)
+
+
+def drive_speed(rows: list[dict[str, Any]], extent_bytes: int) -> float | None:
+    """fio's random reads of this size, the best depth."""
+    speeds = [
+        row["bytes_per_second"]
+        for row in rows
+        if row["block_bytes"] == extent_bytes and row["pattern"] == "random"
+    ]
+    return max(speeds, default=None)
+
+
+def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> list[dict[str, Any]]:
+    say("measuring the drive")
+    with scratch(folder) as work:
+        tables = ssd.measure(work, say, seconds=seconds)
+    reader = report.write(folder, "reader", tables["reader"])
+    if tables["ssd"]:
+        plots.ssd(report.write(folder, "ssd", tables["ssd"]), reader, folder)
+    report.provenance(folder, "ssd", provenance.gather(command, folder))
+    return tables["ssd"]
+
+
+def run_hit_rates(folder: Path, command: str) -> None:
+    say("replaying the shipped routing")
+    path = flashmoe.demo_routing_path()
+    expert_bytes = demo_expert_bytes()
+    with count_bar("replaying", hit_rates.total_events(path), "event") as advance:
+        rows = hit_rates.table(path, expert_bytes, advance)
+    plots.hit_rates(report.write(folder, "hit_rates", rows), folder)
+    report.provenance(
+        folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates._SEED)
+    )
+
+
+def demo_expert_bytes() -> int:
+    from flashmoe.engine import store_for
+
+    return manifests.load(store_for(flashmoe.demo_path())).layers[0].extent_bytes
+
+
+def run_generation(folder: Path, command: str, drive_rows: list[dict[str, Any]]) -> None:
+    with scratch(folder) as work:
+        say("packing the demo model")
+        store = work / "demo.store"
+        extent = pack(flashmoe.demo_path(), store).layers[0].extent_bytes
+        base = Job(
+            "flashmoe-lru",
+            flashmoe.demo_path(),
+            store,
+            0,
+            speedups.PROMPTS["python"],
+            QUICK_TOKENS,
+        )
+        say("generating text from the store, one prompt a kind of text")
+        texts = []
+        for kind, prompt in speedups.PROMPTS.items():
+            job = replace(base, prompt=prompt, memory_bytes=speedups.budget_for(store, 8))
+            streamed = speedups.run_alone(job)
+            whole = speedups.run_alone(replace(job, system="in-memory"))
+            texts.append(
+                {
+                    "kind": kind,
+                    "slots": streamed["slots"],
+                    "same_output": streamed["token_ids"] == whole["token_ids"],
+                    "hit_rate": streamed["hit_rate"],
+                    "text": streamed["text"],
+                }
+            )
+            say(f"{kind}: {texts[-1]['text']!r}")
+        report.write(folder, "text", texts)
+        drive = drive_speed(drive_rows, extent)
+        rows = speedups.table(
+            speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say
+        )
+    speedups.mark_equal(rows)
+    for row in rows:
+        del row["text"]
+    frame = report.write(folder, "generation", rows)
+    plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
+    record = provenance.gather(command, folder, drive_bytes_per_second=drive)
+    report.provenance(folder, "generation", record)
+
+
+def reproduce(profile: str) -> Path:
+    """Everything that the profile has. Returns the folder with the results."""
+    command = f"python -m harness reproduce --profile {profile}"
+    folder = folder_for(profile)
+    seconds, _ = {"quick": (1.0, None), "desktop": (5.0, None)}[profile]
+    rows = run_ssd(folder, command, seconds)
+    run_hit_rates(folder, command)
+    run_generation(folder, command, rows)
+    if profile == "desktop":
+        from harness.full_scale import full_scale
+
+        full_scale(folder, command)
+    report.readme()
+    say(f"done: {folder}")
+    return folder

@@ -1,0 +1,122 @@
+"""Runs one system once, alone in this process, and says what it did as one JSON object."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+import baselines
+from flashmoe import trace
+from flashmoe.store import manifest as manifests
+from harness.forced_routing import forced_routing
+from harness.page_cache import cached_bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run. `routing` makes it a full-scale run: random prompt, recorded experts."""
+
+    system: str
+    checkpoint: Path
+    store: Path
+    memory_bytes: int
+    prompt: str
+    new_tokens: int
+    routing: Path | None = None
+    warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token came; calls back once, when the warm-up is over."""
+
+    def __init__(self, warm_up_tokens: int, on_start) -> None:  # type: ignore[no-untyped-def]
+        self.times: list[float] = []
+        self.calls = 0
+        self.warm_up_tokens = warm_up_tokens
+        self.on_start = on_start
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1  # the first call is the prompt, the second the token that prefill gave
+        if self.calls == 2 + self.warm_up_tokens:
+            self.on_start()
+            self.times.append(time.perf_counter())
+        elif self.calls > 2 + self.warm_up_tokens:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Load, prefill, warm up, then decode `new_tokens` under the clock, greedily, batch 1."""
+    system = baselines.get(job.system)()
+    started = time.perf_counter()
+    model = system.load(job.checkpoint, job.store, job.memory_bytes)
+    load_seconds = time.perf_counter() - started
+    manifest = manifests.load(job.store)
+    if job.routing:
+        forced = forced_routing(model, trace.load(job.routing))
+        ids = torch.arange(16)[None] + 1000
+        tokenizer = None
+    else:
+        forced = nullcontext()
+        tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
+        ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"]
+    clock = _Clock(job.warm_up_tokens, system.reset_counts)
+    prefill_started = time.perf_counter()
+    with forced, torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1 + job.warm_up_tokens + job.new_tokens,
+            min_new_tokens=1 + job.warm_up_tokens + job.new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+    tokens = len(clock.times) - 1
+    seconds = clock.times[-1] - clock.times[0]
+    stats = system.stats()
+    system.close()
+    per_token = sorted(b - a for a, b in zip(clock.times, clock.times[1:], strict=False))
+    result: dict[str, Any] = {
+        "system": job.system,
+        "residency": system.residency,
+        "memory_bytes": job.memory_bytes if system.uses_budget else None,
+        "slots": stats.get("slots_per_layer"),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "token_median_seconds": per_token[len(per_token) // 2],
+        "token_p95_seconds": per_token[int(len(per_token) * 0.95)],
+        "load_seconds": load_seconds,
+        "first_token_seconds": clock.times[0] - prefill_started if not job.warm_up_tokens else None,
+        "rss_bytes": psutil.Process().memory_info().rss,
+        "page_cache_bytes": cached_bytes(job.store / manifest.experts_file),
+        "token_ids": output[0].tolist(),
+        "text": tokenizer.decode(output[0]) if tokenizer else None,
+    }
+    if stats:
+        experts = stats["experts_seconds"]
+        inside = stats["wait_seconds"] + stats["compute_seconds"] + stats["policy_seconds"]
+        result |= {
+            "hit_rate": stats["hit_rate"],
+            "requests": stats["requests"],
+            "hits": stats["hits"],
+            "bytes_per_token": stats["bytes_read"] / tokens,
+            "resident_bytes": stats["peak_resident_bytes"],
+            "drive_busy_share": stats["read_seconds"] / seconds,
+            # where a token's time goes, in seconds a token; the parts add up to the whole
+            "wait_seconds": stats["wait_seconds"] / tokens,
+            "experts_seconds": stats["compute_seconds"] / tokens,
+            "policy_seconds": stats["policy_seconds"] / tokens,
+            "python_seconds": (experts - inside) / tokens,
+            "rest_of_model_seconds": (seconds - experts) / tokens,
+        }
+    return result

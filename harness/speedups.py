@@ -1,0 +1,119 @@
+"""The generation table: every system and budget in its own process, interleaved, repeated."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import FlashMoEError
+from flashmoe.store import manifest as manifests
+from harness.run import Job
+
+Say = Callable[[str], None]
+
+PROMPTS = {
+    "bible": "And it came to pass in those days, that",
+    "dictionary": "Harbor \\Har\"bor\\, n.",
+    "french-manual": "Cette option permet de",
+    "german-manual": "Diese Option gibt an, dass",
+    "kernel-docs": "The driver must call this function before",
+    "python": "def main(argv=None):\n    parser = argparse.",
+}
+
+
+def budget_for(store: Path, slots: int) -> int:
+    """The bytes that give every layer exactly `slots` slots."""
+    return slots * sum(layer.extent_bytes for layer in manifests.load(store).layers)
+
+
+def jobs_for(base: Job, slots: list[int]) -> list[Job]:
+    """`flashmoe-lru` at each budget, and the systems that have none."""
+    top_k = manifests.load(base.store).top_k
+    least = budget_for(base.store, top_k)
+    budgets = [replace(base, memory_bytes=budget_for(base.store, n)) for n in slots]
+    return [
+        *budgets,
+        replace(base, system="on-demand", memory_bytes=least),
+        replace(base, system="in-memory", memory_bytes=least),
+    ]
+
+
+def run_alone(job: Job) -> dict[str, Any]:
+    """Run a job in a process of its own. Raises FlashMoEError with its last words."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items()}
+    command = [sys.executable, "-m", "harness", "run", job.system, "--job", json.dumps(values)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise FlashMoEError(f"{job.system} failed: {said[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def table(jobs: list[Job], rounds: int, drive: float | None, say: Say) -> list[dict[str, Any]]:
+    """Run every job `rounds` times in turn; medians, spread, and the roofline of each.
+
+    `drive` is fio's bytes a second for random reads of the store's extents, or None.
+    """
+    results: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    for round_number in range(rounds):
+        for job, mine in zip(jobs, results, strict=True):
+            mine.append(run_alone(job))
+            say(
+                f"round {round_number + 1} of {rounds}: {job.system} "
+                f"{'' if mine[-1]['slots'] is None else str(mine[-1]['slots']) + ' slots '}"
+                f"{mine[-1]['tokens_per_second']:.2f} token/s"
+            )
+    ceiling = [r for mine in results for r in mine if r["system"] == "in-memory"]
+    compute = statistics.median(1 / r["tokens_per_second"] for r in ceiling) if ceiling else 0.0
+    return [_row(mine, compute, drive) for mine in results]
+
+
+def _row(runs: list[dict[str, Any]], compute: float, drive: float | None) -> dict[str, Any]:
+    first = runs[0]
+    rates = sorted(run["tokens_per_second"] for run in runs)
+    rate = statistics.median(rates)
+    row = {
+        "system": first["system"],
+        "slots": first["slots"],
+        "memory_bytes": first["memory_bytes"],
+        "hit_rate": first.get("hit_rate"),
+        "bytes_per_token": first.get("bytes_per_token"),
+        "tokens_per_second": rate,
+        "tokens_per_second_min": rates[0],
+        "tokens_per_second_max": rates[-1],
+    }
+    if "hit_rate" in first:
+        floor = compute
+        if drive:
+            floor = max(first["bytes_per_token"] / drive, compute)
+        row["roofline_tokens_per_second"] = 1 / floor if floor else None
+        row["share_of_roofline"] = rate * floor if floor else None
+        row["same_output"] = None
+        for part in ("wait", "experts", "policy", "python", "rest_of_model"):
+            row[f"{part}_ms"] = 1e3 * statistics.median(run[f"{part}_seconds"] for run in runs)
+        row["policy_share"] = row["policy_ms"] * rate / 1e3
+        row["drive_busy_share"] = statistics.median(run["drive_busy_share"] for run in runs)
+        row["resident_bytes"] = max(run["resident_bytes"] for run in runs)
+        row["page_cache_bytes"] = max(run["page_cache_bytes"] for run in runs)
+    row["rss_bytes"] = max(run["rss_bytes"] for run in runs)
+    row["tokens"] = first["tokens"]
+    row["rounds"] = len(runs)
+    row["token_ids"] = first["token_ids"]
+    row["text"] = first["text"]
+    return row
+
+
+def mark_equal(rows: list[dict[str, Any]]) -> None:
+    """Fill `same_output`: are the token ids those of the in-memory run?"""
+    reference = next((row["token_ids"] for row in rows if row["system"] == "in-memory"), None)
+    for row in rows:
+        if "same_output" in row and reference is not None:
+            row["same_output"] = row["token_ids"] == reference
+        del row["token_ids"]

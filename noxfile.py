@@ -1,0 +1,103 @@
+"""Every task of the project: `nox -s tests`, `nox -s reproduce`, `nox -l` for the rest.
+
+Each session sets itself up on a bare machine; nothing but nox has to be installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "virtualenv"
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    # torch first and pinned: an open range would fetch gigabytes of CUDA libraries. It is the
+    # CPU build wherever pip is offered one.
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
+
+
+def ensure_fio(session: nox.Session) -> None:
+    """Install fio where that needs no one's leave; else say how, and go on without its rows."""
+    if shutil.which("fio"):
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        session.run("apt-get", "update", "-qq", external=True, silent=True, success_codes=[0, 100])
+        session.run(
+            "apt-get", "install", "-y", "-qq", "fio", external=True, silent=True,
+            success_codes=[0, 100], env={"DEBIAN_FRONTEND": "noninteractive"},
+        )  # fmt: skip
+    if not shutil.which("fio"):
+        session.warn("fio is missing; install it (for example `sudo apt install fio`) for its rows")
+
+
+def harness(session: nox.Session, *command: str) -> None:
+    install(session, "harness")
+    session.run("python", "-m", "harness", *command, *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite: no GPU, no network, a few minutes on 2 cores."""
+    install(session, "harness", "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    install(session, "harness", "test", "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """The project's main job: all tables and plots of this machine, into results/."""
+    ensure_fio(session)
+    harness(session, "reproduce")
+
+
+@nox.session
+def ssd(session: nox.Session) -> None:
+    """The drive by fio and by the engine's own reader."""
+    ensure_fio(session)
+    harness(session, "ssd")
+
+
+@nox.session
+def hit_rates(session: nox.Session) -> None:
+    """The hit-rate tables, replayed from the shipped routing."""
+    harness(session, "hit-rates")
+
+
+@nox.session
+def speedups(session: nox.Session) -> None:
+    """The generation tables."""
+    ensure_fio(session)
+    harness(session, "speedups")
+
+
+@nox.session
+def full_scale(session: nox.Session) -> None:
+    """The generation table at OLMoE-1B-7B's real size: 27 GB of disk, about 10 minutes."""
+    ensure_fio(session)
+    harness(session, "full-scale")
+
+
+@nox.session
+def check(session: nox.Session) -> None:
+    """Do the committed results come out of this code? (What CI runs.)"""
+    harness(session, "check")
+
+
+@nox.session
+def asv(session: nox.Session) -> None:
+    """Benchmarks over the project's history."""
+    session.install("-c", "constraints.txt", "asv", "virtualenv")
+    session.run("asv", "run", "--quick", "--show-stderr", *(session.posargs or ["HEAD^!"]))
