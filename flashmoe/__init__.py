@@ -1,8 +1,7 @@
 """Runs Mixture-of-Experts models whose experts stay on the SSD.
 
-    model = flashmoe.load(path, memory="4GiB")
-    model.generate(...)
-    model.flashmoe.stats()
+`flashmoe.load(path, memory="4GiB")` returns a transformers model; `.generate` as usual, then
+`model.flashmoe.stats()` says what the cache did.
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ class Engine:
     @property
     def resident_bytes(self) -> int:
         """Bytes of experts in slots now. Grows to the budget's whole slots, never above."""
-        return sum(
-            len(layer.cache.slot_of) * layer.arena.extent_bytes for layer in self.layers
-        )
+        return sum(len(layer.cache.slot_of) * layer.arena.extent_bytes for layer in self.layers)
 
     def stats(self) -> dict[str, Any]:
         """Counts since load or the last reset, in experts, bytes and seconds.

@@ -113,31 +113,29 @@ class StreamedExperts:
             total += outputs[:, position]
         return total
 
-    def _serve(
-        self, event: Event, compute: Callable[[int, dict[str, torch.Tensor]], None]
-    ) -> None:
+    def _serve(self, event: Event, compute: Callable[[int, dict[str, torch.Tensor]], None]) -> None:
         """Compute every member of `event`: resident ones first, while the others are read."""
         clock, timings = time.perf_counter, self.timings
         for wave in self.cache.waves(event):
             pending = dict(wave.loads)
-            reads: dict[int, Future[None]] = {}
+            reads: list[Future[None]] = []
             try:
-                for key, slot in wave.loads:
-                    reads[key] = self.reader.submit(self.number, key, self.arena.slots[slot])
+                loads = [(key, self.arena.slots[slot]) for key, slot in wave.loads]
+                reads = self.reader.submit(self.number, loads)
                 started = clock()
                 for key, slot in wave.hits:
                     compute(key, self.arena.parameters[slot])
                 timings.compute_seconds += clock() - started
-                for key, slot in wave.loads:
+                for (key, slot), read in zip(wave.loads, reads, strict=True):
                     started = clock()
-                    reads[key].result()
+                    read.result()
                     arrived = clock()
                     del pending[key]
                     compute(key, self.arena.parameters[slot])
                     timings.wait_seconds += arrived - started
                     timings.compute_seconds += clock() - arrived
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
-                wait(reads.values())
+                wait(reads)
                 for key in pending:
                     self.cache.forget(key)
                 raise

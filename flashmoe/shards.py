@@ -94,8 +94,9 @@ class Shard:
             if end - begin != size:
                 raise ValueError(f"tensor {name} takes {size} bytes, its offsets say {end - begin}")
             if 8 + length + end > file_bytes:
-                raise ValueError(f"tensor {name} ends {8 + length + end - file_bytes} bytes "
-                                 "after the file")
+                raise ValueError(
+                    f"tensor {name} ends {8 + length + end - file_bytes} bytes after the file"
+                )
             tensors[name] = TensorEntry(dtype, shape, 8 + length + begin, size)
         return tensors
 

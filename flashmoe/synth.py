@@ -103,7 +103,7 @@ def synthesise(
         config.save_pretrained(partial)
         if directory.exists():
             directory.rmdir()
-        os.rename(partial, directory)
+        partial.rename(directory)
     except OSError as error:
         raise FlashMoEError(f"{directory}: writing stopped ({error.strerror or error})") from None
     finally:

@@ -71,10 +71,10 @@ class Trace:
         } | {k: v for k, v in self.info.items() if k != "model"}
         partial = target.with_name(target.name + ".partial.npz")
         np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, target)
+        partial.replace(target)
         partial = target.with_name(target.name + ".partial.json")
         partial.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
-        os.replace(partial, target.with_suffix(".json"))
+        partial.replace(target.with_suffix(".json"))
 
 
 def _runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
@@ -124,7 +124,9 @@ def load(path: str | os.PathLike[str]) -> Trace:
     if not isinstance(n_experts, int) or not 0 < n_experts <= 65536:
         raise refuse(f"the description's number of experts is {n_experts!r}")
     if experts.max() >= n_experts:
-        raise refuse(f"names expert {experts.max()}, but a layer has {n_experts} (0..{n_experts - 1})")
+        raise refuse(
+            f"names expert {experts.max()}, but a layer has {n_experts} (0..{n_experts - 1})"
+        )
     ordered = np.sort(experts, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise refuse("a token chooses the same expert twice at one layer")

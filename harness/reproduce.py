@@ -69,9 +69,7 @@ def run_hit_rates(folder: Path, command: str) -> None:
     with count_bar("replaying", hit_rates.total_events(path), "event") as advance:
         rows = hit_rates.table(path, expert_bytes, advance)
     plots.hit_rates(report.write(folder, "hit_rates", rows), folder)
-    report.provenance(
-        folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates._SEED)
-    )
+    report.provenance(folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates._SEED))
 
 
 def demo_expert_bytes() -> int:
@@ -111,9 +109,7 @@ def run_generation(folder: Path, command: str, drive_rows: list[dict[str, Any]])
             say(f"{kind}: {texts[-1]['text']!r}")
         report.write(folder, "text", texts)
         drive = drive_speed(drive_rows, extent)
-        rows = speedups.table(
-            speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say
-        )
+        rows = speedups.table(speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say)
     speedups.mark_equal(rows)
     for row in rows:
         del row["text"]

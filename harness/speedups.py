@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 PROMPTS = {
     "bible": "And it came to pass in those days, that",
-    "dictionary": "Harbor \\Har\"bor\\, n.",
+    "dictionary": 'Harbor \\Har"bor\\, n.',
     "french-manual": "Cette option permet de",
     "german-manual": "Diese Option gibt an, dass",
     "kernel-docs": "The driver must call this function before",

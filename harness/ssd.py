@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ import xxhash
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.direct_io import aligned_memory, drop_page_cache
 from flashmoe.store.manifest import Manifest, lay_out
-from flashmoe.store.reader import ExtentReader
+from flashmoe.store.reader import GROUPED_BELOW_BYTES, ExtentReader
 
 BLOCK_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 4, 16)
@@ -31,6 +32,7 @@ EXTENT_BYTES = {"demo model": 48 << 10, "olmoe-1b-7b": 12 << 20}
 ENGINES = ("io_uring", "libaio", "psync")
 _FILE_BYTES = 768 << 20  # a multiple of both extents
 _RATIO_ROUNDS = 6
+READS_PER_THREAD = 16  # of small extents, as in a prefill that misses most of a layer
 
 Say = Callable[[str], None]
 
@@ -110,38 +112,38 @@ class ReaderBench:
                 xxhash.xxh3_64_hexdigest(file.read(extent_bytes)) for _ in range(layer.n_experts)
             )
             drop_page_cache(file.fileno())
-        manifest = Manifest(
-            "bench", "", 1, path.name, "", 0, (replace(layer, checksums=sums),)
-        )
+        manifest = Manifest("bench", "", 1, path.name, "", 0, (replace(layer, checksums=sums),))
         self.reader = ExtentReader(path.parent, manifest, readers=depth)
         self.n_extents = layer.n_experts
         self.extent_bytes = extent_bytes
         self.depth = depth
-        self.memory = aligned_memory(depth * extent_bytes)
+        self.batch = depth * (READS_PER_THREAD if extent_bytes < GROUPED_BELOW_BYTES else 1)
+        slots = 2 * self.batch  # one batch in flight while the other is collected
+        self.memory = aligned_memory(slots * extent_bytes)
         self.slots = [
-            memoryview(self.memory)[i * extent_bytes : (i + 1) * extent_bytes]
-            for i in range(depth)
+            memoryview(self.memory)[i * extent_bytes : (i + 1) * extent_bytes] for i in range(slots)
         ]
-        self.next = 0
+        self.random = random.Random(1)
 
     def bytes_per_second(self, seconds: float) -> float:
         """Random extents, `depth` in flight, for at least `seconds`."""
         in_flight: deque[tuple[Future[None], memoryview]] = deque()
         started, done = time.perf_counter(), 0
 
-        def start(slot: memoryview) -> None:
-            self.next = (self.next * 1103515245 + 12345) % 2**31
-            extent = (self.next >> 8) % self.n_extents
-            in_flight.append((self.reader.submit(0, extent, slot), slot))
+        def start(slots: list[memoryview]) -> None:
+            extents = self.random.sample(range(self.n_extents), len(slots))
+            reads = self.reader.submit(0, list(zip(extents, slots, strict=True)))
+            in_flight.extend(zip(reads, slots, strict=True))
 
-        for slot in self.slots:
-            start(slot)
+        start(self.slots[: self.batch])
+        start(self.slots[self.batch :])
         while in_flight:
-            future, slot = in_flight.popleft()
-            future.result()
-            done += self.extent_bytes
+            collected = [in_flight.popleft() for _ in range(self.batch)]
+            for future, _ in collected:
+                future.result()
+            done += self.extent_bytes * self.batch
             if time.perf_counter() - started < seconds:
-                start(slot)
+                start([slot for _, slot in collected])
         return done / (time.perf_counter() - started)
 
     def close(self) -> None:
@@ -188,6 +190,7 @@ def _compare(
         bench.bytes_per_second(seconds)  # the first reads are checked, later ones are not
         own, theirs = [], []
         for round_number in range(_RATIO_ROUNDS):
+
             def run_fio() -> None:
                 if engine:
                     row = fio(path, extent_bytes, depth, "random", engine, seconds)

@@ -22,7 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help="budget for experts (default: all of them)")
     parser.add_argument("--policy", default="lru")
     parser.add_argument(
-        "--probabilities", action="store_true", help="keep the router's probabilities of all experts"
+        "--probabilities",
+        action="store_true",
+        help="keep the router's probabilities of all experts",
     )
 
 

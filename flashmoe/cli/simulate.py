@@ -18,7 +18,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--policy", nargs="+", action="extend", metavar="NAME", help="default: all of them"
     )
     parser.add_argument(
-        "--capacity", nargs="+", action="extend", type=float, metavar="F",
+        "--capacity",
+        nargs="+",
+        action="extend",
+        type=float,
+        metavar="F",
         help="fractions of a layer's experts (default: 0.125 0.25 0.375 0.5 0.75)",
     )
     parser.add_argument(
@@ -28,7 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--global", dest="shared", action="store_true", help="one budget for all layers"
     )
     parser.add_argument(
-        "--as-recorded", action="store_true",
+        "--as-recorded",
+        action="store_true",
         help="one event per recorded forward pass and layer, not per token",
     )
     parser.add_argument("--json", action="store_true")
@@ -53,7 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'policy':12} {'capacity':>8} {'slots':>6} {'requests':>10} {'hits':>10} {'hit rate':>8}")
+    print(
+        f"{'policy':12} {'capacity':>8} {'slots':>6} {'requests':>10} {'hits':>10} {'hit rate':>8}"
+    )
     for row in rows:
         print(
             f"{row['policy']:12} {row['capacity']:8.3f} {row['slots']:6} {row['requests']:10} "

@@ -40,8 +40,7 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 return descriptor, True
             try:
-                with aligned_memory(ALIGNMENT_BYTES) as probe:
-                    os.preadv(descriptor, [probe], 0)
+                os.preadv(descriptor, [aligned_memory(ALIGNMENT_BYTES)], 0)
                 return descriptor, True
             except OSError:
                 os.close(descriptor)

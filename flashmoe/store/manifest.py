@@ -82,7 +82,7 @@ class Manifest:
             json.dump(document, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, directory / FILE_NAME)
+        partial.replace(directory / FILE_NAME)
         sync_directory(directory)
 
 
@@ -109,9 +109,7 @@ def lay_out(
         spec = TensorSpec(name, short, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
         specs.append(spec)
         end = spec.offset_bytes + spec.size_bytes
-    return LayerSpec(
-        module, n_experts, offset_bytes, round_up(end, ALIGNMENT_BYTES), tuple(specs)
-    )
+    return LayerSpec(module, n_experts, offset_bytes, round_up(end, ALIGNMENT_BYTES), tuple(specs))
 
 
 def round_up(size: int, multiple: int) -> int:

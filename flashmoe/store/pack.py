@@ -157,13 +157,13 @@ def _write_experts(
         finished = []
         for layer in layers:
             checksums = []
-            with aligned_memory(layer.extent_bytes) as extent:
-                for expert in range(layer.n_experts):
-                    _fill(extent, layer, source.expert(layer.module, expert))
-                    with memoryview(extent)[: layer.extent_bytes] as view:
-                        checksums.append(xxhash.xxh3_64_hexdigest(view))
-                        _write_all(descriptor, view, layer.extent_offset(expert))
-                    progress(layer.extent_offset(expert) + layer.extent_bytes, total)
+            extent = aligned_memory(layer.extent_bytes)
+            view = memoryview(extent)[: layer.extent_bytes]
+            for expert in range(layer.n_experts):
+                _fill(extent, layer, source.expert(layer.module, expert))
+                checksums.append(xxhash.xxh3_64_hexdigest(view))
+                _write_all(descriptor, view, layer.extent_offset(expert))
+                progress(layer.extent_offset(expert + 1), total)
             finished.append(replace(layer, checksums=tuple(checksums)))
             source.forget_pages()
         os.fsync(descriptor)
@@ -207,4 +207,4 @@ def _replace_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.replace(path)

@@ -44,29 +44,17 @@ def verify(
     largest = max(layer.extent_bytes for layer in manifest.layers)
     reader = ExtentReader(store, manifest)
     try:
-        with aligned_memory(largest * READERS) as memory, memoryview(memory) as view:
-            for number, layer in enumerate(manifest.layers):
-                for first in range(0, layer.n_experts, READERS):
-                    experts = range(first, min(first + READERS, layer.n_experts))
-                    pieces = [
-                        view[i * largest : i * largest + layer.extent_bytes]
-                        for i in range(len(experts))
-                    ]
-                    reads = [
-                        reader.submit(number, expert, piece)
-                        for expert, piece in zip(experts, pieces, strict=True)
-                    ]
-                    try:
-                        for read in reads:
-                            read.exception()  # all must have ended before memory is let go
-                        for read in reads:
-                            read.result()
-                    finally:
-                        del reads
-                        for piece in pieces:
-                            piece.release()
-                    progress(layer.extent_offset(experts[-1]) + layer.extent_bytes,
-                             manifest.experts_bytes)
+        view = memoryview(aligned_memory(largest * READERS))
+        for number, layer in enumerate(manifest.layers):
+            for first in range(0, layer.n_experts, READERS):
+                experts = range(first, min(first + READERS, layer.n_experts))
+                pieces = [
+                    view[i * largest : i * largest + layer.extent_bytes]
+                    for i in range(len(experts))
+                ]
+                for read in reader.submit(number, list(zip(experts, pieces, strict=True))):
+                    read.result()
+                progress(layer.extent_offset(experts[-1] + 1), manifest.experts_bytes)
     finally:
         reader.close()
     return manifest

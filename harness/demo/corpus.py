@@ -90,9 +90,7 @@ def _kernel(cache: Path) -> Iterator[Document]:
 
 
 def _python(cache: Path) -> Iterator[Document]:
-    packages = (
-        fetch(name, cache) for name in ("libpython3.11-stdlib", "libpython3.11-minimal")
-    )
+    packages = (fetch(name, cache) for name in ("libpython3.11-stdlib", "libpython3.11-minimal"))
     for package in packages:
         root = package / "usr/lib/python3.11"
         for path in sorted(root.rglob("*.py")):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def train(out: Path, cache: Path, steps: int, peak: float, seed: int) -> None:
                 "seconds": seconds + time.monotonic() - started,
             }
             torch.save(state, checkpoint.with_suffix(".partial"))
-            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+            checkpoint.with_suffix(".partial").replace(checkpoint)
     model.set_experts_implementation("eager")
     model.to(torch.bfloat16).save_pretrained(out / "model")
     progress = {"steps": steps, "seconds": state["seconds"], "seed": seed, "loss": mean_loss}

@@ -1,0 +1,83 @@
+"""Tiny random models of several families, saved by transformers in its hub layout, and stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from flashmoe.store.pack import pack
+
+FAMILIES = {
+    "olmoe": dict(num_experts=8, num_experts_per_tok=2),
+    "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
+    "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16),
+    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, head_dim=16),  # biased, transposed
+    "deepseek_v2": dict(  # shared experts, a dense first layer
+        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=1,
+        first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1, topk_method="greedy",
+    ),
+}  # fmt: skip
+
+
+def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **FAMILIES[family],
+    )
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():  # larger than the default spread, so that routing varies
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(family: str = "olmoe", dtype: torch.dtype = torch.float32) -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = make_checkpoint(family, tmp_path_factory.mktemp(family), dtype)
+        return made[family, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stores(checkpoints, tmp_path_factory):
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(family: str = "olmoe", dtype: torch.dtype = torch.float32) -> Path:
+        if (family, dtype) not in made:
+            store = tmp_path_factory.mktemp("store") / family
+            pack(checkpoints(family, dtype), store)
+            made[family, dtype] = store
+        return made[family, dtype]
+
+    return get
+
+
+@pytest.fixture
+def own_store(checkpoints, tmp_path):
+    """A store of the test's own, to be damaged."""
+    store = tmp_path / "own"
+    pack(checkpoints(), store)
+    return store

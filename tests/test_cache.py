@@ -1,0 +1,71 @@
+"""The cache under arbitrary events and every policy: nothing is lost, doubled or unfair."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmoe import policies
+from flashmoe.cache import ExpertCache
+from flashmoe.events import Event
+
+N_KEYS = 9
+rows = st.lists(st.integers(0, N_KEYS - 1), min_size=1, max_size=4, unique=True)
+steps = st.lists(st.lists(rows, min_size=1, max_size=5), min_size=1, max_size=30)
+
+
+def make(name: str, n_slots: int, events: list[Event]) -> ExpertCache:
+    policy = policies.get(name)(N_KEYS, n_slots)
+    policy.foresee(events)
+    return ExpertCache(policy)
+
+
+@pytest.mark.parametrize("name", policies.available())
+@settings(max_examples=60, deadline=None)
+@given(steps=steps, n_slots=st.integers(1, N_KEYS))
+def test_every_event_is_served_whole_and_within_the_slots(name, steps, n_slots):
+    events = [Event.of_rows(step) for step in steps]
+    cache = make(name, n_slots, events)
+    slots: dict[int, int] = {}  # what a reader of the waves believes lies in each slot
+    hits = 0
+    for event in events:
+        resident = set(cache.slot_of)
+        served: list[int] = []
+        for number, wave in enumerate(cache.waves(event)):
+            for key, slot in wave.loads:
+                slots[slot] = key
+            for key, slot in wave.hits + wave.loads:
+                assert slots[slot] == key  # not overwritten before its use
+                served.append(key)
+            assert len(set(cache.slot_of.values())) == len(cache.slot_of) <= n_slots
+            if number == 0:
+                assert {key for key, _ in wave.hits} == resident & set(event.keys)
+                assert resident & set(event.keys) <= set(cache.slot_of)
+            else:
+                assert not wave.hits
+            hits += len(wave.hits)
+        assert sorted(served) == sorted(event.keys)
+    assert cache.requests == sum(len(event.keys) for event in events)
+    assert cache.hits == hits
+
+
+@given(steps=steps)
+def test_an_event_counts_every_token_once(steps):
+    for step in steps:
+        event = Event.of_rows(step)
+        assert sum(event.counts) == sum(len(row) for row in step)
+        assert list(event.last) == sorted(event.last)
+        assert all(key in step[last] for key, last in zip(event.keys, event.last, strict=True))
+
+
+def test_a_forgotten_key_is_a_miss_again_and_its_slot_is_free():
+    cache = make("lru", 2, [])
+    for key in (1, 2):
+        list(cache.waves(Event.of_rows([[key]])))
+    slot = cache.slot_of[1]
+    cache.forget(1)
+    (wave,) = cache.waves(Event.of_rows([[3]]))
+    assert wave.loads == [(3, slot)]
+    (wave,) = cache.waves(Event.of_rows([[1]]))
+    assert not wave.hits

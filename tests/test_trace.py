@@ -1,0 +1,84 @@
+"""The trace file: kept exactly, and refused in a sentence when it makes no sense."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from flashmoe import trace
+from flashmoe.errors import FlashMoEError
+from flashmoe.trace import Trace
+
+
+def small() -> Trace:
+    rng = np.random.default_rng(0)
+    experts = np.stack([rng.permutation(6)[:2] for _ in range(10 * 3)]).reshape(10, 3, 2)
+    return Trace(
+        experts.astype(np.uint8),
+        np.repeat([0, 1], 5).astype(np.int32),
+        6,
+        weights=rng.random((10, 3, 2)).astype(np.float16),
+        step=np.array([0, 0, 0, 1, 2, 3, 3, 4, 5, 6], dtype=np.int32),
+        info={"model": "m", "names": ["a", "b"]},
+    )
+
+
+def test_round_trip(tmp_path):
+    small().save(tmp_path / "t.npz")
+    back = trace.load(tmp_path / "t.npz")
+    for name in ("experts", "sequence", "weights", "step"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(small(), name))
+    assert (back.n_experts, back.info["names"], back.probabilities) == (6, ["a", "b"], None)
+    assert [run for _, run in back.sequences()] == [slice(0, 5), slice(5, 10)]
+    assert list(back.steps(slice(0, 5))) == [slice(0, 3), slice(3, 4), slice(4, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.npz"]
+
+
+def damaged(**changes):
+    arrays = {"experts": small().experts, "sequence": small().sequence} | changes
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "complaint"),
+    [
+        (damaged(experts=small().experts + 3), "names expert"),
+        (damaged(experts=small().experts.astype(np.int64)), "must be uint8 or uint16"),
+        (damaged(experts=small().experts[:0]), "not empty"),
+        (damaged(experts=np.zeros_like(small().experts)), "same expert twice"),
+        (damaged(experts=np.array([{"a": 1}], dtype=object)), "pickled"),
+        (damaged(sequence=None), "lacks the arrays"),
+        (damaged(sequence=np.zeros(3, np.int32)), "'sequence' must be"),
+        (damaged(sequence=np.array([0, 1] * 5, np.int32)), "contiguous"),
+        (damaged(weights=np.zeros((2, 2), np.float16)), "'weights' must have shape"),
+    ],
+)
+def test_nonsense_is_refused(tmp_path, arrays, complaint):
+    path = tmp_path / "t.npz"
+    np.savez(path, allow_pickle=True, **arrays)
+    path.with_suffix(".json").write_text(json.dumps({"experts": 6}))
+    with pytest.raises(FlashMoEError, match=complaint):
+        trace.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x04pickle", b"x" * 99])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "t.npz"
+    path.write_bytes(content)
+    with pytest.raises(FlashMoEError, match="cannot be read"):
+        trace.load(path)
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '{"experts": -1}', '{"experts": "six"}', "[" * 99999])
+def test_a_nonsense_description_is_refused(tmp_path, text):
+    small().save(tmp_path / "t.npz")
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(FlashMoEError, match="description"):
+        trace.load(tmp_path / "t.npz")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FlashMoEError, match="no such file"):
+        trace.load(tmp_path / "t.npz")
