@@ -124,7 +124,7 @@ class Checkpoint:
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
         """All parameters of one expert, without the expert dimension, contiguous."""
-        count: int = self.experts[module_name].num_experts  # type: ignore[assignment]
+        count = skeleton.n_experts(self.experts[module_name])
         result = {}
         for full, (module, _) in self.expert_names.items():
             if module != module_name:

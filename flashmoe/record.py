@@ -69,7 +69,7 @@ class Recorder:
 
     def trace(self, info: Mapping[str, object]) -> Trace:
         """All that was recorded, as one trace."""
-        n_experts = max(int(module.num_experts) for module in self.modules.values())  # type: ignore[call-overload]
+        n_experts = max(map(skeleton.n_experts, self.modules.values()))
 
         def joined(parts: list[list[np.ndarray]]) -> np.ndarray:
             return np.stack([np.concatenate(layer) for layer in parts], axis=1)

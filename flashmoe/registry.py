@@ -19,5 +19,5 @@ def discover(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
         for _, member in inspect.getmembers(module, inspect.isclass):
             own = member.__module__ == module.__name__ and issubclass(member, base)
             if own and not inspect.isabstract(member):
-                found[member.name] = member  # type: ignore[attr-defined]
+                found[member.name] = member  # type: ignore[attr-defined,assignment]
     return dict(sorted(found.items()))

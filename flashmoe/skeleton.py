@@ -107,9 +107,14 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def n_experts(module: nn.Module) -> int:
+    """Experts of one module that `expert_modules` found."""
+    return int(module.num_experts)  # type: ignore[arg-type]
+
+
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters whose first dimension is the expert."""
-    count: int = module.num_experts  # type: ignore[assignment]
+    count = n_experts(module)
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)

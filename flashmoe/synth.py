@@ -84,7 +84,8 @@ def synthesise(
                 shards.append([])
             shards[-1].append(key)
         generator = torch.Generator().manual_seed(seed)
-        weight_map, done = {}, 0
+        weight_map: dict[str, str] = {}
+        done = 0
         for number, keys in enumerate(shards, start=1):
             file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(keys, file_name)

@@ -24,7 +24,7 @@ def forced_routing(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
     differs, and when the trace is used up.
     """
     modules = skeleton.expert_modules(model)
-    counts = {int(module.num_experts) for module in modules.values()}  # type: ignore[call-overload]
+    counts = set(map(skeleton.n_experts, modules.values()))
     if len(modules) != trace.n_layers or counts != {trace.n_experts}:
         raise FlashMoEError(
             f"the trace is {trace.n_layers} layers x {trace.n_experts} experts, the model "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def run(job: Job) -> dict[str, Any]:
     model = system.load(job.checkpoint, job.store, job.memory_bytes)
     load_seconds = time.perf_counter() - started
     manifest = manifests.load(job.store)
+    forced: AbstractContextManager[None]
     if job.routing:
         forced = forced_routing(model, trace.load(job.routing))
         ids = torch.arange(16)[None] + 1000

@@ -215,9 +215,9 @@ def _compare(
         "ratio_max": ratios[-1] if ratios else None,
         "rounds": len(own),
     }
-    ratio = f", {row['reader_over_fio']:.0%} of fio" if ratios else ""
+    ratio = f", {statistics.median(ratios):.0%} of fio" if ratios else ""
     say(
         f"engine's reader, {extent_bytes >> 10} KiB extents, depth {depth}: "
-        f"{row['reader_bytes_per_second'] / 1e9:.2f} GB/s{ratio}"
+        f"{statistics.median(own) / 1e9:.2f} GB/s{ratio}"
     )
     return row

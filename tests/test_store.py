@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,6 @@ from flashmoe.store.pack import pack
 from flashmoe.store.reader import ExtentReader
 from flashmoe.store.verify import verify
 from harness.page_cache import cached_bytes
-from conftest import FAMILIES
 
 
 def read_all(store: Path) -> dict[str, torch.Tensor]:

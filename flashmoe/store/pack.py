@@ -115,7 +115,7 @@ def _layers(source: Checkpoint) -> list[LayerSpec]:
             for name, parameter in skeleton.expert_parameters(module).items()
         ]
         offset = layers[-1].end_bytes if layers else 0
-        layers.append(lay_out(module_name, module.num_experts, offset, tensors))  # type: ignore[arg-type]
+        layers.append(lay_out(module_name, skeleton.n_experts(module), offset, tensors))
     return layers
 
 

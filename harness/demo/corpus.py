@@ -40,7 +40,7 @@ def _compressed(path: Path) -> str:
 def _bible(cache: Path) -> Iterator[Document]:
     program = fetch("bible-kjv", cache) / "usr/bin/bible"
     data = fetch("bible-kjv-text", cache) / "usr/lib"
-    command = [program, "-p", data, "-f", "gen1:1-rev22:21"]
+    command: list[str | Path] = [program, "-p", data, "-f", "gen1:1-rev22:21"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     chapters: dict[str, list[str]] = {}
     for line in text.splitlines():
