@@ -22,7 +22,7 @@ class InMemory(System):
         # transformers maps the file; a copy makes the pages this process's own
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        return model.requires_grad_(False)
+        return model
 
     def reset_counts(self) -> None:
         pass

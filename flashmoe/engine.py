@@ -233,7 +233,9 @@ def _load_dense(model: transformers.PreTrainedModel, store: Path, name: str) -> 
     except RuntimeError as error:
         raise FlashMoEError(f"store {store}: {name} does not fit the model ({error})") from None
     model.tie_weights()
-    model.requires_grad_(False)
+    # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
+    # without a gradient, which differs in the last bit
+    model.requires_grad_(True)
     held = {
         f"{module_name}.{parameter}"
         for module_name, module in skeleton.expert_modules(model).items()

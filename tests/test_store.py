@@ -225,7 +225,7 @@ def wider(folder):
         (cut_header, "cut short or damaged"),
         (no_config, "no config.json"),
         (quantised, "already quantised"),
-        (wider, "do not match"),
+        (wider, "do not match|of another model"),
     ],
 )
 def test_a_bad_checkpoint_leaves_the_previous_store_usable(
@@ -266,6 +266,13 @@ def test_packing_again_replaces_and_cleans_up(checkpoints, own_store):
     assert first.experts_file != second.experts_file
     assert not (own_store / first.experts_file).exists()
     assert verify(own_store).layers == first.layers
+
+
+def test_a_store_is_not_overwritten_by_another_model(checkpoints, own_store):
+    before = manifest.load(own_store)
+    with pytest.raises(FlashMoEError, match="a store of another model than"):
+        pack(checkpoints("mixtral"), own_store)
+    assert verify(own_store) == before
 
 
 def test_two_packs_into_one_directory_do_not_meet(checkpoints, own_store):

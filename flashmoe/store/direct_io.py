@@ -52,7 +52,10 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
         "from which the pages are dropped after use",
         path,
     )
-    return os.open(path, flags | os.O_CLOEXEC, mode), False
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+    if hasattr(os, "posix_fadvise"):  # readahead would bring in pages that nobody drops
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor, False
 
 
 def drop_page_cache(descriptor: int, offset: int = 0, size_bytes: int = 0) -> None:

@@ -55,8 +55,8 @@ def pack(
 ) -> Manifest:
     """Pack the Hugging Face directory `checkpoint` into the directory `store`.
 
-    Raises FlashMoEError when the checkpoint is unusable, the disk full, or another pack into
-    `store` is under way; a store that was there before stays usable then.
+    Raises FlashMoEError when the checkpoint is unusable, the disk full, another pack into
+    `store` under way, or `store` of another model; a store that was there stays usable then.
     """
     if quant != "none":
         raise FlashMoEError(f"quantisation {quant!r} is not built yet: pack with --quant none")
@@ -65,6 +65,11 @@ def pack(
     if store.resolve() == checkpoint.resolve():
         raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
     with Checkpoint(checkpoint) as source:
+        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+            raise FlashMoEError(
+                f"{store} is a store of another model than {checkpoint}: name another directory, "
+                "or remove that store first"
+            )
         layers = _layers(source)
         total = layers[-1].end_bytes
         made = not store.exists()
@@ -104,7 +109,9 @@ def pack(
 
 
 def config_digest(directory: Path) -> str:
-    return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    """sha256 of the directory's config.json; of nothing where it has none."""
+    path = directory / "config.json"
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
 def _layers(source: Checkpoint) -> list[LayerSpec]:

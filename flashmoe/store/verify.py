@@ -20,7 +20,7 @@ def open_manifest(store: Path) -> manifests.Manifest:
     Raises FlashMoEError when the store is torn, foreign or belongs to another model.
     """
     manifest = manifests.load(store)
-    if not (store / "config.json").is_file() or config_digest(store) != manifest.config_sha256:
+    if config_digest(store) != manifest.config_sha256:
         raise FlashMoEError(
             f"store {store}: its config.json is not the one it was packed with, so it would be "
             "a store of another model; pack it again with `flashmoe pack`"

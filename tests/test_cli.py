@@ -1,0 +1,209 @@
+"""The command line: what it prints, and that bad input is one sentence and a non-zero status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import flashmoe
+from flashmoe import cli, policies, simulate, trace
+from flashmoe.store import manifest
+
+PROMPT = "And it came to pass"
+
+
+def run(capfd, *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+def refused(capfd, *arguments: object) -> str:
+    """The one sentence of a command that must fail."""
+    status, out, err = run(capfd, *arguments)
+    assert status == 1
+    assert not out
+    said = [line for line in err.splitlines() if line.startswith("flashmoe: ")]
+    assert len(said) == 1, err
+    assert "Traceback" not in err
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def demo_store(tmp_path_factory):
+    store = tmp_path_factory.mktemp("demo") / "store"
+    assert cli.main(["pack", str(flashmoe.demo_path()), str(store)]) == 0
+    return store
+
+
+def test_pack_and_verify(capfd, checkpoints, tmp_path):
+    status, out, _ = run(capfd, "pack", checkpoints(), tmp_path / "s", "--quant", "none")
+    assert (status, "3 MoE layers x 8 experts" in out) == (0, True)
+    status, out, _ = run(capfd, "verify", tmp_path / "s")
+    assert (status, "all 24 experts" in out) == (0, True)
+
+
+def test_generate_json_is_what_transformers_generates(capfd, demo_store):
+    status, out, _ = run(
+        capfd, "generate", demo_store, "--prompt", PROMPT, "--memory", "8MiB", "--policy", "lfu",
+        "--max-new-tokens", 12, "--json",
+    )  # fmt: skip
+    assert status == 0
+    result = json.loads(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(flashmoe.demo_path())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        flashmoe.demo_path(), experts_implementation="eager"
+    )
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert result["token_ids"] == expected[0].tolist()
+    assert result["text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert result["new_tokens"] == expected.shape[1] - ids.shape[1]
+    assert result["stats"]["peak_resident_bytes"] <= 8 << 20
+    fixed = {"requests", "hits", "misses", "prefetch_used", "prefetch_wasted", "bytes_read",
+             "read_seconds", "resident_bytes", "peak_resident_bytes", "policy_seconds"}  # fmt: skip
+    assert fixed <= result["stats"].keys()
+
+
+def test_generate_streams_text_as_a_person_would_run_it(demo_store):
+    """The installed command, the default model found by itself."""
+    command = [sys.executable, "-m", "flashmoe", "generate", "--prompt", PROMPT]
+    environment = os.environ | {"XDG_CACHE_HOME": str(demo_store.parent / "cache")}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "8"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(PROMPT)
+    assert "hit rate" in done.stderr
+
+
+def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "t.npz"
+    prompts.write_text("def main():\n\nAnd God said\n")
+    status, said, _ = run(
+        capfd, "record", demo_store, "--prompts", prompts, "--out", out, "--memory", "9MiB",
+        "--max-new-tokens", 6, "--probabilities",
+    )  # fmt: skip
+    assert status == 0
+    recorded = trace.load(out)
+    assert (recorded.n_layers, recorded.n_experts, recorded.top_k) == (16, 64, 8)
+    assert recorded.probabilities.shape == (len(recorded.experts), 16, 64)
+    every = recorded.probabilities.astype(np.float32)
+    np.testing.assert_allclose(every.sum(-1), 1, atol=1e-2)
+    chosen = np.take_along_axis(every, recorded.experts.astype(int), -1)
+    others = every.copy()
+    np.put_along_axis(others, recorded.experts.astype(int), 0, -1)
+    assert (chosen.min(-1) >= others.max(-1)).all()
+    np.testing.assert_allclose(  # what the model weighs experts with comes from the same numbers
+        chosen / chosen.sum(-1, keepdims=True),
+        recorded.weights / recorded.weights.astype(np.float32).sum(-1, keepdims=True),
+        rtol=0.02,
+        atol=1e-3,
+    )
+    status, json_out, _ = run(
+        capfd, "simulate", out, "--policy", "lru", "--capacity", 12 / 64, "--warm", "--as-recorded",
+        "--json",
+    )  # fmt: skip
+    (row,) = json.loads(json_out)
+    assert (status, row["slots"]) == (0, 12)
+    assert f"{row['hits']} hits of {row['requests']}" in said
+
+
+def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
+    arguments = ["simulate", flashmoe.demo_routing_path(), "--capacity", 0.25, 0.5, "--policy"]
+    names = ["belady", "fifo", "lfu", "lru"]
+    status, out, _ = run(capfd, *arguments, *names, "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert {(row["policy"], row["capacity"]) for row in rows} == {
+        (name, capacity) for name in names for capacity in (0.25, 0.5)
+    }
+    for row in rows:
+        assert row["slots"] == round(row["capacity"] * 64)
+        assert row["hit_rate"] == row["hits"] / row["requests"]
+    best = [row["hit_rate"] for row in rows if row["policy"] == "belady"]
+    assert all(row["hit_rate"] <= best[row["capacity"] == 0.5] for row in rows)
+    status, out, _ = run(capfd, *arguments[:4], "--policy", "fifo", "--warm", "--global")
+    assert (status, out.count("fifo")) == (0, 1)
+
+
+def test_policies_lists_the_registry(capfd):
+    status, out, _ = run(capfd, "policies")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(policies.available())
+
+
+def test_bad_input_is_one_sentence(capfd, checkpoints, own_store, tmp_path):
+    prompt = ("--prompt", "x")
+    assert "too small" in refused(capfd, "generate", own_store, *prompt, "--memory", "1KiB")
+    assert "is not a size" in refused(capfd, "generate", own_store, *prompt, "--memory", "many")
+    assert "no policy" in refused(capfd, "generate", own_store, *prompt, "--policy", "mru")
+    assert "at least 1" in refused(capfd, "generate", own_store, *prompt, "--max-new-tokens", 0)
+    assert "no such directory" in refused(capfd, "generate", tmp_path / "none", *prompt)
+    assert "is not a store" in refused(capfd, "verify", tmp_path)
+    assert "no config.json" in refused(capfd, "pack", tmp_path, tmp_path / "s")
+    assert "not built yet" in refused(capfd, "pack", checkpoints(), tmp_path / "s", "--quant=int8")
+    assert "is a file" in refused(capfd, "pack", checkpoints(), own_store / "config.json")
+    assert "no such file" in refused(capfd, "simulate", tmp_path / "t.npz")
+    routing = flashmoe.demo_routing_path()
+    assert "capacity" in refused(capfd, "simulate", routing, "--capacity", "7")
+    assert "no model is called" in refused(capfd, "synth", "gpt-5", tmp_path / "s")
+    assert "not empty" in refused(capfd, "synth", "olmoe-1b-7b", own_store)
+    record = ("record", own_store, "--prompts")
+    assert "cannot be read" in refused(capfd, *record, tmp_path / "p", "--out", tmp_path / "t.npz")
+    (tmp_path / "p").write_text("\n\n")
+    assert "at least one" in refused(capfd, *record, tmp_path / "p", "--out", tmp_path / "t.npz")
+    assert "must end in .npz" in refused(capfd, *record, tmp_path / "p", "--out", tmp_path / "t")
+
+
+def test_a_missing_shard_and_a_flipped_byte_are_one_sentence(
+    capfd, checkpoints, own_store, tmp_path
+):
+    bad = tmp_path / "bad"
+    shutil.copytree(checkpoints(), bad)
+    sorted(bad.glob("*.safetensors"))[0].unlink()
+    assert "is missing" in refused(capfd, "pack", bad, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    path = own_store / manifest.load(own_store).experts_file
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert "expert 0 of" in refused(capfd, "verify", own_store)
+
+
+def test_traces_that_make_no_sense_are_one_sentence(capfd, tmp_path):
+    path = tmp_path / "t.npz"
+    sequence = np.zeros(2, np.int32)
+    np.savez(path, experts=np.array([{}, {}], dtype=object), sequence=sequence)
+    assert "pickled" in refused(capfd, "simulate", path)
+    np.savez(path, experts=np.array([[[1, 9]]] * 2, np.uint8), sequence=sequence)
+    path.with_suffix(".json").write_text(json.dumps({"experts": 4}))
+    assert "names expert 9" in refused(capfd, "simulate", path)
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m flashmoe policies | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_while_synthesising_is_one_sentence(capfd, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert "1.0 MiB free" in refused(capfd, "synth", "olmoe-1b-7b", tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_simulate_refuses_before_it_starts(capfd, monkeypatch):
+    monkeypatch.setattr(simulate, "replay", lambda *_: pytest.fail("started"))
+    routing = flashmoe.demo_routing_path()
+    assert "no policy" in refused(capfd, "simulate", routing, "--policy", "lru", "mru")
