@@ -68,7 +68,7 @@ def table(path: Path, expert_bytes: int, advance: Callable[[int], object]) -> li
                     for name in policies.available()
                 }
                 lru, best = outcomes["lru"].hit_rate, outcomes["belady"].hit_rate
-                lfu = outcomes["lfu"].hit_rate
+                lfu, gap = outcomes["lfu"].hit_rate, best - lru
                 for name, outcome in outcomes.items():
                     rate = outcome.hit_rate
                     low, high = interval(outcome.per_sequence)
@@ -86,7 +86,7 @@ def table(path: Path, expert_bytes: int, advance: Callable[[int], object]) -> li
                             "high": round(high, 5),
                             "misses_per_token": round(per_token, 3),
                             "bytes_per_token": round(per_token * expert_bytes),
-                            "gap_closed": round((rate - lru) / (best - lru), 4),
+                            "gap_closed": round((rate - lru) / gap, 4) if gap else None,
                             "over_lru": round(rate / lru - 1, 4),
                             "over_lfu": round(rate / lfu - 1, 4),
                             "requests": outcome.requests,

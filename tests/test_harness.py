@@ -1,0 +1,223 @@
+"""The harness: its arithmetic on small real runs, its files, and that it cleans up."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import baselines
+import flashmoe
+from flashmoe import policies, trace
+from flashmoe.errors import FlashMoEError
+from flashmoe.record import record
+from flashmoe.store.pack import pack
+from flashmoe.trace import Trace
+from harness import hit_rates, plots, provenance, report, speedups, ssd
+from harness.forced_routing import forced_routing
+from harness.run import Job
+
+ROOT = Path(__file__).parents[1]
+needs_fio = pytest.mark.skipif(ssd.fio_path() is None, reason="fio is not installed")
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("flashmoe", {"baselines", "harness"}), ("baselines", {"harness"})],
+)
+def test_imports_flow_one_way(package, forbidden):
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & forbidden, path
+
+
+@needs_fio
+def test_fio_and_the_reader_measure_the_same_file_and_leave_nothing(tmp_path):
+    with ssd.test_file(tmp_path, 32 << 20) as path:
+        engine = ssd.working_engine(path)
+        for pattern in ("random", "sequential"):
+            row = ssd.fio(path, 128 << 10, 4, pattern, engine, 0.3)
+            assert row["bytes_per_second"] > 1e6
+            assert 0 < row["latency_p50_ms"] <= row["latency_p99_ms"]
+        bench = ssd.ReaderBench(path, 48 << 10, 4)
+        assert bench.bytes_per_second(0.2) > 1e6
+        assert bench.reader.bytes_read > 0
+        bench.close()
+        with pytest.raises(FlashMoEError, match="fio failed"):
+            ssd.fio(path.with_name("none") / "x", 4096, 1, "random", engine, 0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_drive_too_full_for_the_test_file_is_one_sentence(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(FlashMoEError, match="free disk"), ssd.test_file(tmp_path):
+        pass
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """A few real tokens of two kinds of text, as a trace file of its own."""
+    whole = trace.load(flashmoe.demo_routing_path())
+    names = whole.info["names"]
+    kept = [names.index(name) for name in ("bible-0", "bible-1", "python-0", "python-1")]
+    chosen = np.isin(whole.sequence, kept)
+    chosen &= np.arange(len(chosen)) % 256 < 40
+    path = tmp_path_factory.mktemp("trace") / "short.npz"
+    labels = np.searchsorted(kept, whole.sequence[chosen]).astype(np.int32)
+    info = {"model": "demo", "names": [names[number] for number in kept]}
+    Trace(whole.experts[chosen], labels, whole.n_experts, info=info).save(path)
+    return path
+
+
+def test_the_hit_rate_table_means_what_it_says(short, tmp_path):
+    done: list[int] = []
+    rows = pd.DataFrame(hit_rates.table(short, 1000, lambda n: done.append(n)))
+    assert sum(done) == hit_rates.total_events(short)
+    assert set(rows.text) == {"all", "bible", "python"}
+    assert set(rows.policy) == set(policies.available())
+    assert (rows.hits <= rows.requests).all()
+    assert ((rows.low <= rows.hit_rate) & (rows.hit_rate <= rows.high)).all()
+    np.testing.assert_allclose(rows.hit_rate, rows.hits / rows.requests, atol=1e-5)
+    np.testing.assert_allclose(rows.bytes_per_token, rows.misses_per_token * 1000, atol=1)
+    # where LRU is as good as Belady there is no gap to close
+    assert (rows[rows.policy == "lru"].gap_closed.dropna() == 0).all()
+    assert (rows[rows.policy == "belady"].gap_closed.dropna() == 1).all()
+    assert rows[rows.capacity < 0.5].gap_closed.notna().all()
+    assert (rows[rows.policy == "lfu"].over_lfu == 0).all()
+    whole, parts = rows[rows.text == "all"], rows[(rows.text != "all")]
+    assert whole[whole.start == "cold"].hits.sum() == parts.hits.sum()
+    plots.hit_rates(report.write(tmp_path, "hit_rates", rows.to_dict("records")), tmp_path)
+    assert {"hit_rates.csv", "hit_rates.md", "hit_rates.png", "hit_rates.svg"} == {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_an_interval_holds_the_rate_and_narrows_with_agreement():
+    low, high = hit_rates.interval(((100, 40), (100, 60), (100, 50), (100, 50)))
+    assert 0.4 <= low < 0.5 < high <= 0.6
+    assert hit_rates.interval(((100, 50), (100, 50))) == (0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def generation(tmp_path_factory):
+    """Every system, once, each in a process of its own, on the demo model."""
+    folder = tmp_path_factory.mktemp("generation")
+    pack(flashmoe.demo_path(), folder / "store")
+    prompt = speedups.PROMPTS["bible"]
+    base = Job("flashmoe-lru", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
+    rows = speedups.table(speedups.jobs_for(base, [16]), 1, 1e9, lambda text: None)
+    speedups.mark_equal(rows)
+    return folder, base, {row["system"]: row for row in rows}
+
+
+def test_every_system_gives_the_same_tokens(generation):
+    _, _, rows = generation
+    assert rows.keys() == set(baselines.available())
+    streamed = [row for row in rows.values() if "same_output" in row]
+    assert len(streamed) == 2
+    assert all(row["same_output"] for row in streamed)
+
+
+def test_the_parts_of_a_token_add_up(generation):
+    _, _, rows = generation
+    for name in ("flashmoe-lru", "on-demand"):
+        row = rows[name]
+        parts = [row[f"{p}_ms"] for p in ("wait", "experts", "policy", "python", "rest_of_model")]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(1e3 / row["tokens_per_second"], rel=1e-6)
+        assert row["page_cache_bytes"] == 0
+        if row["memory_bytes"] is not None:
+            assert 0 < row["resident_bytes"] <= row["memory_bytes"]
+    assert rows["on-demand"]["hit_rate"] == 0
+    assert rows["on-demand"]["bytes_per_token"] == 16 * 8 * (48 << 10)
+    assert rows["flashmoe-lru"]["bytes_per_token"] < rows["on-demand"]["bytes_per_token"]
+
+
+def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
+    _, _, rows = generation
+    compute = 1 / rows["in-memory"]["tokens_per_second"]
+    for name in ("flashmoe-lru", "on-demand"):
+        row = rows[name]
+        floor = max(row["bytes_per_token"] / 1e9, compute)
+        assert row["roofline_tokens_per_second"] == pytest.approx(1 / floor)
+        assert row["share_of_roofline"] == pytest.approx(row["tokens_per_second"] * floor)
+
+
+def test_a_run_that_fails_says_so(generation):
+    _, base, _ = generation
+    with pytest.raises(FlashMoEError, match=r"flashmoe-lru failed: .*too small"):
+        speedups.run_alone(replace(base, memory_bytes=1))
+
+
+def test_forced_routing_is_the_recorded_one(generation):
+    folder, _, _ = generation
+    recorded = trace.load(flashmoe.demo_routing_path())
+    model = flashmoe.load(folder / "store", memory="8MiB", policy="lru")
+    try:
+        with forced_routing(model, recorded):
+            again = record(model, [torch.arange(20) + 50], max_new_tokens=10)
+        np.testing.assert_array_equal(
+            np.sort(again.experts), np.sort(recorded.experts[: len(again.experts)])
+        )
+        few = Trace(recorded.experts[:5], recorded.sequence[:5], recorded.n_experts)
+        with forced_routing(model, few), pytest.raises(FlashMoEError, match="used up"):
+            model(torch.arange(20)[None])
+        other = Trace(recorded.experts[:, :3], recorded.sequence, recorded.n_experts)
+        with pytest.raises(FlashMoEError, match="3 layers"), forced_routing(model, other):
+            pass
+    finally:
+        model.flashmoe.close()
+
+
+def test_provenance_is_whole_and_names_no_path_of_this_machine(tmp_path):
+    gathered = provenance.gather("python -m harness ssd", tmp_path, seed=1)
+    for key in ("command", "date", "machine", "python", "versions"):
+        assert gathered[key]
+    text = json.dumps(gathered)
+    assert str(Path.home()) not in text
+    assert str(ROOT) not in text
+    report.provenance(tmp_path, "a", gathered)
+    report.provenance(tmp_path, "b", gathered)
+    assert json.loads((tmp_path / "provenance.json").read_text()).keys() == {"a", "b"}
+
+
+def test_a_table_shows_units_that_a_person_reads():
+    frame = pd.DataFrame([{"read_bytes": 2_000_000, "bytes_per_second": 1.5e9, "text": "a|b\nc"}])
+    text = report.markdown(frame)
+    assert "read_MB" in text
+    assert "GB/s" in text
+    assert "1.5 " in text
+    assert "a\\|b⏎c" in text
+
+
+def test_the_committed_results_carry_provenance():
+    folders = [path for path in report.RESULTS.iterdir() if path.is_dir()]
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue
+        records = json.loads((folder / "provenance.json").read_text())
+        for entry in records.values():
+            assert entry["commit"]
+            assert entry["versions"]["torch"]
+
+
+def test_medians_are_of_the_rounds():
+    runs = [
+        {"system": "in-memory", "slots": None, "memory_bytes": None, "tokens_per_second": rate,
+         "rss_bytes": 1, "tokens": 4, "token_ids": [1], "text": ""}
+        for rate in (3.0, 1.0, 2.0)
+    ]  # fmt: skip
+    row = speedups._row(runs, 0.1, None)
+    assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
+    assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)

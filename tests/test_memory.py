@@ -1,0 +1,88 @@
+"""`memory=` is a promise: measured by the kernel, page cache included, under a real limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from flashmoe.store.pack import pack
+from harness.memory_cap import memory_cap
+
+MIB = 1 << 20
+SLACK_BYTES = 24 * MIB  # what two runs of the same Python process differ by
+
+RUN = """
+import json, sys
+from pathlib import Path
+import torch
+import flashmoe
+from harness.page_cache import cached_bytes
+from flashmoe.store import manifest
+torch.set_num_threads(1)
+store, memory = Path(sys.argv[1]), int(sys.argv[2])
+model = flashmoe.load(store, memory=memory, policy="lru")
+ids = torch.arange(3, 200)[None]
+mask = torch.ones_like(ids)
+tokens = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+stats = model.flashmoe.stats()
+print(json.dumps({
+    "tokens": tokens[0].tolist(), "resident": stats["resident_bytes"], "read": stats["bytes_read"],
+    "cached": cached_bytes(store / manifest.load(store).experts_file),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""
+    folder = tmp_path_factory.mktemp("larger")
+    config = transformers.OlmoeConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=32, num_experts_per_tok=4,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    transformers.OlmoeForCausalLM(config).save_pretrained(folder / "checkpoint")
+    pack(folder / "checkpoint", folder / "store")
+    return folder / "store"
+
+
+def run(store: Path, memory_bytes: int, limit_bytes: int | None):
+    with memory_cap(limit_bytes) as cap:
+        if cap is None:
+            pytest.skip("no memory cgroup can be made here")
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, store, str(memory_bytes)],
+            capture_output=True, text=True, preexec_fn=cap.enter,
+        )  # fmt: skip
+        return done, cap.peak_bytes()
+
+
+def test_more_memory_is_used_only_as_given(store):
+    least, most = 4 * 6 * MIB, 30 * 6 * MIB  # 4 slots and 30 of 32
+    run(store, least, None)  # fills the page cache with Python's own files
+    done, floor_bytes = run(store, least, None)
+    small = json.loads(done.stdout)
+    assert small["resident"] == least
+    assert small["cached"] == 0
+
+    # exactly as much more as was given, and the kernel kills whoever takes more
+    limit = floor_bytes + (most - least) + SLACK_BYTES
+    done, peak_bytes = run(store, most, limit)
+    assert done.returncode == 0, done.stderr[-500:]
+    large = json.loads(done.stdout)
+    assert large["tokens"] == small["tokens"]
+    assert large["resident"] <= most
+    assert large["cached"] == 0
+    assert large["read"] < small["read"]
+    assert peak_bytes <= limit
+
+    # and the limit is real: the same run with half of the budget's room is killed
+    tight, _ = run(store, most, floor_bytes + (most - least) // 2 - SLACK_BYTES)
+    assert tight.returncode != 0
