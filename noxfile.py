@@ -97,6 +97,13 @@ def check(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The timed benchmarks, once, by pytest-benchmark."""
+    install(session, "harness", "test")
+    session.run("pytest", "tests/test_benchmarks.py", "--benchmark-enable", *session.posargs)
+
+
+@nox.session
 def asv(session: nox.Session) -> None:
     """Benchmarks over the project's history."""
     session.install("-c", "constraints.txt", "asv", "virtualenv")
