@@ -18,6 +18,7 @@ from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.sizes import format_bytes, parse_bytes
 from flashmoe.store import manifest as manifests
+from flashmoe.store.direct_io import drop_page_cache
 from flashmoe.store.pack import pack
 from flashmoe.store.reader import ExtentReader
 from flashmoe.store.verify import open_manifest
@@ -226,6 +227,8 @@ def _load_dense(model: transformers.PreTrainedModel, store: Path, name: str) -> 
     try:
         with safe_open(store / name, framework="pt", backend="pread") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        with open(store / name, "rb") as read:
+            drop_page_cache(read.fileno())
     except (SafetensorError, OSError) as error:
         raise FlashMoEError(f"store {store}: {name} is damaged ({error}); pack it again") from None
     try:

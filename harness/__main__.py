@@ -55,7 +55,7 @@ def main() -> None:
         case "hit-rates":
             steps.run_hit_rates(folder, command)
         case "speedups":
-            steps.run_generation(folder, command, steps.run_ssd(folder, command))
+            steps.run_generation(folder, command)
         case "full-scale":
             from harness.full_scale import full_scale
 

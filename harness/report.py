@@ -11,8 +11,9 @@ import pandas as pd
 RESULTS = Path(__file__).parents[1] / "results"
 
 NOTES = {
-    "ssd": "Measured. Direct reads of a 768 MiB file of random bytes; one second a row. The host "
-    "shares its drive, so rows taken minutes apart differ.",
+    "ssd": "Measured. Direct reads of a 768 MiB file of random bytes into huge pages. Where the "
+    "drive is shared, rows taken minutes apart differ, and so small a file may come from the "
+    "host's cache.",
     "reader": "Measured, the engine's reader and fio in turn on one file, random extents, equal "
     "depth; the ratio is the median of the pairs, with its range.",
     "hit_rates": "Replayed from the demo model's shipped routing of held-out text, event-atomic, "
@@ -20,15 +21,21 @@ NOTES = {
     "`low` and `high` bound the bootstrap 95 % interval over sequences; belady is offline. `cold` "
     "starts every sequence with an empty cache, `one stream` carries everything over.",
     "generation": "Measured, the trained demo model, greedy decode at batch 1, each row a process "
-    "of its own, rows interleaved over the rounds, no memory cap; tokens/s is the median with its "
+    "of its own, rows interleaved over the rounds, not capped; tokens/s is the median with its "
     "range. The first tokens after the prompt are counted, with the cache as prefill left it. "
-    "Roofline: max(bytes a token / fio's bytes a second at this extent size, the in-memory run's "
-    "time a token). At 27 M parameters Python costs more than the drive: see the full-scale table "
-    "for the real proportions.",
+    "Roofline: 1 / max(bytes a token / drive, the in-memory run's time a token), drive being fio's "
+    "random reads of the store's own file at its extent size, taken just before each run. "
+    "`peak_memory_MB` is what the kernel charged the process at most, page cache included. At "
+    "27 M parameters Python costs more than the drive: see the full-scale table for the real "
+    "proportions.",
     "full_scale": "Measured, synthetic weights, recorded routing: OLMoE-1B-7B's real shapes in "
     "bf16 (random weights, 12 MiB an expert), experts chosen as in the demo model's recorded "
-    "routing, decode at batch 1 after a warm-up, each row a process of its own, no memory cap. "
-    "Bytes, reads and arithmetic are the real model's, the text is not.",
+    "routing, decode at batch 1 after a warm-up, each row a process of its own, rows interleaved "
+    "over the rounds. Bytes, reads and arithmetic are the real model's, the text is not. `cap_MB` "
+    "is a cgroup's limit that held for the run, page cache included, empty where there was none: "
+    "the budget, the dense weights and 1 GiB for Python. Roofline as in the generation table.",
+    "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
+    "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",
     "text": "Greedy text of the demo model, streamed from the store at its smallest budget; equal "
     "to plain transformers' in-memory output where it says so.",
 }

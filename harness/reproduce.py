@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import flashmoe
 from flashmoe.progress import count_bar
@@ -21,6 +20,7 @@ from harness.run import Job
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
 QUICK_TOKENS = 48
 QUICK_ROUNDS = 2
+FIO_SECONDS = 0.5
 _started = time.monotonic()
 
 
@@ -41,17 +41,7 @@ def scratch(folder: Path) -> Iterator[Path]:
         yield Path(made)
 
 
-def drive_speed(rows: list[dict[str, Any]], extent_bytes: int) -> float | None:
-    """fio's random reads of this size, the best depth."""
-    speeds = [
-        row["bytes_per_second"]
-        for row in rows
-        if row["block_bytes"] == extent_bytes and row["pattern"] == "random"
-    ]
-    return max(speeds, default=None)
-
-
-def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> list[dict[str, Any]]:
+def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
     say("measuring the drive")
     with scratch(folder) as work:
         tables = ssd.measure(work, say, seconds=seconds)
@@ -59,7 +49,6 @@ def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> list[dict[str, 
     if tables["ssd"]:
         plots.ssd(report.write(folder, "ssd", tables["ssd"]), reader, folder)
     report.provenance(folder, "ssd", provenance.gather(command, folder))
-    return tables["ssd"]
 
 
 def run_hit_rates(folder: Path, command: str) -> None:
@@ -78,11 +67,11 @@ def demo_expert_bytes() -> int:
     return manifests.load(store_for(flashmoe.demo_path())).layers[0].extent_bytes
 
 
-def run_generation(folder: Path, command: str, drive_rows: list[dict[str, Any]]) -> None:
+def run_generation(folder: Path, command: str) -> None:
     with scratch(folder) as work:
         say("packing the demo model")
         store = work / "demo.store"
-        extent = pack(flashmoe.demo_path(), store).layers[0].extent_bytes
+        pack(flashmoe.demo_path(), store)
         base = Job(
             "flashmoe-lru",
             flashmoe.demo_path(),
@@ -108,25 +97,24 @@ def run_generation(folder: Path, command: str, drive_rows: list[dict[str, Any]])
             )
             say(f"{kind}: {texts[-1]['text']!r}")
         report.write(folder, "text", texts)
-        drive = drive_speed(drive_rows, extent)
+        drive = speedups.drive_of(store, FIO_SECONDS)
         rows = speedups.table(speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say)
     speedups.mark_equal(rows)
     for row in rows:
         del row["text"]
     frame = report.write(folder, "generation", rows)
     plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
-    record = provenance.gather(command, folder, drive_bytes_per_second=drive)
-    report.provenance(folder, "generation", record)
+    report.provenance(folder, "generation", provenance.gather(command, folder))
 
 
 def reproduce(profile: str) -> Path:
     """Everything that the profile has. Returns the folder with the results."""
     command = f"python -m harness reproduce --profile {profile}"
     folder = folder_for(profile)
-    seconds, _ = {"quick": (1.0, None), "desktop": (5.0, None)}[profile]
-    rows = run_ssd(folder, command, seconds)
+    seconds = {"quick": 1.0, "desktop": 5.0}[profile]
+    run_ssd(folder, command, seconds)
     run_hit_rates(folder, command)
-    run_generation(folder, command, rows)
+    run_generation(folder, command)
     if profile == "desktop":
         from harness.full_scale import full_scale
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
@@ -32,6 +31,7 @@ class Job:
     new_tokens: int
     routing: Path | None = None
     warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
+    cap_bytes: int | None = None  # the kernel's limit on the process, page cache included
 
 
 class _Clock(BaseStreamer):
@@ -98,7 +98,6 @@ def run(job: Job) -> dict[str, Any]:
         "token_p95_seconds": per_token[int(len(per_token) * 0.95)],
         "load_seconds": load_seconds,
         "first_token_seconds": clock.times[0] - prefill_started if not job.warm_up_tokens else None,
-        "rss_bytes": psutil.Process().memory_info().rss,
         "page_cache_bytes": cached_bytes(job.store / manifest.experts_file),
         "token_ids": output[0].tolist(),
         "text": tokenizer.decode(output[0]) if tokenizer else None,

@@ -23,6 +23,7 @@ from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
 from harness import hit_rates, plots, provenance, report, speedups, ssd
 from harness.forced_routing import forced_routing
+from harness.memory_cap import memory_cap
 from harness.run import Job
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def generation(tmp_path_factory):
     pack(flashmoe.demo_path(), folder / "store")
     prompt = speedups.PROMPTS["bible"]
     base = Job("flashmoe-lru", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
-    rows = speedups.table(speedups.jobs_for(base, [16]), 1, 1e9, lambda text: None)
+    rows = speedups.table(speedups.jobs_for(base, [16]), 1, lambda: 1e9, lambda text: None)
     speedups.mark_equal(rows)
     return folder, base, {row["system"]: row for row in rows}
 
@@ -158,6 +159,11 @@ def test_a_run_that_fails_says_so(generation):
     _, base, _ = generation
     with pytest.raises(FlashMoEError, match=r"flashmoe-lru failed: .*too small"):
         speedups.run_alone(replace(base, memory_bytes=1))
+    with memory_cap(1 << 30) as cap:
+        if cap is None:
+            pytest.skip("no memory cgroup can be made here")
+    with pytest.raises(FlashMoEError, match="flashmoe-lru failed"):  # killed by the kernel
+        speedups.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
 
 
 def test_forced_routing_is_the_recorded_one(generation):
@@ -215,9 +221,9 @@ def test_the_committed_results_carry_provenance():
 def test_medians_are_of_the_rounds():
     runs = [
         {"system": "in-memory", "slots": None, "memory_bytes": None, "tokens_per_second": rate,
-         "rss_bytes": 1, "tokens": 4, "token_ids": [1], "text": ""}
+         "cap_bytes": None, "peak_memory_bytes": 1, "tokens": 4, "token_ids": [1], "text": ""}
         for rate in (3.0, 1.0, 2.0)
     ]  # fmt: skip
-    row = speedups._row(runs, 0.1, None)
+    row = speedups._row(runs, 0.1)
     assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)

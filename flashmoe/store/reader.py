@@ -64,10 +64,18 @@ class ExtentReader:
         return [future for future, count in tasks for _ in range(count)]
 
     def _read(self, layer: int, group: Sequence[tuple[int, memoryview]]) -> None:
-        done = 0
+        spec, checked, direct = self.manifest.layers[layer], self._checked[layer], self.direct
+        descriptor, preadv = self._descriptor, os.preadv
+        start, extent_bytes = spec.offset_bytes, spec.extent_bytes
+        done, expert = 0, -1
         try:
-            for expert, memory in group:
-                done += self._read_one(layer, expert, memory)
+            for expert, memory in group:  # few steps: at 48 KiB each costs 1 % of the bandwidth
+                count = preadv(descriptor, (memory,), start + expert * extent_bytes)
+                if count != extent_bytes or not checked[expert] or not direct:
+                    self._finish(layer, expert, memory, count)
+                done += extent_bytes
+        except OSError as error:
+            raise self._error(layer, expert, f"the read failed ({error})") from None
         finally:
             with self._lock:
                 self.bytes_read += done
@@ -75,25 +83,21 @@ class ExtentReader:
                 if not self._in_flight:
                     self.busy_seconds += time.perf_counter() - self._busy_since
 
-    def _read_one(self, layer: int, expert: int, memory: memoryview) -> int:
+    def _finish(self, layer: int, expert: int, memory: memoryview, done: int) -> None:
+        """Read what a short read left, drop the pages of a buffered one, check a first one."""
         spec = self.manifest.layers[layer]
-        offset, wanted = spec.extent_offset(expert), spec.extent_bytes
-        try:
-            done = os.preadv(self._descriptor, [memory], offset)
-            while done < wanted:
-                count = os.preadv(self._descriptor, [memory[done:]], offset + done)
-                if count == 0:
-                    raise self._error(layer, expert, "the file ends before it: it was cut short")
-                done += count
-        except OSError as error:
-            raise self._error(layer, expert, f"the read failed ({error})") from None
+        offset = spec.extent_offset(expert)
+        while done < spec.extent_bytes:
+            count = os.preadv(self._descriptor, [memory[done:]], offset + done)
+            if count == 0:
+                raise self._error(layer, expert, "the file ends before it: it was cut short")
+            done += count
         if not self.direct:
-            drop_page_cache(self._descriptor, offset, wanted)
+            drop_page_cache(self._descriptor, offset, spec.extent_bytes)
         if not self._checked[layer][expert]:
             if xxhash.xxh3_64_hexdigest(memory) != spec.checksums[expert]:
                 raise self._error(layer, expert, "its bytes are not those that were packed")
             self._checked[layer][expert] = True
-        return done
 
     def _error(self, layer: int, expert: int, what: str) -> FlashMoEError:
         module = self.manifest.layers[layer].module
