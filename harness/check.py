@@ -14,7 +14,7 @@ import flashmoe
 from flashmoe import simulate
 from flashmoe.errors import FlashMoEError
 from flashmoe.record import record
-from harness import hit_rates, report, speedups
+from harness import hit_rates, report, texts
 from harness.reproduce import demo_expert_bytes, say
 
 
@@ -50,7 +50,7 @@ def _engine() -> Iterator[str]:
     say("generating with the engine, in memory, and in the simulator")
     path = flashmoe.demo_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(speedups.PROMPTS["bible"], return_tensors="pt")["input_ids"]
+    ids = tokenizer(texts.PROMPTS["bible"], return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     mask = torch.ones_like(ids)
     expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)

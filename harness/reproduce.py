@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,7 @@ import flashmoe
 from flashmoe.progress import count_bar
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
-from harness import hit_rates, plots, provenance, report, speedups, ssd
+from harness import hit_rates, plots, provenance, report, speedups, ssd, texts
 from harness.run import Job
 
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
@@ -77,26 +76,11 @@ def run_generation(folder: Path, command: str) -> None:
             flashmoe.demo_path(),
             store,
             0,
-            speedups.PROMPTS["python"],
+            texts.PROMPTS["python"],
             QUICK_TOKENS,
         )
-        say("generating text from the store, one prompt a kind of text")
-        texts = []
-        for kind, prompt in speedups.PROMPTS.items():
-            job = replace(base, prompt=prompt, memory_bytes=speedups.budget_for(store, 8))
-            streamed = speedups.run_alone(job)
-            whole = speedups.run_alone(replace(job, system="in-memory"))
-            texts.append(
-                {
-                    "kind": kind,
-                    "slots": streamed["slots"],
-                    "same_output": streamed["token_ids"] == whole["token_ids"],
-                    "hit_rate": streamed["hit_rate"],
-                    "text": streamed["text"],
-                }
-            )
-            say(f"{kind}: {texts[-1]['text']!r}")
-        report.write(folder, "text", texts)
+        say("generating text from the store, one prompt a kind of text, at several budgets")
+        report.write(folder, "text", texts.table(store, say))
         drive = speedups.drive_of(store, FIO_SECONDS)
         rows = speedups.table(speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say)
     speedups.mark_equal(rows)

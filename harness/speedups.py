@@ -21,15 +21,6 @@ from harness.run import Job
 Say = Callable[[str], None]
 Drive = Callable[[], float]
 
-PROMPTS = {
-    "bible": "And it came to pass in those days, that",
-    "dictionary": 'Harbor \\Har"bor\\, n.',
-    "french-manual": "Cette option permet de",
-    "german-manual": "Diese Option gibt an, dass",
-    "kernel-docs": "The driver must call this function before",
-    "python": "def main(argv=None):\n    parser = argparse.",
-}
-
 
 def budget_for(store: Path, slots: int) -> int:
     """The bytes that give every layer exactly `slots` slots."""

@@ -21,7 +21,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.record import record
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
-from harness import hit_rates, plots, provenance, report, speedups, ssd
+from harness import hit_rates, plots, provenance, report, speedups, ssd, texts
 from harness.forced_routing import forced_routing
 from harness.memory_cap import memory_cap
 from harness.run import Job
@@ -115,7 +115,7 @@ def generation(tmp_path_factory):
     """Every system, once, each in a process of its own, on the demo model."""
     folder = tmp_path_factory.mktemp("generation")
     pack(flashmoe.demo_path(), folder / "store")
-    prompt = speedups.PROMPTS["bible"]
+    prompt = texts.PROMPTS["bible"]
     base = Job("flashmoe-lru", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
     rows = speedups.table(speedups.jobs_for(base, [16]), 1, lambda: 1e9, lambda text: None)
     speedups.mark_equal(rows)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFas
 
 from flashmoe.record import record
 from harness.demo import corpus, train
-from harness.speedups import PROMPTS
+from harness.texts import PROMPTS
 
 DEMO = Path(__file__).parents[2] / "flashmoe" / "demo"
 WINDOW = 256

@@ -1,0 +1,59 @@
+"""Real text from the streamed demo model at several budgets, beside the resident model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import flashmoe
+from harness.speedups import budget_for
+
+PROMPTS = {
+    "bible": "And it came to pass in those days, that",
+    "dictionary": 'Harbor \\Har"bor\\, n.',
+    "french-manual": "Cette option permet de",
+    "german-manual": "Diese Option gibt an, dass",
+    "kernel-docs": "The driver must call this function before",
+    "python": "def main(argv=None):\n    parser = argparse.",
+}
+SLOTS = (8, 24, 64)
+NEW_TOKENS = 48
+
+
+def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One row a kind of text; the engine starts cold for each. `store` holds the demo model."""
+    path = flashmoe.demo_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = {k: tokenizer(p, return_tensors="pt")["input_ids"] for k, p in PROMPTS.items()}
+    resident = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
+    expected = {kind: _continue(resident, ids) for kind, ids in prompts.items()}
+    rows = {
+        kind: {"kind": kind, "same_output": True, "text": tokenizer.decode(ids)}
+        for kind, ids in expected.items()
+    }
+    for slots in SLOTS:
+        model = flashmoe.load(store, memory=budget_for(store, slots), policy="lru")
+        try:
+            for kind, ids in prompts.items():
+                model.flashmoe.reset()
+                if not torch.equal(_continue(model, ids), expected[kind]):
+                    rows[kind]["same_output"] = False
+                rows[kind][f"hit_rate_{slots}_slots"] = model.flashmoe.stats()["hit_rate"]
+        finally:
+            model.flashmoe.close()
+    for kind, row in rows.items():
+        say(f"{kind}: {row['text']!r}")
+    return [row | {"text": row.pop("text")} for row in rows.values()]
+
+
+def _continue(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )  # fmt: skip
+    return output[0]
