@@ -37,8 +37,8 @@ NOTES = {
     "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
     "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",
     "text": "Measured. Greedy text of the demo model, streamed from the store at three budgets, "
-    "cold for each kind: `same_output` says whether every budget gave the tokens of plain transformers "
-    "with everything resident; hit rates include the prompt, whose experts are all new.",
+    "cold for each kind: `same_output` says whether every budget gave the tokens of plain "
+    "transformers with everything resident; hit rates include the prompt, whose experts are new.",
 }
 
 

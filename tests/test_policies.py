@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -93,13 +96,17 @@ def test_unknown_and_offline_policies_are_refused_in_a_sentence():
         policies.get("belady", online=True)
 
 
-def test_a_policy_is_one_file(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "from flashmoe.policies.lru import LRU\nclass Mine(LRU):\n    name = 'mine'\n"
+def test_the_policy_in_the_readme_is_one_file_and_works(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (source,) = (
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "(Policy)" in block
     )
+    (tmp_path / "mru.py").write_text(source)
     monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     policies.available.cache_clear()
     try:
-        assert "mine" in policies.available()
+        # 3 was used last when 4 comes, then 4 when 3 comes back
+        assert replay("mru", 3, singles("12343")) == (0, [1, 2, 3])
     finally:
         policies.available.cache_clear()
+        sys.modules.pop("flashmoe.policies.mru", None)
