@@ -82,3 +82,5 @@ def _provenance() -> Iterator[str]:
             for key in ("command", "commit", "date", "machine", "versions"):
                 if not entry.get(key):
                     yield f"{folder.name}/{name}: provenance lacks {key}"
+            if entry.get("uncommitted_changes"):
+                yield f"{folder.name}/{name} was made by code that was never committed"
