@@ -23,6 +23,7 @@ from harness.texts import PROMPTS
 
 DEMO = Path(__file__).parents[2] / "flashmoe" / "demo"
 WINDOW = 256
+REPETITION_PENALTY = 1.3
 EVALUATED_TOKENS = 64 * WINDOW  # of each kind
 # Two files, since all probabilities cost 2 KiB a token: a longer one with the weights of the
 # chosen experts for replays, a shorter one with the probabilities of all for learning from.
@@ -97,6 +98,9 @@ def describe(out: Path, cache: Path) -> None:
         rows.append((kind, len(stream), perplexity(model, stream), bigram, unigram))
         print(rows[-1], flush=True)
     model.set_experts_implementation("eager")
+    # so small a model repeats itself when greedy, which would also flatter every cache
+    model.generation_config.repetition_penalty = REPETITION_PENALTY
+    model.generation_config.save_pretrained(target)
     samples = {kind: _continue(model, tokenizer, prompt) for kind, prompt in PROMPTS.items()}
     for name, (sequences, tokens, probabilities) in ROUTING.items():
         names, prompts = [], []
@@ -175,8 +179,7 @@ best on the held-out text itself, which flatters it.
 
 ## Balance of the experts
 
-On the shipped routing, mean over layers: the busiest expert gets {balance["busiest_over_mean"]:.2f}
-times the mean load, the load's entropy is {balance["normalised_entropy"]:.3f} of the uniform
+On the shipped routing, mean over layers: the busiest expert gets {balance["busiest_over_mean"]:.2f} times the mean load, the load's entropy is {balance["normalised_entropy"]:.3f} of the uniform
 one's, {balance["unused_share"]:.1%} of the experts are never used.
 
 ## Routing shipped beside it
@@ -188,7 +191,9 @@ with the probabilities of all experts (float16).
 
 ## What it reads like
 
-Greedy continuations of a few words.
+Greedy continuations of a few words, with the repetition penalty of {REPETITION_PENALTY} that
+generation_config.json names. Phrases have the form of their kind of text, sentences make no sense,
+and without the penalty it falls into loops.
 
 {texts}
 """
