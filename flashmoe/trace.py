@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ class Trace:
     def sequences(self) -> Iterator[tuple[int, slice]]:
         """Each sequence's number and its range of tokens, in order."""
         yield from _runs(self.sequence)
+
+    def named(self, name: str) -> Trace:
+        """One sequence, by its name in the description. Raises FlashMoEError if there is none."""
+        names = self.info.get("names", [])
+        for number, tokens in self.sequences():
+            if number < len(names) and names[number] == name:
+                parts = {n: a[tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
+                return replace(
+                    self, experts=self.experts[tokens], sequence=self.sequence[tokens], **parts
+                )
+        raise FlashMoEError(f"the trace has no sequence called {name!r}")
 
     def steps(self, tokens: slice) -> Iterator[slice]:
         """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""

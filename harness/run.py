@@ -30,6 +30,7 @@ class Job:
     prompt: str
     new_tokens: int
     routing: Path | None = None
+    sequence: str = ""  # with `routing`, the name of the sequence to take the experts from
     prompt_tokens: int = 0  # with `routing`, the prompt's length in place of its text
     warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
     cap_bytes: int | None = None  # the kernel's limit on the process, page cache included
@@ -65,7 +66,8 @@ def run(job: Job) -> dict[str, Any]:
     manifest = manifests.load(job.store)
     forced: AbstractContextManager[None]
     if job.routing:
-        forced = forced_routing(model, trace.load(job.routing))
+        recorded = trace.load(job.routing)
+        forced = forced_routing(model, recorded.named(job.sequence))
         ids = torch.arange(job.prompt_tokens)[None] + 1000
         tokenizer = None
     else:

@@ -36,6 +36,15 @@ def test_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.npz"]
 
 
+def test_a_sequence_by_its_name():
+    part = small().named("b")
+    np.testing.assert_array_equal(part.experts, small().experts[5:])
+    np.testing.assert_array_equal(part.weights, small().weights[5:])
+    np.testing.assert_array_equal(part.step, small().step[5:])
+    with pytest.raises(FlashMoEError, match="no sequence called 'c'"):
+        small().named("c")
+
+
 def damaged(**changes):
     arrays = {"experts": small().experts, "sequence": small().sequence} | changes
     return {name: array for name, array in arrays.items() if array is not None}
