@@ -31,8 +31,9 @@ NOTES = {
     "full_scale": "Measured, synthetic weights, recorded routing: OLMoE-1B-7B's real shapes in "
     "bf16 (random weights, 12 MiB an expert), experts chosen as in the demo model's recorded "
     "routing, decode at batch 1 after a prompt of 160 tokens and a short warm-up, each row a "
-    "process of its own, rows interleaved over the rounds. Bytes, reads and arithmetic are the real model's, the text is not. `cap_MB` "
-    "is a cgroup's limit that held for the run, page cache included, empty where there was none: "
+    "process of its own, rows interleaved over the rounds. Bytes, reads and arithmetic are the "
+    "real model's, the text is not. `cap_MB` is a cgroup's limit that held for the run, "
+    "page cache included, empty where there was none: "
     "the budget, the dense weights and 1 GiB for Python. Roofline as in the generation table.",
     "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
     "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",

@@ -71,8 +71,8 @@ def fio(
     command = [
         "fio", "--name=read", f"--filename={path}", f"--bs={block_bytes}", "--direct=1",
         f"--rw={'randread' if pattern == 'random' else 'read'}", f"--ioengine={engine}",
-        f"--iodepth={depth}", f"--runtime={round(seconds * 1000)}ms", "--time_based", "--randseed=1", "--readonly",
-        "--output-format=json",
+        f"--iodepth={depth}", f"--runtime={round(seconds * 1000)}ms", "--time_based",
+        "--randseed=1", "--readonly", "--output-format=json",
     ]  # fmt: skip
     if engine == "psync":
         command += [f"--numjobs={depth}", "--group_reporting", "--thread"]

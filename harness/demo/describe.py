@@ -150,6 +150,7 @@ def card(
         f"| {kind} | {tokens:,} | {own:.1f} | {bigram:.0f} | {unigram:.0f} |"
         for kind, tokens, own, bigram, unigram in rows
     )
+    peak, entropy, unused = balance.values()
     texts = "\n\n".join(f"**{kind}**\n\n```text\n{text}\n```" for kind, text in samples.items())
     return f"""# The demo model
 
@@ -179,8 +180,9 @@ best on the held-out text itself, which flatters it.
 
 ## Balance of the experts
 
-On the shipped routing, mean over layers: the busiest expert gets {balance["busiest_over_mean"]:.2f} times the mean load, the load's entropy is {balance["normalised_entropy"]:.3f} of the uniform
-one's, {balance["unused_share"]:.1%} of the experts are never used.
+On the shipped routing, mean over layers: the busiest expert gets {peak:.2f} times the mean load,
+the load's entropy is {entropy:.3f} of the uniform one's, {unused:.1%} of the experts are never
+used.
 
 ## Routing shipped beside it
 
