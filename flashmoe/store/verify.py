@@ -11,7 +11,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory
 from flashmoe.store.pack import config_digest
-from flashmoe.store.reader import READERS, ExtentReader
+from flashmoe.store.reader import ExtentReader
 
 
 def open_manifest(store: Path) -> manifests.Manifest:
@@ -44,10 +44,10 @@ def verify(
     largest = max(layer.extent_bytes for layer in manifest.layers)
     reader = ExtentReader(store, manifest)
     try:
-        view = memoryview(aligned_memory(largest * READERS))
+        view = memoryview(aligned_memory(largest * reader.readers))
         for number, layer in enumerate(manifest.layers):
-            for first in range(0, layer.n_experts, READERS):
-                experts = range(first, min(first + READERS, layer.n_experts))
+            for first in range(0, layer.n_experts, reader.readers):
+                experts = range(first, min(first + reader.readers, layer.n_experts))
                 pieces = [
                     view[i * largest : i * largest + layer.extent_bytes]
                     for i in range(len(experts))
