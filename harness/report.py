@@ -23,8 +23,9 @@ NOTES = {
     "generation": "Measured, the trained demo model, greedy decode at batch 1, each row a process "
     "of its own, rows interleaved over the rounds, not capped; tokens/s is the median with its "
     "range. The first tokens after the prompt are counted, with the cache as prefill left it. "
-    "Roofline: 1 / max(bytes a token / drive, the in-memory run's time a token), drive being fio's "
-    "random reads of the store's own file at its extent size, taken just before each run. "
+    "Roofline: 1 / max(bytes a token / drive, arithmetic), drive being fio's random reads of the "
+    "store's own file at its extent size, taken just before each run, and arithmetic the least "
+    "that any row needed for experts and the rest of the model. "
     "`peak_memory_MB` is what the kernel charged the process at most, page cache included. At "
     "27 M parameters Python costs more than the drive: see the full-scale table for the real "
     "proportions.",
