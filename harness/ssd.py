@@ -24,7 +24,7 @@ import xxhash
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.direct_io import aligned_memory, drop_page_cache
 from flashmoe.store.manifest import Manifest, lay_out
-from flashmoe.store.reader import GROUPED_BELOW_BYTES, ExtentReader
+from flashmoe.store.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 
 BLOCK_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 4, 16)
@@ -127,12 +127,15 @@ class ReaderBench:
             )
             drop_page_cache(file.fileno())
         manifest = Manifest("bench", "", 1, path.name, "", 0, (replace(layer, checksums=sums),))
-        self.reader = ExtentReader(path.parent, manifest, readers=depth)
+        # depth counts extents; a large one is read by the engine's own number of threads
+        small = extent_bytes < GROUPED_BELOW_BYTES
+        self.reader = ExtentReader(path.parent, manifest, readers=depth if small else READERS)
         self.n_extents = layer.n_experts
         self.extent_bytes = extent_bytes
         self.depth = depth
-        self.batch = depth * (READS_PER_THREAD if extent_bytes < GROUPED_BELOW_BYTES else 1)
-        slots = 2 * self.batch  # one batch in flight while the other is collected
+        self.batch = depth * READS_PER_THREAD if small else 1
+        # small: one batch in flight while the other is collected
+        slots = 2 * self.batch if small else depth
         self.memory = aligned_memory(slots * extent_bytes)
         self.slots = [
             memoryview(self.memory)[i * extent_bytes : (i + 1) * extent_bytes] for i in range(slots)
@@ -149,8 +152,8 @@ class ReaderBench:
             reads = self.reader.submit(0, list(zip(extents, slots, strict=True)))
             in_flight.extend(zip(reads, slots, strict=True))
 
-        start(self.slots[: self.batch])
-        start(self.slots[self.batch :])
+        for first in range(0, len(self.slots), self.batch):
+            start(self.slots[first : first + self.batch])
         while in_flight:
             collected = [in_flight.popleft() for _ in range(self.batch)]
             for future, _ in collected:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from flashmoe.store import reader
 from flashmoe.store.pack import pack
 
 FAMILIES = {
@@ -73,6 +74,14 @@ def stores(checkpoints, tmp_path_factory):
         return made[family, dtype]
 
     return get
+
+
+@pytest.fixture(params=["in groups", "in pieces"])
+def reading(request, monkeypatch):
+    """Small extents are read in groups; in pieces only large ones, or all for this test."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(reader, "GROUPED_BELOW_BYTES", 1)
+        monkeypatch.setattr(reader, "PIECE_BYTES", 4096)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_output_is_transformers_own_in_half_precision(checkpoints, loaded, dtype
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 64, 333, 1000])
-def test_prompts_longer_than_the_cache_run_in_waves(checkpoints, loaded, length):
+def test_prompts_longer_than_the_cache_run_in_waves(checkpoints, loaded, length, reading):
     ids = prompt(length)
     tokens, logits = run(eager(checkpoints()), ids, 3)
     model = loaded(slots=2)
@@ -155,7 +155,7 @@ def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
         assert tokens.stop - tokens.start == (40, 1, 7)[number] + 29
 
 
-def test_counts_add_up_and_the_budget_is_kept(loaded, stores):
+def test_counts_add_up_and_the_budget_is_kept(loaded, stores, reading):
     model = loaded(slots=5)
     engine = model.flashmoe
     for length in (3, 50, 1):
@@ -181,7 +181,7 @@ def test_with_everything_resident_the_second_run_reads_nothing(loaded):
     assert model.flashmoe.stats()["bytes_read"] == 0
 
 
-def test_a_failed_read_names_the_expert_and_loses_nothing(checkpoints, own_store):
+def test_a_failed_read_names_the_expert_and_loses_nothing(checkpoints, own_store, reading):
     """A byte goes wrong on the drive, the run stops, the byte comes right, the run goes on."""
     contents = manifest.load(own_store)
     path, layer = own_store / contents.experts_file, contents.layers[1]

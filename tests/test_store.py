@@ -94,7 +94,7 @@ def test_extents_never_overlap_and_are_aligned(shapes, dtype, n_experts):
         assert layer.extent_offset(expert) % direct_io.ALIGNMENT_BYTES == 0
 
 
-def test_reading_leaves_nothing_in_the_page_cache(own_store):
+def test_reading_leaves_nothing_in_the_page_cache(own_store, reading):
     path = own_store / manifest.load(own_store).experts_file
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -103,7 +103,7 @@ def test_reading_leaves_nothing_in_the_page_cache(own_store):
     assert cached_bytes(path) == 0
 
 
-def test_buffered_where_direct_is_refused_with_a_warning(own_store, monkeypatch, caplog):
+def test_buffered_where_direct_is_refused_with_a_warning(own_store, monkeypatch, caplog, reading):
     expected = read_all(own_store)
     real = os.open
 
@@ -129,7 +129,7 @@ def flip_byte(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def test_a_flipped_byte_names_layer_and_expert(own_store):
+def test_a_flipped_byte_names_layer_and_expert(own_store, reading):
     contents = manifest.load(own_store)
     layer = contents.layers[1]
     flip_byte(own_store / contents.experts_file, layer.extent_offset(5) + 77)
