@@ -45,6 +45,7 @@ def full_scale(folder: Path, command: str, stores: Path | None = None) -> None:
         if not store.exists():
             say("packing it")
             report.write(folder, "packing", [_pack(checkpoint, store)])
+            report.provenance(folder, "packing", provenance.gather(command, folder, seed=0))
         manifest = manifests.load(store)
         drive = speedups.drive_of(store, FIO_SECONDS)
         base = Job(

@@ -52,11 +52,13 @@ def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
                     markeredgewidth=2,
                     label=f"engine's reader, depth {depth}",
                 )
-        sizes = sorted(rows.block_bytes.unique())
+        sizes = [
+            size for size in sorted(rows.block_bytes.unique()) if size != 12 << 20
+        ]  # beside 16 MiB
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [_size(size) for size in sizes], rotation=45)
         axis.set(title=f"{pattern} direct reads", xlabel="block size")
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.05e-9 * rows.bytes_per_second.max())
         axis.legend(fontsize=8)
     axes[0].set_ylabel("GB/s")
     _save(figure, folder, "ssd")
@@ -102,6 +104,7 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
     axis.plot(labels, floor, "k_", markersize=42, markeredgewidth=2, label="roofline")
     for label, height, rate in zip(labels, bottom, rows.tokens_per_second, strict=True):
         axis.annotate(f"{rate:.3g} token/s", (label, height), ha="center", va="bottom", fontsize=8)
-    axis.set(ylabel="milliseconds a token", title=title)
-    axis.legend(fontsize=8)
+    axis.set(ylabel="milliseconds a token")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8, markerscale=0.4)
     _save(figure, folder, name)
