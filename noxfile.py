@@ -107,4 +107,5 @@ def benchmarks(session: nox.Session) -> None:
 def asv(session: nox.Session) -> None:
     """Benchmarks over the project's history."""
     session.install("-c", "constraints.txt", "asv", "virtualenv")
+    session.run("asv", "machine", "--yes")
     session.run("asv", "run", "--quick", "--show-stderr", *(session.posargs or ["HEAD^!"]))
