@@ -62,9 +62,6 @@ def full_scale(folder: Path, command: str, stores: Path | None = None) -> None:
         )
         jobs = [_capped(job, manifest) for job in speedups.jobs_for(base, SLOTS)]
         rows = speedups.table(jobs, ROUNDS, drive, say)
-    speedups.mark_equal(rows)
-    for row in rows:
-        del row["text"]
     frame = report.write(folder, "full_scale", rows)
     plots.generation(
         frame, folder, "full_scale",

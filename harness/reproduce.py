@@ -83,9 +83,6 @@ def run_generation(folder: Path, command: str) -> None:
         report.write(folder, "text", texts.table(store, say))
         drive = speedups.drive_of(store, FIO_SECONDS)
         rows = speedups.table(speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say)
-    speedups.mark_equal(rows)
-    for row in rows:
-        del row["text"]
     frame = report.write(folder, "generation", rows)
     plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
     report.provenance(folder, "generation", provenance.gather(command, folder))

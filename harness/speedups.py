@@ -84,7 +84,9 @@ def table(jobs: list[Job], rounds: int, drive: Drive | None, say: Say) -> list[d
                 f"{mine[-1]['tokens_per_second']:.2f} token/s"
             )
     compute = min(statistics.median(map(_arithmetic_seconds, mine)) for mine in results)
-    return [_row(mine, compute) for mine in results]
+    rows = [_row(mine, compute) for mine in results]
+    _mark_equal(rows)
+    return rows
 
 
 def _arithmetic_seconds(run: dict[str, Any]) -> float:
@@ -135,7 +137,6 @@ def _row(runs: list[dict[str, Any]], compute: float) -> dict[str, Any]:
     row["tokens"] = first["tokens"]
     row["rounds"] = len(runs)
     row["token_ids"] = first["token_ids"]
-    row["text"] = first["text"]
     return row
 
 
@@ -145,7 +146,7 @@ def _floor(run: dict[str, Any], compute: float) -> float:
     return max(run["bytes_per_token"] / drive, compute) if drive else compute
 
 
-def mark_equal(rows: list[dict[str, Any]]) -> None:
+def _mark_equal(rows: list[dict[str, Any]]) -> None:
     """Fill `same_output`: are the token ids those of the in-memory run?"""
     reference = next((row["token_ids"] for row in rows if row["system"] == "in-memory"), None)
     for row in rows:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def fio(
     }
 
 
+@cache  # asked before every measured run, and the answer is the machine's
 def working_engine(path: Path) -> str:
     """The first of io_uring, libaio and psync that this kernel and fio run."""
     for engine in ENGINES:

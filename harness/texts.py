@@ -31,9 +31,8 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     prompts = {k: tokenizer(p, return_tensors="pt")["input_ids"] for k, p in PROMPTS.items()}
     resident = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     expected = {kind: _continue(resident, ids) for kind, ids in prompts.items()}
-    rows = {
-        kind: {"kind": kind, "same_output": True, "text": tokenizer.decode(ids)}
-        for kind, ids in expected.items()
+    rows: dict[str, dict[str, Any]] = {
+        kind: {"kind": kind, "same_output": True} for kind in prompts
     }
     for slots in SLOTS:
         model = flashmoe.load(store, memory=budget_for(store, slots), policy="lru")
@@ -46,8 +45,9 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         finally:
             model.flashmoe.close()
     for kind, row in rows.items():
+        row["text"] = tokenizer.decode(expected[kind])
         say(f"{kind}: {row['text']!r}")
-    return [row | {"text": row.pop("text")} for row in rows.values()]
+    return list(rows.values())
 
 
 def _continue(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
