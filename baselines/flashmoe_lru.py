@@ -1,4 +1,4 @@
-"""FlashMoE itself under LRU: what the others are compared with until a policy is named."""
+"""FlashMoE under LRU: what its own policy is compared with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class FlashMoELRU(System):
     """The engine as shipped, evicting the least recently used expert."""
 
     name = "flashmoe-lru"
+    policy = "lru"
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
 
     def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
-        self.model = flashmoe.load(store, memory=memory_bytes, policy="lru")
+        self.model = flashmoe.load(store, memory=memory_bytes, policy=self.policy)
         self.engine = self.model.flashmoe
         return self.model
 

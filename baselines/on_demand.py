@@ -16,7 +16,7 @@ class _Forgetful(ExpertCache):
     """Drops everything before each event, so that every request is a miss."""
 
     def waves(self, event: Event) -> Iterator[Wave]:
-        for key in list(self.slot_of):
+        for key in self.resident:
             self.forget(key)
         return super().waves(event)
 

@@ -1,7 +1,8 @@
 """The expert cache: which expert is in which slot, and who makes room for whom.
 
-It moves no bytes. The engine and the simulator both drive this class, so a recorded run
-replayed through the simulator gives the hits and misses that the engine counted.
+It moves no bytes. The engine (an event at a time) and the simulator (a sequence at a time)
+run the same compiled functions of this file, so a recorded run replayed through the
+simulator gives the hits and misses that the engine counted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flashmoe.events import Event
+import numpy as np
+
+from flashmoe.compiled import freeze, helper, kernel, touch, victim
+from flashmoe.events import Event, Events
 from flashmoe.policies.base import Policy
 
 
@@ -19,6 +23,116 @@ class Wave(NamedTuple):
 
     hits: list[tuple[int, int]]
     loads: list[tuple[int, int]]
+
+
+class Residency(NamedTuple):
+    """Who is where. Arrays, so that compiled code can change them."""
+
+    slot_of: np.ndarray  # [n_keys] int64, -1 when not resident
+    residents: np.ndarray  # [n_slots] int64, keys in order of admission
+    free: np.ndarray  # [n_slots] int64, a stack of empty slots
+    sizes: np.ndarray  # [2] int64: how many of `residents` and of `free` count
+    candidates: np.ndarray  # [n_slots + 1] int64, scratch: who may be evicted
+    protected: np.ndarray  # [n_keys] bool, all False between calls
+
+    @classmethod
+    def empty(cls, n_keys: int, n_slots: int) -> Residency:
+        return cls(
+            np.full(n_keys, -1),
+            np.empty(n_slots, np.int64),
+            np.arange(n_slots)[::-1].copy(),
+            np.array([0, n_slots]),
+            np.empty(n_slots + 1, np.int64),
+            np.zeros(n_keys, np.bool_),
+        )
+
+
+@helper
+def _open(policy, cache, event, now, members):  # type: ignore[no-untyped-def]
+    """Tell the policy; write the event's keys to `members`, hits first; return their number."""
+    touch(policy, event, now)
+    hits = 0
+    for key in event.keys:
+        if cache.slot_of[key] >= 0:
+            members[hits] = key
+            hits += 1
+    last = hits
+    for key in event.keys:
+        if cache.slot_of[key] < 0:
+            members[last] = key
+            last += 1
+    return hits
+
+
+@helper
+def _admit(policy, cache, keys, kept):  # type: ignore[no-untyped-def]
+    """Make `keys` resident; neither they nor `kept` make room (unless the policy bypasses)."""
+    for key in kept:
+        cache.protected[key] = not policy.bypasses
+    for key in keys:
+        cache.protected[key] = not policy.bypasses
+    for key in keys:
+        if cache.sizes[1]:
+            cache.sizes[1] -= 1
+            slot = cache.free[cache.sizes[1]]
+        else:
+            n = 0
+            for resident in cache.residents[: cache.sizes[0]]:
+                if not cache.protected[resident]:
+                    cache.candidates[n] = resident
+                    n += 1
+            if policy.bypasses:
+                cache.candidates[n] = key
+                n += 1
+            evicted = victim(policy, cache.candidates[:n])
+            if evicted == key:
+                continue
+            slot = _remove(cache, evicted)
+        cache.slot_of[key] = slot
+        cache.residents[cache.sizes[0]] = key
+        cache.sizes[0] += 1
+    for key in kept:
+        cache.protected[key] = False
+    for key in keys:
+        cache.protected[key] = False
+
+
+@helper
+def _remove(cache, key):  # type: ignore[no-untyped-def]
+    """Take `key` out; its slot."""
+    slot = cache.slot_of[key]
+    cache.slot_of[key] = -1
+    position = 0
+    while cache.residents[position] != key:
+        position += 1
+    cache.sizes[0] -= 1
+    for i in range(position, cache.sizes[0]):
+        cache.residents[i] = cache.residents[i + 1]
+    return slot
+
+
+@helper
+def _replay(policy, cache, events, now):  # type: ignore[no-untyped-def]
+    """Serve every event, waves included; (requests, hits, tokens served)."""
+    members = np.empty(len(cache.slot_of), np.int64)
+    n_slots = len(cache.residents)
+    requests, total_hits = 0, 0
+    for i in range(len(events.tokens)):
+        first, end = events.starts[i], events.starts[i + 1]
+        shares = events.weights[first:end] if len(events.weights) else events.weights
+        keys, counts, last = events.keys[first:end], events.counts[first:end], events.last[first:end]
+        event = Event(keys, counts, last, shares, events.tokens[i], events.below[i])
+        n = len(keys)
+        hits = _open(policy, cache, event, now, members)
+        requests += n
+        total_hits += hits
+        now += events.tokens[i]
+        done, room, kept = hits, n_slots - hits, n
+        while done < n:
+            until = min(done + room, n)
+            _admit(policy, cache, members[done:until], members[:kept])
+            done, room, kept = until, n_slots, 0
+    return requests, total_hits, now
 
 
 class ExpertCache:
@@ -32,46 +146,60 @@ class ExpertCache:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.n_slots = policy.n_slots
-        self.slot_of: dict[int, int] = {}  # in order of admission
-        self.free = list(range(self.n_slots - 1, -1, -1))
+        self.residency = Residency.empty(policy.n_keys, policy.n_slots)
         self.tokens = self.requests = self.hits = 0
         self.policy_seconds = 0.0
+        self._state = freeze(policy)
+        self._members = np.empty(policy.n_keys, np.int64)
+        self._open = kernel(_open, type(policy))
+        self._admit = kernel(_admit, type(policy))
 
     def waves(self, event: Event) -> Iterator[Wave]:
         """Serve `event`: take a wave, make its loads resident, use its slots, take the next."""
         started = time.perf_counter()
-        self.policy.touch(event, self.tokens)
+        slot_of, members = self.residency.slot_of, self._members
+        n_hits = self._open(self._state, self.residency, event, self.tokens, members)
+        n = len(event.keys)
         self.tokens += event.tokens
-        hits = [(key, self.slot_of[key]) for key in event.keys if key in self.slot_of]
-        misses = [key for key in event.keys if key not in self.slot_of]
-        self.requests += len(event.keys)
-        self.hits += len(hits)
-        protected = set(event.keys)
-        room = self.n_slots - len(hits)
+        self.requests += n
+        self.hits += n_hits
+        hits = [(key, int(slot_of[key])) for key in members[:n_hits].tolist()]
+        done, room, kept = n_hits, self.n_slots - n_hits, n  # in the first wave all members stay
         while True:
-            loads = [(key, self._admit(key, protected)) for key in misses[:room]]
+            keys = members[done : done + room]
+            keys = keys[: n - done]
+            if len(keys):
+                self._admit(self._state, self.residency, keys, members[:kept])
+            loads = [(key, int(slot_of[key])) for key in keys.tolist()]
             self.policy_seconds += time.perf_counter() - started
             if hits or loads:
                 yield Wave(hits, loads)
-            misses = misses[room:]
-            if not misses:
+            done += len(keys)
+            if done == n:
                 return
             started = time.perf_counter()
-            hits, room = [], self.n_slots
-            protected = set(misses[:room])  # members already served may make room now
+            hits, room, kept = [], self.n_slots, 0
 
-    def _admit(self, key: int, protected: set[int]) -> int:
-        if self.free:
-            slot = self.free.pop()
-        else:
-            candidates = [resident for resident in self.slot_of if resident not in protected]
-            slot = self.slot_of.pop(self.policy.victim(candidates))
-        self.slot_of[key] = slot
-        return slot
+    def replay(self, events: Events) -> None:
+        """Serve all of `events`, with nothing to be read in between."""
+        started = time.perf_counter()
+        run = kernel(_replay, type(self.policy))
+        requests, hits, self.tokens = run(self._state, self.residency, events, self.tokens)
+        self.requests += requests
+        self.hits += hits
+        self.policy_seconds += time.perf_counter() - started
 
     def forget(self, key: int) -> None:
         """Free the key's slot: its bytes never arrived."""
-        self.free.append(self.slot_of.pop(key))
+        residency = self.residency
+        residency.free[residency.sizes[1]] = _remove(residency, key)
+        residency.sizes[1] += 1
+
+    @property
+    def resident(self) -> list[int]:
+        """Keys in slots, longest resident first."""
+        keys: list[int] = self.residency.residents[: self.residency.sizes[0]].tolist()
+        return keys
 
     @property
     def misses(self) -> int:

@@ -16,6 +16,8 @@ from flashmoe import experts, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
+from flashmoe.locations import cache_folder
+from flashmoe.policies.base import Scope
 from flashmoe.sizes import format_bytes, parse_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import drop_page_cache
@@ -36,11 +38,12 @@ class Engine:
         self.manifest = open_manifest(store)
         self.memory_bytes = memory_bytes
         self.policy_name = policy
-        self.policy_class = policies.get(policy, online=True)
+        self.policy = policies.get(policy, online=True)
         self.modules = skeleton.expert_modules(model)
         _check_fit(self.modules, self.manifest, store)
         self.slots = slots_per_layer(self.manifest, memory_bytes)
         self.timings = experts.Timings()
+        self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
         self.reader = ExtentReader(store, self.manifest)
         self.layers = []
         for number, (spec, module) in enumerate(
@@ -48,7 +51,7 @@ class Engine:
         ):
             arena = Arena(spec, min(self.slots, spec.n_experts))
             streamed = experts.StreamedExperts(
-                number, arena, self._new_cache(number), self.reader, self.timings
+                number, arena, self._new_cache(number), self.reader, self.timings, self.routing
             )
             module.flashmoe_experts = streamed  # type: ignore[assignment]
             self.layers.append(streamed)
@@ -56,12 +59,13 @@ class Engine:
 
     def _new_cache(self, number: int) -> ExpertCache:
         n_experts = self.manifest.layers[number].n_experts
-        return ExpertCache(self.policy_class(n_experts, min(self.slots, n_experts)))
+        scope = Scope(n_experts, self.manifest.top_k, 1, number, len(self.manifest.layers))
+        return ExpertCache(self.policy(scope, min(self.slots, n_experts)))
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of experts in slots now. Grows to the budget's whole slots, never above."""
-        return sum(len(layer.cache.slot_of) * layer.arena.extent_bytes for layer in self.layers)
+        return sum(len(layer.cache.resident) * layer.arena.extent_bytes for layer in self.layers)
 
     def stats(self) -> dict[str, Any]:
         """Counts since load or the last reset, in experts, bytes and seconds.
@@ -163,7 +167,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     memory: int | str,
-    policy: str = "lru",
+    policy: str = "learned",
     device: str = "cpu",
     prefetch: bool = False,
 ) -> transformers.PreTrainedModel:
@@ -173,7 +177,7 @@ def load(
         directory the first time (see `store_for`).
     memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
         (5-7 % of it) comes on top. Output does not depend on it.
-    policy: a name from `flashmoe policies`.
+    policy: a name from `flashmoe policies`, or name:argument.
     Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
     small for one token. `model.flashmoe` is the Engine.
     """
@@ -214,8 +218,7 @@ def store_for(path: Path) -> Path:
         stat = file.stat()
         stamp.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
     digest = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:12]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe"
-    store = root / f"{path.resolve().name}-{digest}"
+    store = cache_folder() / f"{path.resolve().name}-{digest}"
     if not manifests.is_store(store):
         logger.warning("packing %s into %s (once)", path, store)
         pack(path, store)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.events import Event
+from flashmoe.events import Event, below
 from flashmoe.store.reader import ExtentReader
 
 NAME = "flashmoe"
@@ -36,27 +37,47 @@ class Timings:
     compute_seconds: float = 0.0  # expert arithmetic
 
 
+class Routing:
+    """What the last token chose at each layer, which policies of higher layers may look at."""
+
+    def __init__(self, top_k: int, n_layers: int) -> None:
+        self.last = np.zeros((n_layers, top_k), np.int64)
+
+    def below(self, layer: int, n_experts: int) -> np.ndarray:
+        return below(self.last, layer, n_experts)
+
+
 class StreamedExperts:
     """One layer's experts: the cache decides, the reader fills the arena, the module computes."""
 
     def __init__(
-        self, number: int, arena: Arena, cache: ExpertCache, reader: ExtentReader, timings: Timings
+        self,
+        number: int,
+        arena: Arena,
+        cache: ExpertCache,
+        reader: ExtentReader,
+        timings: Timings,
+        routing: Routing,
     ) -> None:
         self.number = number
         self.arena = arena
         self.cache = cache
         self.reader = reader
         self.timings = timings
+        self.routing = routing
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
         started = time.perf_counter()
-        rows = index.tolist()
-        event = Event.of_rows(rows)
+        rows = index.numpy()
+        known = self.routing.below(self.number, self.cache.policy.n_keys)
+        shares = weights.detach().float().numpy()
+        event = Event.of_rows(rows, 0, shares, known)
+        self.routing.last[self.number] = rows[-1]
         if len(rows) == 1:
-            result = self._one_token(module, hidden, rows[0], weights, event)
+            result = self._one_token(module, hidden, rows[0].tolist(), weights, event)
         else:
             result = self._many_tokens(module, hidden, index, weights, event)
         self.timings.total_seconds += time.perf_counter() - started

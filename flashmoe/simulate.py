@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from flashmoe import policies
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.events import Event
+from flashmoe.events import Event, Events, below
+from flashmoe.policies.base import Scope
 from flashmoe.trace import Trace
 
 
@@ -20,6 +23,7 @@ class Conditions:
     warm: bool = False  # residency and statistics carry over from sequence to sequence
     shared: bool = False  # one budget for all layers instead of one cache each
     as_recorded: bool = False  # events are the recorded forward passes, not single tokens
+    interleaved: int = 1  # sequences served in turn, token by token, by one cache
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,38 @@ class Replay:
     policy: str
     capacity: float  # fraction of a layer's experts
     slots: int  # per layer
-    requests: int
-    hits: int
-    policy_seconds: float
-    per_sequence: tuple[tuple[int, int], ...]  # (requests, hits), for bootstrap intervals
+    conditions: Conditions
+    policy_seconds: float  # cache and policy together
+    counted: np.ndarray  # [caches, streams, 2] int64: requests and hits
+
+    @property
+    def per_stream(self) -> np.ndarray:
+        """[streams, 2]: requests and hits, for bootstrap intervals."""
+        return self.counted.sum(axis=0)
+
+    @property
+    def requests(self) -> int:
+        return int(self.counted[..., 0].sum())
+
+    @property
+    def hits(self) -> int:
+        return int(self.counted[..., 1].sum())
 
     @property
     def hit_rate(self) -> float:
         return self.hits / self.requests
 
     def row(self) -> dict[str, Any]:
-        row = asdict(self) | {"hit_rate": self.hit_rate, "misses": self.requests - self.hits}
-        del row["per_sequence"]
-        return row
+        return {
+            "policy": self.policy,
+            "capacity": self.capacity,
+            "slots": self.slots,
+            "requests": self.requests,
+            "hits": self.hits,
+            "misses": self.requests - self.hits,
+            "hit_rate": self.hit_rate,
+            "policy_seconds": self.policy_seconds,
+        }
 
 
 def slots_for(trace: Trace, capacity: float) -> int:
@@ -51,76 +74,87 @@ def slots_for(trace: Trace, capacity: float) -> int:
     return min(max(round(capacity * trace.n_experts), trace.top_k), trace.n_experts)
 
 
-def _events(trace: Trace, tokens: slice, layers: range, conditions: Conditions) -> Iterator[Event]:
-    """Events of a range of tokens at some layers, in the order in which the model meets them."""
-    keyed = conditions.shared
-    if not conditions.as_recorded and not keyed:
-        (layer,) = layers
-        chosen = trace.experts[tokens, layer].tolist()
-        ones, zeros = (1,) * trace.top_k, (0,) * trace.top_k
-        yield from (Event(tuple(row), ones, zeros, 1) for row in chosen)
-        return
-    steps = (
-        trace.steps(tokens)
-        if conditions.as_recorded
-        else (slice(t, t + 1) for t in range(tokens.start, tokens.stop))
-    )
-    for step in steps:
+def events_of(
+    trace: Trace, tokens: np.ndarray, layers: range, conditions: Conditions | None = None
+) -> Events:
+    """Events of some tokens at some layers, in the order in which the model meets them."""
+    offsets = np.arange(len(layers), dtype=np.int64) * trace.n_experts
+    span = slice(layers.start, layers.stop)
+    weights = None if trace.weights is None else trace.weights[tokens, span]
+    if conditions is None or not conditions.as_recorded:
+        keys = trace.experts[tokens, span] + offsets[:, None]
+        known = [below(trace.experts[tokens], layer, trace.n_experts) for layer in layers]
+        shape = (-1, trace.top_k)
+        return Events.of_tokens(
+            keys.reshape(shape),
+            None if weights is None else weights.reshape(shape),
+            np.stack(known, axis=1).reshape(len(keys) * len(layers), -1),
+        )
+    found = []
+    for step in trace.steps(slice(tokens[0], tokens[-1] + 1)):
+        part = slice(step.start - tokens[0], step.stop - tokens[0])
         for layer in layers:
-            rows = trace.experts[step, layer].tolist()
-            yield Event.of_rows(rows, layer * trace.n_experts if keyed else 0)
+            rows = trace.experts[step, layer]
+            shares = None if weights is None else weights[part, layer - layers.start]
+            known = below(trace.experts[step.stop - 1], layer, trace.n_experts)
+            found.append(Event.of_rows(rows, int(offsets[layer - layers.start]), shares, known))
+    return Events.of(found)
+
+
+def streams(trace: Trace, interleaved: int = 1) -> list[np.ndarray]:
+    """The tokens of each stream, in order: a sequence, or several taken token by token in turn."""
+    runs = [np.arange(tokens.start, tokens.stop) for _, tokens in trace.sequences()]
+    if interleaved == 1:
+        return runs
+    groups = []
+    for first in range(0, len(runs), interleaved):
+        group = runs[first : first + interleaved]
+        turn = np.concatenate([np.arange(len(run)) for run in group])
+        groups.append(np.concatenate(group)[np.argsort(turn, kind="stable")])
+    return groups
 
 
 def replay(
     trace: Trace,
-    policy_name: str,
+    policy: str,
     capacity: float,
     conditions: Conditions | None = None,
     *,
     slots: int | None = None,
     progress: Callable[[int], object] = lambda events: None,
 ) -> Replay:
-    """Replay every sequence of `trace` at every layer.
+    """Replay every stream of `trace` at every layer.
 
-    `slots` overrides the slots per layer that `capacity` gives. `progress` is told the number
-    of token-layers done since its last call. A request is one distinct expert of an event.
+    policy: a name, or `name:argument`. `slots` overrides the slots per layer that `capacity`
+    gives. `progress` is told the number of token-layers done since its last call. A request
+    is one distinct expert of an event.
     """
     conditions = conditions or Conditions()
-    policy_class = policies.get(policy_name)
+    choice = policies.get(policy)
     slots = slots or slots_for(trace, capacity)
     width = trace.n_layers if conditions.shared else 1
-    groups = [range(first, first + width) for first in range(0, trace.n_layers, width)]
-    sequences = [tokens for _, tokens in trace.sequences()]
-    counted = [[0, 0] for _ in sequences]
+    turns = streams(trace, conditions.interleaved)
+    counted = np.zeros((trace.n_layers // width, len(turns), 2), np.int64)
     policy_seconds = 0.0
+    for group, first in enumerate(range(0, trace.n_layers, width)):
+        layers = range(first, first + width)
+        scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
 
-    def new_cache() -> ExpertCache:
-        return ExpertCache(policy_class(trace.n_experts * width, slots * width))
+        def new_cache(events: Events, scope: Scope = scope) -> ExpertCache:
+            made = choice(scope, slots * width)
+            if made.offline:
+                made.foresee(events)
+            return ExpertCache(made)
 
-    for layers in groups:
-        cache = new_cache()
-        if policy_class.offline and conditions.warm:
-            whole = [e for tokens in sequences for e in _events(trace, tokens, layers, conditions)]
-            cache.policy.foresee(whole)
-        for number, tokens in enumerate(sequences):
+        if conditions.warm:
+            cache = new_cache(events_of(trace, np.concatenate(turns), layers, conditions))
+        for number, tokens in enumerate(turns):
+            events = events_of(trace, tokens, layers, conditions)
             if not conditions.warm:
-                cache = new_cache()
-                if policy_class.offline:
-                    cache.policy.foresee(list(_events(trace, tokens, layers, conditions)))
+                cache = new_cache(events)
             requests, hits, seconds = cache.requests, cache.hits, cache.policy_seconds
-            for event in _events(trace, tokens, layers, conditions):
-                for _ in cache.waves(event):
-                    pass
-            counted[number][0] += cache.requests - requests
-            counted[number][1] += cache.hits - hits
+            cache.replay(events)
+            counted[group, number] = cache.requests - requests, cache.hits - hits
             policy_seconds += cache.policy_seconds - seconds
-            progress((tokens.stop - tokens.start) * width)
-    return Replay(
-        policy_name,
-        capacity,
-        slots,
-        sum(requests for requests, _ in counted),
-        sum(hits for _, hits in counted),
-        policy_seconds,
-        tuple((requests, hits) for requests, hits in counted),
-    )
+            progress(len(tokens) * width)
+    return Replay(policy, capacity, slots, conditions, policy_seconds, counted)

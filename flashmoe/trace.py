@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,33 @@ class Trace:
         """Each sequence's number and its range of tokens, in order."""
         yield from _runs(self.sequence)
 
+    def select(self, positions: Sequence[int]) -> Trace:
+        """Only these sequences (0 is the first in the file), renumbered from 0."""
+        runs = [tokens for _, tokens in self.sequences()]
+        tokens = np.concatenate([np.arange(runs[p].start, runs[p].stop) for p in positions])
+        lengths = [runs[p].stop - runs[p].start for p in positions]
+        sequence = np.repeat(np.arange(len(positions), dtype=np.int32), lengths)
+        parts = {n: a[tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
+        info = dict(self.info)
+        if "names" in info:
+            info["names"] = [self.names()[p] for p in positions]
+        return replace(
+            self, experts=self.experts[tokens], sequence=sequence, info=info, **parts
+        )
+
+    def names(self) -> list[str]:
+        """Of each sequence, as the description gives it, or its number."""
+        given = self.info.get("names", [])
+        return [
+            given[number] if number < len(given) else str(number)
+            for number, _ in self.sequences()
+        ]
+
     def named(self, name: str) -> Trace:
         """One sequence, by its name in the description. Raises FlashMoEError if there is none."""
-        names = self.info.get("names", [])
-        for number, tokens in self.sequences():
-            if number < len(names) and names[number] == name:
-                parts = {n: a[tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
-                return replace(
-                    self, experts=self.experts[tokens], sequence=self.sequence[tokens], **parts
-                )
-        raise FlashMoEError(f"the trace has no sequence called {name!r}")
+        if name not in self.names():
+            raise FlashMoEError(f"the trace has no sequence called {name!r}")
+        return self.select([self.names().index(name)])
 
     def steps(self, tokens: slice) -> Iterator[slice]:
         """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""

@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--memory", default="12MiB", help="budget for experts (default: 12MiB)")
-    parser.add_argument("--policy", default="lru", help="see `flashmoe policies`")
+    parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 

@@ -17,4 +17,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     for name, policy in policies.available().items():
         summary = (inspect.getdoc(policy) or "").splitlines()[0]
-        print(f"{name:12} {summary}{' (replay only)' if policy.offline else ''}")
+        if policy.parameter:
+            summary += f" [{name}:{policy.parameter}]"
+        print(f"{name:16} {summary}{' (replay only)' if policy.offline else ''}")

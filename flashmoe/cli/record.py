@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="TRACE.npz")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="0: only the prompts")
     parser.add_argument("--memory", help="budget for experts (default: all of them)")
-    parser.add_argument("--policy", default="lru")
+    parser.add_argument("--policy", default="learned")
     parser.add_argument(
         "--probabilities",
         action="store_true",

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.policies.base import Policy
+from flashmoe.policies.base import Policy, Scope
 from flashmoe.registry import discover
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy with its argument, ready to be made for each cache."""
+
+    label: str  # as the user wrote it: a name, or `name:argument`
+    policy_class: type[Policy]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, scope: Scope, n_slots: int) -> Policy:
+        return self.policy_class(scope, n_slots, **self.options)
 
 
 @cache
@@ -16,11 +30,12 @@ def available() -> dict[str, type[Policy]]:
     return discover(sys.modules[__name__], Policy)  # type: ignore[type-abstract]
 
 
-def get(name: str, *, online: bool = False) -> type[Policy]:
-    """The policy called `name`; with `online`, only one that can run without the future.
+def get(label: str, *, online: bool = False) -> Choice:
+    """The policy called `label`, a name or `name:argument`; with `online`, no offline one.
 
-    Raises FlashMoEError when there is none.
+    Raises FlashMoEError when there is none, or its argument makes no sense.
     """
+    name, colon, argument = label.partition(":")
     policy = available().get(name)
     if policy is None:
         raise FlashMoEError(f"no policy is called {name!r}: choose from {', '.join(available())}")
@@ -29,4 +44,4 @@ def get(name: str, *, online: bool = False) -> type[Policy]:
             f"policy {name!r} needs the future, which only a recorded trace has: "
             "use it with `flashmoe simulate`"
         )
-    return policy
+    return Choice(label, policy, policy.options(argument) if colon else {})

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from flashmoe.events import Event
-from flashmoe.policies.base import Policy
+from flashmoe.compiled import helper, kernel
+from flashmoe.events import Event, Events
+from flashmoe.policies.base import Policy, Scope
+
+
+@helper
+def next_uses(keys, starts, n_keys, out):  # type: ignore[no-untyped-def]
+    """For each of the flat `keys`, the next event that has it again; their number if none."""
+    following = np.full(n_keys, len(starts) - 1)
+    for event in range(len(starts) - 2, -1, -1):
+        for i in range(starts[event], starts[event + 1]):
+            out[i] = following[keys[i]]
+        for i in range(starts[event], starts[event + 1]):
+            following[keys[i]] = event
 
 
 class Belady(Policy):
@@ -14,23 +26,20 @@ class Belady(Policy):
     name = "belady"
     offline = True
 
-    def foresee(self, events: Sequence[Event]) -> None:
-        never = len(events)
-        following = [never] * self.n_keys
-        self.next_use: list[list[int]] = []  # for each event, its members' next events
-        for position in range(never - 1, -1, -1):
-            keys = events[position].keys
-            self.next_use.append([following[key] for key in keys])
-            for key in keys:
-                following[key] = position
-        self.next_use.reverse()
-        self.position = 0
-        self.distance = [never] * self.n_keys  # of every key, its next event as of now
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.next_use = np.empty(0, np.int64)  # [requests], of each its key's next event
+        self.position = np.zeros(1, np.int64)  # requests seen so far
+        self.distance = np.full(self.n_keys, np.iinfo(np.int64).max)  # next event as of now
+
+    def foresee(self, events: Events) -> None:
+        self.next_use = np.empty(len(events.keys), np.int64)
+        kernel(next_uses, Belady)(events.keys, events.starts, self.n_keys, self.next_use)
 
     def touch(self, event: Event, now: int) -> None:
-        for key, following in zip(event.keys, self.next_use[self.position], strict=True):
-            self.distance[key] = following
-        self.position += 1
+        for key in event.keys:
+            self.distance[key] = self.next_use[self.position[0]]
+            self.position[0] += 1
 
-    def victim(self, candidates: Sequence[int]) -> int:
-        return max(candidates, key=self.distance.__getitem__)
+    def victim(self, candidates: np.ndarray) -> int:
+        return candidates[np.argmax(self.distance[candidates])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy
@@ -16,5 +16,5 @@ class FIFO(Policy):
     def touch(self, event: Event, now: int) -> None:
         pass
 
-    def victim(self, candidates: Sequence[int]) -> int:
+    def victim(self, candidates: np.ndarray) -> int:
         return candidates[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from flashmoe.events import Event
-from flashmoe.policies.base import Policy
+from flashmoe.policies.base import Policy, Scope, least
 
 
 class LFU(Policy):
@@ -17,13 +17,15 @@ class LFU(Policy):
 
     name = "lfu"
 
-    def __init__(self, n_keys: int, n_slots: int) -> None:
-        super().__init__(n_keys, n_slots)
-        self.rank = [(0, -1)] * n_keys  # (uses, last use)
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.uses = np.zeros(self.n_keys, np.int64)
+        self.last_use = np.full(self.n_keys, -1)
 
     def touch(self, event: Event, now: int) -> None:
-        for key, count, offset in zip(event.keys, event.counts, event.last, strict=True):
-            self.rank[key] = (self.rank[key][0] + count, now + offset)
+        for key, count, offset in zip(event.keys, event.counts, event.last):
+            self.uses[key] += count
+            self.last_use[key] = now + offset
 
-    def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self.rank.__getitem__)
+    def victim(self, candidates: np.ndarray) -> int:
+        return least(candidates, self.uses, self.last_use)

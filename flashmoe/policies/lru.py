@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from flashmoe.events import Event
-from flashmoe.policies.base import Policy
+from flashmoe.policies.base import Policy, Scope
 
 
 class LRU(Policy):
@@ -16,13 +16,13 @@ class LRU(Policy):
 
     name = "lru"
 
-    def __init__(self, n_keys: int, n_slots: int) -> None:
-        super().__init__(n_keys, n_slots)
-        self.last_use = [-1] * n_keys
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.last_use = np.full(self.n_keys, -1)
 
     def touch(self, event: Event, now: int) -> None:
-        for key, offset in zip(event.keys, event.last, strict=True):
+        for key, offset in zip(event.keys, event.last):
             self.last_use[key] = now + offset
 
-    def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self.last_use.__getitem__)
+    def victim(self, candidates: np.ndarray) -> int:
+        return candidates[np.argmin(self.last_use[candidates])]

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,10 @@ def make_optimisers(model: OlmoeForCausalLM, peak: float) -> list[torch.optim.Op
     return optimisers
 
 
-def train(out: Path, cache: Path, steps: int, peak: float, seed: int) -> None:
+def train(
+    out: Path, cache: Path, steps: int, peak: float, seed: int, sizes: Mapping[str, int]
+) -> None:
+    """Train to `steps`, from OUT's checkpoint if there is one; `sizes` override demo_config's."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     print("reading the corpus", flush=True)
@@ -166,7 +170,7 @@ def train(out: Path, cache: Path, steps: int, peak: float, seed: int) -> None:
     streams = {kind: encode(tokenizer, texts) for kind, texts in documents.items()}
     print({kind: f"{len(s) / 1e6:.1f} M tokens" for kind, s in streams.items()}, flush=True)
 
-    model = OlmoeForCausalLM(demo_config(tokenizer.eos_token_id))
+    model = OlmoeForCausalLM(demo_config(tokenizer.eos_token_id, **sizes))
     model.set_experts_implementation(grouped_experts.NAME)
     optimisers = make_optimisers(model, peak)
     checkpoint = out / "checkpoint.pt"
@@ -226,6 +230,13 @@ def train(out: Path, cache: Path, steps: int, peak: float, seed: int) -> None:
     (out / "progress.json").write_text(json.dumps(progress) + "\n")
 
 
+def restart_with_huge_pages(module: str) -> None:
+    """Run `python -m module` anew under _MALLOC, which is read at a process's start only."""
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = _MALLOC
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -234,15 +245,14 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=20261124)
     arguments = parser.parse_args()
-    if "GLIBC_TUNABLES" not in os.environ:  # read at a process's start only
-        os.environ["GLIBC_TUNABLES"] = _MALLOC
-        os.execv(sys.executable, [sys.executable, "-m", "harness.demo.train", *sys.argv[1:]])
+    restart_with_huge_pages("harness.demo.train")
     train(
         arguments.out,
         arguments.corpus,
         arguments.steps,
         arguments.learning_rate,
         arguments.seed,
+        sizes={},
     )
 
 

@@ -1,0 +1,40 @@
+"""Train an eviction policy on recorded routing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashmoe import trace
+from flashmoe.errors import FlashMoEError
+
+HELP = "train a policy on traces"
+SEED = 20261124
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
+    parser.add_argument("--out", required=True, type=Path, metavar="POLICY.safetensors")
+    parser.add_argument(
+        "--kind",
+        default="learned",
+        help="learned (default), paper or paper-vector; run it as learned:FILE or "
+        "flashmoe-paper:FILE",
+    )
+    parser.add_argument("--seed", type=int, default=SEED)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from flashmoe import train
+
+    if arguments.out.suffix != ".safetensors":
+        raise FlashMoEError(f"--out {arguments.out} must end in .safetensors")
+    if not arguments.out.absolute().parent.is_dir():
+        raise FlashMoEError(f"--out {arguments.out}: its directory does not exist; make it first")
+    kind = train.kinds().get(arguments.kind)
+    if kind is None:
+        known = ", ".join(train.kinds())
+        raise FlashMoEError(f"--kind {arguments.kind!r} is unknown: choose from {known}")
+    traces = [trace.load(path) for path in arguments.traces]
+    kind().run(traces, arguments.out, arguments.seed, print)
+    print(f"wrote {arguments.out}")

@@ -1,0 +1,94 @@
+"""Compiles policies: the same classes that run as plain Python become machine code by numba.
+
+A policy is written as an ordinary class whose state lies in NumPy arrays. `freeze` makes a
+named tuple of that state, which numba passes by reference, so that compiled `touch` and
+`victim` change the arrays of the policy object itself. One replayed event of `lru` takes
+0.1 microseconds this way, and 10 interpreted.
+
+Compiled code is kept under ~/.cache/flashmoe, keyed by the sources that it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.extending import overload, register_jitable
+
+from flashmoe.locations import cache_folder
+
+helper = register_jitable  # a function that policies may call, compiled or not
+
+
+def touch(policy, event, now):  # type: ignore[no-untyped-def]
+    """policy.touch, callable from compiled code on what `freeze` returns."""
+    policy.touch(event, now)
+
+
+def victim(policy, candidates):  # type: ignore[no-untyped-def]
+    """policy.victim, likewise."""
+    return policy.victim(candidates)
+
+
+
+
+@overload(touch)
+def _touch(policy, event, now):  # type: ignore[no-untyped-def]
+    method = register_jitable(policy.instance_class.policy_class.touch)
+    return lambda policy, event, now: method(policy, event, now)
+
+
+@overload(victim)
+def _victim(policy, candidates):  # type: ignore[no-untyped-def]
+    method = register_jitable(policy.instance_class.policy_class.victim)
+    return lambda policy, candidates: method(policy, candidates)
+
+
+@cache
+def _state_class(policy_class: type, fields: tuple[str, ...]) -> Any:
+    name = f"{policy_class.__name__}State"
+    made: Any = namedtuple(name, fields)  # type: ignore[misc]
+    made.policy_class = policy_class
+    made.__module__ = policy_class.__module__  # numba's index on disk names it by its module
+    setattr(sys.modules[policy_class.__module__], name, made)
+    return made
+
+
+def freeze(policy: object) -> Any:
+    """The policy's attributes as a named tuple that compiled code accepts."""
+    state = {k: v for k, v in vars(policy).items() if not k.startswith("_")}
+    return _state_class(type(policy), tuple(state))(**state)
+
+
+@cache
+def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., Any]:
+    """`function` compiled for one class of policies (its first argument, frozen)."""
+    folder = cache_folder() / "compiled" / f"{policy_class.__name__}-{_digest(policy_class)}"
+    before = numba.config.CACHE_DIR
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        numba.config.CACHE_DIR = str(folder)
+        return numba.njit(nogil=True, cache=True)(function)
+    except (OSError, RuntimeError):  # no place to write to: compile anew in every process
+        return numba.njit(nogil=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _digest(policy_class: type) -> str:
+    """Of all that decides what a kernel does: editing a policy never runs its old code."""
+    own = Path(inspect.getfile(policy_class))
+    package = Path(__file__).parent
+    sources = [own, *package.glob("*.py"), *(package / "policies").glob("*.py")]
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version} {os.uname().machine}".encode())
+    for source in sorted(set(sources)):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]

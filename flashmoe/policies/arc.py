@@ -1,0 +1,83 @@
+"""Adaptive replacement cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmoe.compiled import helper
+from flashmoe.events import Event
+from flashmoe.policies.base import Policy, Scope
+
+NOWHERE, T1, T2, B1, B2 = 0, 1, 2, 3, 4
+
+
+@helper
+def oldest(where, order, wanted, among):  # type: ignore[no-untyped-def]
+    """The key of `among` in list `wanted` that came there first; -1 if there is none."""
+    found = -1
+    for key in among:
+        if where[key] == wanted and (found < 0 or order[key] < order[found]):
+            found = key
+    return found
+
+
+class ARC(Policy):
+    """Evicts from those used once or those used more often, whichever share it learnt to cut.
+
+    Megiddo, Modha, 'ARC: a self-tuning, low overhead replacement cache' (FAST 2003): T1 and T2
+    hold residents seen once and oftener, B1 and B2 remember what left them; a return from B1
+    lets T1 grow, one from B2 shrinks it. The victim of a miss is chosen among the experts
+    that the event does not need; if the list to cut has none, the other one gives.
+    """
+
+    name = "arc"
+
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.where = np.zeros(self.n_keys, np.int64)
+        self.order = np.zeros(self.n_keys, np.int64)
+        self.sizes = np.zeros(5, np.int64)  # by list
+        self.clock = np.zeros(1, np.int64)
+        self.target = np.zeros(1)  # of T1, in slots
+        self.from_b2 = np.zeros(1, np.bool_)  # the last miss came from B2
+        self.keys = np.arange(self.n_keys)
+
+    def touch(self, event: Event, now: int) -> None:
+        for key in event.keys:
+            place = self.where[key]
+            self.from_b2[0] = place == B2
+            if place == B1:
+                step = max(self.sizes[B2] / self.sizes[B1], 1.0)
+                self.target[0] = min(self.target[0] + step, float(self.n_slots))
+            elif place == B2:
+                step = max(self.sizes[B1] / self.sizes[B2], 1.0)
+                self.target[0] = max(self.target[0] - step, 0.0)
+            elif place == NOWHERE:
+                if self.sizes[T1] + self.sizes[B1] >= self.n_slots and self.sizes[B1]:
+                    _move(self, oldest(self.where, self.order, B1, self.keys), NOWHERE)
+                elif self.sizes[1:].sum() >= 2 * self.n_slots and self.sizes[B2]:
+                    _move(self, oldest(self.where, self.order, B2, self.keys), NOWHERE)
+            _move(self, key, T1 if place == NOWHERE else T2)
+
+    def victim(self, candidates: np.ndarray) -> int:
+        first = oldest(self.where, self.order, T1, candidates)
+        second = oldest(self.where, self.order, T2, candidates)
+        above = self.sizes[T1] > self.target[0]
+        level = self.from_b2[0] and self.sizes[T1] == self.target[0]
+        if second < 0 or (first >= 0 and (above or level)):
+            chosen, ghosts = first, B1
+        else:
+            chosen, ghosts = second, B2
+        _move(self, chosen, ghosts)
+        return chosen
+
+
+@helper
+def _move(self, key, to):  # type: ignore[no-untyped-def]
+    if self.where[key] != NOWHERE:
+        self.sizes[self.where[key]] -= 1
+    if to != NOWHERE:
+        self.sizes[to] += 1
+    self.where[key] = to
+    self.clock[0] += 1
+    self.order[key] = self.clock[0]

@@ -1,0 +1,47 @@
+"""SIEVE."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmoe.events import Event
+from flashmoe.policies.base import Policy, Scope
+
+
+class SIEVE(Policy):
+    """Evicts the first expert not used since a hand, moving from old to new, last passed it.
+
+    Zhang, Yang, Yue, Vigfusson, Rashmi, 'SIEVE is simpler than LRU' (NSDI 2024). Experts that
+    the event needs are passed over and keep their mark.
+    """
+
+    name = "sieve"
+
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.arrival = np.full(self.n_keys, -1)  # -1: not resident
+        self.used = np.zeros(self.n_keys, np.bool_)
+        self.clock = np.zeros(2, np.int64)  # arrivals so far; the arrival that the hand is at
+
+    def touch(self, event: Event, now: int) -> None:
+        for key in event.keys:
+            if self.arrival[key] >= 0:
+                self.used[key] = True
+            else:
+                self.clock[0] += 1
+                self.arrival[key] = self.clock[0]
+                self.used[key] = False
+
+    def victim(self, candidates: np.ndarray) -> int:
+        order = candidates[np.argsort(self.arrival[candidates])]
+        position = np.searchsorted(self.arrival[order], self.clock[1])
+        while True:
+            if position == len(order):
+                position = 0
+            key = order[position]
+            if not self.used[key]:
+                self.clock[1] = self.arrival[key]
+                self.arrival[key] = -1
+                return key
+            self.used[key] = False
+            position += 1

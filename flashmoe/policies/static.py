@@ -1,0 +1,57 @@
+"""A fixed ranking of experts by popularity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe import trace
+from flashmoe.errors import FlashMoEError
+from flashmoe.events import Event, Events
+from flashmoe.policies.base import Policy, Scope
+
+
+class Static(Policy):
+    """Evicts the expert that a profile uses least: the popular ones stay pinned.
+
+    `static:TRACE.npz` takes the profile from a recorded trace of the model. Without one the
+    replayed events themselves are the profile: the best that any fixed choice could know.
+    """
+
+    name = "static"
+    parameter = "a trace to take the profile from"
+    offline = True
+
+    def __init__(self, scope: Scope, n_slots: int, profile: np.ndarray | None = None) -> None:
+        super().__init__(scope, n_slots)
+        self.popularity = np.zeros(self.n_keys, np.int64)
+        if profile is not None:
+            layers = profile[scope.first_layer : scope.first_layer + scope.n_layers]
+            if layers.shape != (scope.n_layers, scope.n_experts):
+                raise FlashMoEError(
+                    f"policy static: the profile has {len(profile)} layers of {profile.shape[1]} "
+                    f"experts, the model {scope.depth} of {scope.n_experts}; record one of it"
+                )
+            self.popularity[:] = layers.ravel()
+
+    @classmethod
+    def options(cls, argument: str) -> dict[str, object]:
+        profile = trace.load(Path(argument))
+        counts = [
+            np.bincount(profile.experts[:, layer].ravel(), minlength=profile.n_experts)
+            for layer in range(profile.n_layers)
+        ]
+        return {"profile": np.stack(counts)}
+
+    def foresee(self, events: Events) -> None:
+        if not self.popularity.any():
+            self.popularity[:] = np.bincount(
+                events.keys, weights=events.counts, minlength=self.n_keys
+            )
+
+    def touch(self, event: Event, now: int) -> None:
+        pass
+
+    def victim(self, candidates: np.ndarray) -> int:
+        return candidates[np.argmin(self.popularity[candidates])]

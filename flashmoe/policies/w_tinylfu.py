@@ -1,0 +1,80 @@
+"""W-TinyLFU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmoe.compiled import helper
+from flashmoe.events import Event
+from flashmoe.policies.arc import oldest
+from flashmoe.policies.base import Policy, Scope
+
+NOWHERE, WINDOW, PROBATION, PROTECTED = 0, 1, 2, 3
+
+
+class WTinyLFU(Policy):
+    """Evicts the less frequent of the window's and the main cache's least recent experts.
+
+    Einziger, Friedman, Manes, 'TinyLFU: a highly efficient cache admission policy' (ACM TOS
+    2017): a window of 1 % of the slots (at least one), a main SLRU of which 80 % is protected,
+    counts halved every 10 x n_slots uses. Counts are exact: a layer has too few experts for
+    a sketch to save anything.
+    """
+
+    name = "w-tinylfu"
+
+    def __init__(self, scope: Scope, n_slots: int) -> None:
+        super().__init__(scope, n_slots)
+        self.window_slots = max(1, n_slots // 100)
+        self.protected_slots = int((n_slots - self.window_slots) * 0.8)
+        self.where = np.zeros(self.n_keys, np.int64)
+        self.order = np.zeros(self.n_keys, np.int64)
+        self.uses = np.zeros(self.n_keys, np.int64)
+        self.sizes = np.zeros(4, np.int64)
+        self.clock = np.zeros(2, np.int64)  # moves so far; uses since counts were halved
+        self.keys = np.arange(self.n_keys)
+
+    def touch(self, event: Event, now: int) -> None:
+        for key, count in zip(event.keys, event.counts):
+            self.uses[key] += count
+            self.clock[1] += count
+            place = self.where[key]
+            if place == NOWHERE:
+                _move(self, key, WINDOW)
+            elif place == PROBATION and self.protected_slots:
+                _move(self, key, PROTECTED)
+                if self.sizes[PROTECTED] > self.protected_slots:
+                    _move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
+            else:
+                _move(self, key, place)
+            if self.sizes[1:].sum() <= self.n_slots and self.sizes[WINDOW] > self.window_slots:
+                _move(self, oldest(self.where, self.order, WINDOW, self.keys), PROBATION)
+        if self.clock[1] >= 10 * self.n_slots:
+            self.uses[:] //= 2
+            self.clock[1] = 0
+
+    def victim(self, candidates: np.ndarray) -> int:
+        newcomer = oldest(self.where, self.order, WINDOW, candidates)
+        veteran = oldest(self.where, self.order, PROBATION, candidates)
+        if veteran < 0:
+            veteran = oldest(self.where, self.order, PROTECTED, candidates)
+        if veteran < 0:
+            chosen = newcomer
+        elif newcomer < 0 or self.sizes[WINDOW] <= self.window_slots:
+            chosen = veteran
+        elif self.uses[newcomer] > self.uses[veteran]:
+            _move(self, newcomer, PROBATION)
+            chosen = veteran
+        else:
+            chosen = newcomer
+        _move(self, chosen, NOWHERE)
+        return chosen
+
+
+@helper
+def _move(self, key, to):  # type: ignore[no-untyped-def]
+    self.sizes[self.where[key]] -= 1
+    self.sizes[to] += 1
+    self.where[key] = to
+    self.clock[0] += 1
+    self.order[key] = self.clock[0]
