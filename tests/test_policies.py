@@ -8,6 +8,8 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
+import cachetools
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,18 +17,21 @@ from hypothesis import strategies as st
 from flashmoe import policies
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.events import Event
+from flashmoe.events import Event, Events
+from flashmoe.policies.base import Scope
+from flashmoe.trace import Trace
 
 
 def replay(name: str, n_slots: int, rows: list[list[int]]) -> tuple[int, list[int]]:
     events = [Event.of_rows([row]) for row in rows]
-    policy = policies.get(name)(10, n_slots)
-    policy.foresee(events)
+    policy = policies.get(name)(Scope(10), n_slots)
+    if policy.offline:
+        policy.foresee(Events.of(events))
     expert_cache = ExpertCache(policy)
     for event in events:
         for _ in expert_cache.waves(event):
             pass
-    return expert_cache.hits, sorted(expert_cache.slot_of)
+    return expert_cache.hits, sorted(expert_cache.resident)
 
 
 def singles(keys: str) -> list[list[int]]:
@@ -46,6 +51,36 @@ def singles(keys: str) -> list[list[int]]:
         ("lfu", "1112345", 2, [1, 4, 5]),
         # uses outlive residency: 3 comes back with its first use counted, so 1 goes before it
         ("lfu", "2211345234", 3, [2, 3, 4]),
+        # three old uses of 1 weigh less than one new one after 64 tokens, more after 8
+        ("lfu-decay:2", "11123345", 3, [3, 4, 5]),
+        ("lfu-decay:64", "11123345", 3, [1, 3, 5]),
+        # 1 leaves with one use at age 1; 5 comes in at 1 + 1 = 2 and outlives 2 (1 use)
+        ("lfuda", "1233455", 2, [3, 4, 5]),
+        # uses / age when 5 comes: 1: 3/6, 2: 1/3, 3: 1/2, so 2 goes; then 1: 3/7, 3: 1/3
+        ("lfru", "11123", 2, [1, 2, 3]),
+        ("lfru", "111235", 2, [1, 3, 5]),
+        ("lfru", "1112356", 2, [1, 5, 6]),
+        # 2 and 3 were used once: the older goes, though 1's last use is older still
+        ("lru-k", "11234", 1, [1, 3, 4]),
+        ("lru-k", "112345", 1, [1, 4, 5]),
+        # one hit takes 1 to the protected segment: 2, then 3, go before it
+        ("slru", "112345", 1, [1, 4, 5]),
+        # 1 and 2 move to T2; 3 and 4 pass through T1
+        ("arc", "121234", 2, [1, 2, 4]),
+        # 1 was used twice in the small queue and moves to the main one; 2, 3 leave
+        ("s3-fifo", "111234", 2, [1, 3, 4]),
+        ("s3-fifo", "1112345", 2, [1, 4, 5]),
+        # the hand spares 1 once: 2 goes, then 3 (the hand has passed 1)
+        ("sieve", "11234", 1, [1, 3, 4]),
+        ("sieve", "112345", 1, [1, 4, 5]),
+        # 4 must come in, and 3 in the window is no better than 1; 4 and 5 are worse than 1
+        ("w-tinylfu", "112233456", 3, [1, 2, 6]),
+        # 2, 3 and 4 are equally popular in the end: the longest resident of them goes
+        ("static", "1112233454", 5, [1, 4, 5]),
+        ("activation-aware", "1112345", 2, [1, 4, 5]),
+        ("least-stale", "12314", 1, [2, 3, 4]),
+        ("llru", "12314", 1, [1, 3, 4]),
+        ("belady-bypass", "1231412", 3, [1, 2, 4]),
     ],
 )
 def test_worked_by_hand(name, keys, hits, left):
@@ -62,9 +97,94 @@ def test_ties_go_to_the_longest_resident():
 
 
 def test_prefill_counts_every_token_for_recency_and_frequency():
-    policy = policies.get("lfu")(10, 4)
+    policy = policies.get("lfu")(Scope(10), 4)
     policy.touch(Event.of_rows([[1, 2], [1, 3], [1, 4]]), 0)
-    assert [policy.victim([1, 2, 3, 4]), policy.victim([4, 3, 1])] == [2, 3]
+    assert [policy.victim(np.array(keys)) for keys in ([1, 2, 3, 4], [4, 3, 1])] == [2, 3]
+
+
+def recorded(seed: int = 0, n: int = 400) -> list[int]:
+    """Single requests with some locality: what other libraries' caches can replay too."""
+    rng = np.random.default_rng(seed)
+    hot = rng.permutation(10)
+    return [int(hot[min(rng.geometric(0.3) - 1, 9)]) for _ in range(n)]
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 4, 7])
+@pytest.mark.parametrize(("name", "peer"), [("lru", cachetools.LRUCache), ("fifo", cachetools.FIFOCache)])
+def test_classical_policies_agree_with_cachetools(name, peer, n_slots):
+    requests, peer_hits = recorded(), 0
+    theirs = peer(n_slots)
+    for key in requests:
+        if key in theirs:
+            peer_hits += 1
+            theirs[key]
+        else:
+            theirs[key] = True
+    assert replay(name, n_slots, [[key] for key in requests])[0] == peer_hits
+
+
+def test_a_shared_cache_keeps_the_layer_that_runs_next():
+    """Two layers of 3 experts, 4 slots. When layer 0 misses, its own old experts are due last."""
+    rows = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
+    left = {}
+    for name in ("lru", "llru", "least-stale"):
+        cache = ExpertCache(policies.get(name)(Scope(3, 1, 2, 0, 2), 4))
+        for layer, expert in rows:
+            list(cache.waves(Event.of_rows([[expert]], 3 * layer)))
+        left[name] = sorted(cache.resident)
+    assert left["lru"] == [1, 2, 3, 4]  # (0, 0) went: the oldest
+    assert left["llru"] == [1, 2, 3, 4]  # the oldest pass, and layer 0 runs later than layer 1
+    assert left["least-stale"] == [1, 2, 3, 4]
+
+
+def test_lecar_learns_to_trust_the_better_of_its_two():
+    """On a scan over a hot pair, LFU keeps the pair and LRU does not."""
+    policy = policies.get("lecar")(Scope(10), 3)
+    cache = ExpertCache(policy)
+    for turn in range(200):
+        for key in (0, 1, 2 + 2 * turn % 8, 3 + 2 * turn % 8):
+            list(cache.waves(Event.of_rows([[key]])))
+    assert policy.weight[1] > 0.9
+    assert policy.weight.sum() == pytest.approx(1)
+
+
+def test_static_takes_its_profile_from_a_trace(tmp_path):
+    experts = np.array([[[3]], [[3]], [[1]]], np.uint8)
+    Trace(experts, np.zeros(3, np.int32), 10).save(tmp_path / "profile.npz")
+    choice = policies.get(f"static:{tmp_path / 'profile.npz'}", online=True)
+    policy = choice(Scope(10), 3)
+    assert policy.victim(np.array([3, 1, 2])) == 2
+    with pytest.raises(FlashMoEError, match="needs the future"):
+        policies.get("static", online=True)
+    with pytest.raises(FlashMoEError, match="the profile has 1 layers of 10"):
+        choice(Scope(12), 3)
+
+
+@pytest.mark.parametrize("label", ["lru:3", "lfu-decay:0", "lfu-decay:x", "learned:/no/file", "static:/no"])
+def test_arguments_that_make_no_sense_are_refused(label):
+    with pytest.raises(FlashMoEError):
+        policies.get(label)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True), min_size=1, max_size=8
+    ),
+    n_slots=st.integers(2, 3),
+)
+def test_belady_bypass_is_the_best_there_is(rows, n_slots):
+    @cache
+    def best(position: int, resident: frozenset[int]) -> int:
+        if position == len(rows):
+            return 0
+        wanted = frozenset(rows[position])
+        pool = resident | wanted
+        size = min(n_slots, len(pool))
+        kept = map(frozenset, combinations(pool, size))
+        return len(resident & wanted) + max(best(position + 1, keep) for keep in kept)
+
+    assert replay("belady-bypass", n_slots, rows)[0] == best(0, frozenset())
 
 
 @settings(max_examples=150, deadline=None)

@@ -39,9 +39,10 @@ def get(label: str, *, online: bool = False) -> Choice:
     policy = available().get(name)
     if policy is None:
         raise FlashMoEError(f"no policy is called {name!r}: choose from {', '.join(available())}")
-    if online and policy.offline:
+    options = policy.options(argument) if colon else {}
+    if online and policy.offline and not options:
         raise FlashMoEError(
             f"policy {name!r} needs the future, which only a recorded trace has: "
             "use it with `flashmoe simulate`"
         )
-    return Choice(label, policy, policy.options(argument) if colon else {})
+    return Choice(label, policy, options)

@@ -22,9 +22,9 @@ from flashmoe.trace import Trace
 from flashmoe.train import Training
 
 CAPACITY = 0.5  # the paper's C = 32 of OLMoE's 64
-EVICTIONS = 3000  # a layer; more changed nothing that shows in the loss's third digit
-EPOCHS, PATIENCE = 200, 10
-BATCH = 250  # evictions
+EVICTIONS = 400  # a layer: epochs of seconds on 2 cores
+EPOCHS, PATIENCE = 200, 8
+BATCH = 50  # evictions
 LEARNING_RATE = 1e-3
 HELD_OUT_ONE_IN = 8  # sequences
 
