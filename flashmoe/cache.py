@@ -120,7 +120,11 @@ def _replay(policy, cache, events, now):  # type: ignore[no-untyped-def]
     for i in range(len(events.tokens)):
         first, end = events.starts[i], events.starts[i + 1]
         shares = events.weights[first:end] if len(events.weights) else events.weights
-        keys, counts, last = events.keys[first:end], events.counts[first:end], events.last[first:end]
+        keys, counts, last = (
+            events.keys[first:end],
+            events.counts[first:end],
+            events.last[first:end],
+        )
         event = Event(keys, counts, last, shares, events.tokens[i], events.below[i])
         n = len(keys)
         hits = _open(policy, cache, event, now, members)

@@ -38,8 +38,6 @@ def victim(policy, candidates):  # type: ignore[no-untyped-def]
     return policy.victim(candidates)
 
 
-
-
 @overload(touch)
 def _touch(policy, event, now):  # type: ignore[no-untyped-def]
     method = register_jitable(policy.instance_class.policy_class.touch)
@@ -55,32 +53,34 @@ def _victim(policy, candidates):  # type: ignore[no-untyped-def]
 @cache
 def _state_class(policy_class: type, fields: tuple[str, ...]) -> Any:
     name = f"{policy_class.__name__}State"
-    made: Any = namedtuple(name, fields)  # type: ignore[misc]
+    make: Any = namedtuple  # of fields known at run time only
+    made = make(name, fields)
     made.policy_class = policy_class
     made.__module__ = policy_class.__module__  # numba's index on disk names it by its module
     setattr(sys.modules[policy_class.__module__], name, made)
     return made
 
 
-def freeze(policy: object) -> Any:
+def freeze(policy: Any) -> Any:
     """The policy's attributes as a named tuple that compiled code accepts."""
     state = {k: v for k, v in vars(policy).items() if not k.startswith("_")}
-    return _state_class(type(policy), tuple(state))(**state)
+    return _state_class(type(policy), tuple(state))(**state)  # type: ignore[arg-type]
 
 
 @cache
 def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., Any]:
     """`function` compiled for one class of policies (its first argument, frozen)."""
     folder = cache_folder() / "compiled" / f"{policy_class.__name__}-{_digest(policy_class)}"
-    before = numba.config.CACHE_DIR
+    config: Any = numba.config
+    before = config.CACHE_DIR
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        numba.config.CACHE_DIR = str(folder)
+        config.CACHE_DIR = str(folder)
         return numba.njit(nogil=True, cache=True)(function)
     except (OSError, RuntimeError):  # no place to write to: compile anew in every process
         return numba.njit(nogil=True)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 def _digest(policy_class: type) -> str:

@@ -45,9 +45,7 @@ class Event(NamedTuple):
             shares = _UNKNOWN if weights is None else weight_shares(weights)[0]
             return cls(chosen[0] + offset, ones, zeros, shares, 1, below)
         flat = chosen.ravel()
-        experts, backwards, counts = np.unique(
-            flat[::-1], return_index=True, return_counts=True
-        )
+        experts, backwards, counts = np.unique(flat[::-1], return_index=True, return_counts=True)
         final = flat.size - 1 - backwards  # where each expert is used last
         order = np.argsort(final)
         shares = _UNKNOWN if weights is None else weight_shares(weights).ravel()[final[order]]
@@ -82,9 +80,7 @@ class Events(NamedTuple):
         )
 
     @classmethod
-    def of_tokens(
-        cls, keys: np.ndarray, weights: np.ndarray | None, below: np.ndarray
-    ) -> Events:
+    def of_tokens(cls, keys: np.ndarray, weights: np.ndarray | None, below: np.ndarray) -> Events:
         """One event a row of `keys` [events, top_k]; weights of the same shape, or None."""
         n, top_k = keys.shape
         flat = np.ascontiguousarray(keys, np.int64).ravel()

@@ -83,12 +83,12 @@ def events_of(
     weights = None if trace.weights is None else trace.weights[tokens, span]
     if conditions is None or not conditions.as_recorded:
         keys = trace.experts[tokens, span] + offsets[:, None]
-        known = [below(trace.experts[tokens], layer, trace.n_experts) for layer in layers]
+        lower = [below(trace.experts[tokens], layer, trace.n_experts) for layer in layers]
         shape = (-1, trace.top_k)
         return Events.of_tokens(
             keys.reshape(shape),
             None if weights is None else weights.reshape(shape),
-            np.stack(known, axis=1).reshape(len(keys) * len(layers), -1),
+            np.stack(lower, axis=1).reshape(len(keys) * len(layers), -1),
         )
     found = []
     for step in trace.steps(slice(tokens[0], tokens[-1] + 1)):

@@ -58,16 +58,13 @@ class Trace:
         info = dict(self.info)
         if "names" in info:
             info["names"] = [self.names()[p] for p in positions]
-        return replace(
-            self, experts=self.experts[tokens], sequence=sequence, info=info, **parts
-        )
+        return replace(self, experts=self.experts[tokens], sequence=sequence, info=info, **parts)
 
     def names(self) -> list[str]:
         """Of each sequence, as the description gives it, or its number."""
         given = self.info.get("names", [])
         return [
-            given[number] if number < len(given) else str(number)
-            for number, _ in self.sequences()
+            given[number] if number < len(given) else str(number) for number, _ in self.sequences()
         ]
 
     def named(self, name: str) -> Trace:

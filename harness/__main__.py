@@ -18,7 +18,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ssd", help="measure the drive by fio and by the engine's reader")
-    commands.add_parser("hit-rates", help="replay the shipped routing")
+    rates = commands.add_parser("hit-rates", help="replay recorded routing")
+    rates.add_argument(
+        "--traces", type=Path, help="also the shipped small models', and every trace of this folder"
+    )
     commands.add_parser("speedups", help="the generation table of the demo model")
     full = commands.add_parser("full-scale", help="the generation table at OLMoE-1B-7B's size")
     full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
@@ -53,7 +56,9 @@ def main() -> None:
         case "ssd":
             steps.run_ssd(folder, command)
         case "hit-rates":
-            steps.run_hit_rates(folder, command)
+            if arguments.traces:
+                folder = steps.folder_for("policies")
+            steps.run_hit_rates(folder, command, arguments.traces)
         case "speedups":
             steps.run_generation(folder, command)
         case "full-scale":

@@ -1,103 +1,196 @@
-"""The hit-rate table: the shipped routing, replayed through the engine's cache code."""
+"""The hit-rate tables: recorded routing, replayed through the engine's cache code."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flashmoe import policies, simulate, trace
+from flashmoe.simulate import Conditions, Replay
 from flashmoe.trace import Trace
+from harness import splits
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
-_RESAMPLES = 2000
-_SEED = 20261124
-
 CONDITIONS = {
-    "cold": simulate.Conditions(),
-    "one stream": simulate.Conditions(warm=True),
+    "cold": Conditions(),
+    "one stream": Conditions(warm=True),
+    "8 interleaved": Conditions(warm=True, interleaved=8),
 }
+OTHERS = ("lfu-decay:64",)  # beside every policy of the registry
+PAPER = "flashmoe-paper"  # its networks are slow and belong to one model: cold starts only
+PAPER_VECTOR = "flashmoe-paper:vector"  # for 32 slots of the demo model
+MOST_SEQUENCES = 30  # of a trace given from outside
+_RESAMPLES = 1000
+SEED = 20261124
 
 
-def kinds(whole: Trace) -> dict[str, list[int]]:
-    """The sequences of each kind of text, by position; "all" is every one.
+@dataclass(frozen=True)
+class Case:
+    """Some sequences of a trace."""
 
-    A sequence's name in the trace is its kind, a dash and a number.
-    """
-    found: dict[str, list[int]] = {"all": []}
-    for position, (number, _) in enumerate(whole.sequences()):
-        kind = whole.info["names"][number].rsplit("-", 1)[0]
-        found["all"].append(position)
-        found.setdefault(kind, []).append(position)
-    return dict(sorted(found.items()))
+    trace: str
+    part: str  # of harness/splits.py, or "unseen model"
+    routing: Trace
+    expert_bytes: int | None  # bf16, None where the model's shapes are not known
 
 
-def interval(per_sequence: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the hit rate, sequences resampled."""
-    counts = np.array(per_sequence, dtype=float)
-    rng = np.random.default_rng(_SEED)
-    picks = rng.integers(0, len(counts), (_RESAMPLES, len(counts)))
-    sums = counts[picks].sum(axis=1)
-    low, high = np.percentile(sums[:, 1] / sums[:, 0], [2.5, 97.5])
-    return float(low), float(high)
+def labels(case: Case, start: str, capacity: float) -> list[str]:
+    """The policies that a part of the table has, in order."""
+    found = {*policies.available(), *OTHERS}
+    if start != "cold":
+        found.discard(PAPER)
+    elif case.trace == "demo" and capacity == 0.5:
+        found.add(PAPER_VECTOR)
+    return sorted(found)
 
 
-def table(path: Path, expert_bytes: int, advance: Callable[[int], object]) -> list[dict[str, Any]]:
-    """One row a kind of text, start, capacity and policy.
-
-    Sequences that start cold do not know of each other, so one replay serves every kind.
-    """
-    whole = trace.load(path)
-    tokens = np.array([run.stop - run.start for _, run in whole.sequences()])
-    rows = []
-    for start, conditions in CONDITIONS.items():
-        for capacity in CAPACITIES:
-            outcomes = {
-                name: simulate.replay(whole, name, capacity, conditions, progress=advance)
-                for name in policies.available()
-            }
-            for kind, positions in kinds(whole).items():
-                if start == "cold" or kind == "all":
-                    given = {"text": kind, "start": start, "capacity": capacity}
-                    count = int(tokens[positions].sum())
-                    for row in _rows(outcomes, positions, count, expert_bytes):
-                        rows.append(given | row)
-    return sorted(rows, key=lambda row: (row["text"], row["start"]))
+def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[Case]:
+    """Held-out routing that the package ships; `expert_bytes` are the demo model's."""
+    cases = []
+    for name, whole in splits.shipped():
+        if name in names:
+            size = expert_bytes if name == "demo" else None
+            for part in (splits.SEEN_DOMAIN, splits.UNSEEN_DOMAIN):
+                cases.append(Case(name, part, splits.take(whole, part), size))
+    return cases
 
 
-def _rows(
-    outcomes: dict[str, simulate.Replay], positions: list[int], tokens: int, expert_bytes: int
-) -> Iterator[dict[str, Any]]:
-    """A row a policy, over some of the sequences."""
-    counts = {name: [o.per_sequence[p] for p in positions] for name, o in outcomes.items()}
-    requests = {name: sum(requests for requests, _ in c) for name, c in counts.items()}
-    hits = {name: sum(hits for _, hits in c) for name, c in counts.items()}
-    rates = {name: hits[name] / requests[name] for name in outcomes}
+def outside_cases(folder: Path) -> list[Case]:
+    """Traces of `folder`: unseen subjects where sequences are named so, else every n-th one."""
+    cases = []
+    for path in sorted(folder.glob("*.npz")):
+        whole = trace.load(path)
+        named = all(name.count("/") == 2 for name in whole.names())
+        part = splits.take(whole, splits.UNSEEN_DOMAIN) if named else whole
+        count = len(part.names())
+        step = -(-count // MOST_SEQUENCES)
+        label = splits.UNSEEN_DOMAIN if named else "unseen model"
+        cases.append(Case(path.stem, label, part.select(range(0, count, step)), _bytes_of(path)))
+    return cases
+
+
+def _bytes_of(path: Path) -> int | None:
+    """Of one bf16 expert, for real models whose shapes we know."""
+    known = {"gpt-oss-20b": 3 * 2880 * 2880 * 2, "deepseek-v2-lite": 3 * 2048 * 1408 * 2}
+    return next((size for name, size in known.items() if path.stem.startswith(name)), None)
+
+
+def table(
+    cases: Sequence[Case],
+    advance: Callable[[int], object],
+    conditions: Sequence[str] = tuple(CONDITIONS),
+    capacities: Sequence[float] = CAPACITIES,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row a case, condition, capacity and policy; and, cold, one a layer of each."""
+    jobs = [
+        (case, start, capacity)
+        for case in cases
+        for start in conditions
+        for capacity in capacities
+        if start == "cold" or len(case.routing.names()) > 1
+    ]
+    rows, layers = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # compiled code holds no lock
+        for case, start, capacity in jobs:
+
+            def replay(name: str, case=case, start=start, capacity=capacity) -> Replay:  # type: ignore[no-untyped-def]
+                return simulate.replay(
+                    case.routing, name, capacity, CONDITIONS[start], progress=advance
+                )
+
+            names = labels(case, start, capacity)
+            outcomes = dict(zip(names, threads.map(replay, names), strict=True))
+            given = {"trace": case.trace, "part": case.part, "start": start, "capacity": capacity}
+            rows += [given | row for row in _rows(outcomes, case)]
+            if start == "cold":
+                layers += [given | row for row in _layers(outcomes)]
+    return rows, layers
+
+
+def _rows(outcomes: dict[str, Replay], case: Case) -> Iterator[dict[str, Any]]:
+    """A row a policy. Intervals are over streams, resampled alike for every policy."""
+    tokens = len(case.routing.experts)
+    counts = {name: outcome.per_stream for name, outcome in outcomes.items()}
+    streams = len(counts["lru"])
+    picks = np.random.default_rng(SEED).integers(0, streams, (_RESAMPLES, streams))
+    sampled = {}
+    for name, count in counts.items():
+        sums = count[picks].sum(axis=1)
+        sampled[name] = sums[:, 1] / sums[:, 0]
+    rates = {name: outcome.hit_rate for name, outcome in outcomes.items()}
     gap = rates["belady"] - rates["lru"]
-    for name, rate in rates.items():
-        low, high = interval(counts[name])
-        per_token = (requests[name] - hits[name]) / tokens
-        yield {
-            "slots": outcomes[name].slots,
+    for name, outcome in outcomes.items():
+        low, high = np.percentile(sampled[name], [2.5, 97.5])
+        misses = (outcome.requests - outcome.hits) / tokens
+        row = {
+            "slots": outcome.slots,
             "policy": name,
-            "hit_rate": round(rate, 5),
-            "low": round(low, 5),
-            "high": round(high, 5),
-            "misses_per_token": round(per_token, 3),
-            "bytes_per_token": round(per_token * expert_bytes),
-            "gap_closed": round((rate - rates["lru"]) / gap, 4) if gap else None,
-            "over_lru": round(rate / rates["lru"] - 1, 4),
-            "over_lfu": round(rate / rates["lfu"] - 1, 4),
-            "requests": requests[name],
-            "hits": hits[name],
-            "sequences": len(positions),
+            "hit_rate": round(rates[name], 5),
+            "low": round(float(low), 5),
+            "high": round(float(high), 5),
+            "misses_per_token": round(misses, 3),
+            "bytes_per_token": None,
+            "gap_closed": None,
+            "gap_low": None,
+            "gap_high": None,
+            "over_lru": round(rates[name] / rates["lru"] - 1, 4),
+            "over_lfu": round(rates[name] / rates["lfu"] - 1, 4),
+            "over_lru_low": None,
+            "microseconds": 1e6 * outcome.policy_seconds / (tokens * case.routing.n_layers),
+            "requests": outcome.requests,
+            "hits": outcome.hits,
+            "sequences": len(case.routing.names()),
+            "streams": streams,
+        }
+        if case.expert_bytes:
+            row["bytes_per_token"] = round(misses * case.expert_bytes)
+        if gap > 0:
+            spans = sampled["belady"] - sampled["lru"]
+            closed = (sampled[name] - sampled["lru"]) / np.where(spans > 0, spans, np.nan)
+            row["gap_closed"] = round((rates[name] - rates["lru"]) / gap, 4)
+            if np.isfinite(closed).any():
+                row["gap_low"], row["gap_high"] = (
+                    round(float(x), 4) for x in np.nanpercentile(closed, [2.5, 97.5])
+                )
+        row["over_lru_low"] = round(
+            float(np.percentile(sampled[name] / sampled["lru"] - 1, 2.5)), 4
+        )
+        yield row
+
+
+def _layers(outcomes: dict[str, Replay]) -> Iterator[dict[str, Any]]:
+    """Per layer, the gap that `learned` closes."""
+    rates = {}
+    for name in ("lru", "learned", "belady"):
+        counts = outcomes[name].counted.sum(axis=1)
+        rates[name] = counts[:, 1] / counts[:, 0]
+    for layer, (lru, ours, belady) in enumerate(zip(*rates.values(), strict=True)):
+        closed = (ours - lru) / (belady - lru) if belady > lru else None
+        yield {
+            "layer": layer,
+            "lru": round(float(lru), 5),
+            "learned": round(float(ours), 5),
+            "belady": round(float(belady), 5),
+            "gap_closed": None if closed is None else round(float(closed), 4),
         }
 
 
-def total_events(path: Path) -> int:
+def total_events(
+    cases: Sequence[Case],
+    conditions: Sequence[str] = tuple(CONDITIONS),
+    capacities: Sequence[float] = CAPACITIES,
+) -> int:
     """Token-layers that `table` replays, for its progress bar."""
-    whole = trace.load(path)
-    replays = len(CONDITIONS) * len(CAPACITIES) * len(policies.available())
-    return len(whole.experts) * whole.n_layers * replays
+    return sum(
+        case.routing.experts[..., 0].size * len(labels(case, start, capacity))
+        for case in cases
+        for start in conditions
+        for capacity in capacities
+        if start == "cold" or len(case.routing.names()) > 1
+    )

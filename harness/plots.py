@@ -13,6 +13,8 @@ mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font
 
 from matplotlib import pyplot as plt  # noqa: E402
 
+from flashmoe.policies import flashmoe_paper, policy_file  # noqa: E402
+
 PARTS = {
     "wait_ms": ("waiting for reads", "#c44e52"),
     "experts_ms": ("expert arithmetic", "#4c72b0"),
@@ -64,29 +66,82 @@ def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
     _save(figure, folder, "ssd")
 
 
+POLICIES = {  # the plot's selection of the zoo; the tables have all
+    "lru": "#8c8c8c",
+    "lfu": "#64b5cd",
+    "lfu-decay": "#4c72b0",
+    "arc": "#ccb974",
+    "s3-fifo": "#dd8452",
+    "lecar": "#937860",
+    "flashmoe-paper": "#8172b3",
+    "learned": "#c44e52",
+    "belady": "black",
+}
+
+
 def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
-    """Hit rate against capacity, a panel a kind of text, Belady as the ceiling."""
+    """Gain over LRU against capacity, a panel a trace, Belady as the ceiling."""
     cold = rows[rows.start == "cold"]
-    kinds = list(cold.text.unique())
+    cases = list(cold.groupby(["trace", "part"], sort=False))
+    across = min(3, len(cases))
     figure, axes = plt.subplots(
-        2, -(-len(kinds) // 2), figsize=(12, 6), sharey=True, sharex=True, squeeze=False
-    )
-    for axis, kind in zip(axes.flat, kinds, strict=False):
-        for policy, line in cold[cold.text == kind].groupby("policy"):
-            style = {"color": "black", "linestyle": "--"} if policy == "belady" else {}
-            axis.plot(line.capacity * 100, line.hit_rate * 100, marker="o", label=policy, **style)
-            if kind == "all":
-                axis.fill_between(
-                    line.capacity * 100, line.low * 100, line.high * 100, alpha=0.15, **style
-                )
-        axis.set_title(kind)
+        -(-len(cases) // across), across,
+        figsize=(4.6 * across, 3.4 * -(-len(cases) // across)), squeeze=False,
+    )  # fmt: skip
+    for axis, ((name, part), case) in zip(axes.flat, cases, strict=False):
+        lru = case[case.policy == "lru"].set_index("capacity").hit_rate
+        for policy, colour in POLICIES.items():
+            line = case[case.policy == policy].set_index("capacity")
+            style = "--" if policy == "belady" else "-"
+            axis.plot(
+                line.index * 100, (line.hit_rate - lru) * 100, style, marker="o", markersize=3,
+                label=policy, color=colour, linewidth=2 if policy == "learned" else 1.2,
+            )  # fmt: skip
+        axis.set_title(f"{name}, {part}", fontsize=9)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(kinds) :]:
+    for axis in axes.flat[len(cases) :]:
         axis.axis("off")
-    axes.flat[0].legend()
+    axes.flat[0].legend(fontsize=7)
     figure.supxlabel("resident share of a layer's experts, %")
-    figure.supylabel("hit rate, %")
+    figure.supylabel("hit rate above LRU's, points")
     _save(figure, folder, "hit_rates")
+
+
+def gap_by_layer(rows: pd.DataFrame, folder: Path) -> None:
+    """How much of the way from LRU to Belady `learned` goes, layer by layer."""
+    rows = rows[rows.capacity.isin((0.25, 0.5))]
+    cases = list(rows.groupby(["trace", "part"], sort=False))
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(7, 1.9 * len(cases) + 0.6), squeeze=False, sharey=True
+    )
+    for axis, ((name, part), case) in zip(axes.flat, cases, strict=True):
+        for capacity, line in case.groupby("capacity"):
+            axis.plot(
+                line.layer, line.gap_closed * 100, marker=".", label=f"{capacity:.0%} resident"
+            )
+        axis.set_title(f"{name}, {part}", fontsize=9)
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.supxlabel("MoE layer")
+    figure.supylabel("gap between LRU and Belady closed, %")
+    _save(figure, folder, "gap_by_layer")
+
+
+def paper_training(folder: Path) -> None:
+    """Loss of the shipped networks of `flashmoe-paper`, from the record in their files."""
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for path in (flashmoe_paper.SHIPPED, flashmoe_paper.SHIPPED_VECTOR):
+        _, about = policy_file.read(path, flashmoe_paper.KIND)
+        train, held = zip(*about["curve"], strict=True)
+        (line,) = axis.plot(range(1, len(train) + 1), train, label=f"{about['shape']}, training")
+        axis.plot(
+            range(1, len(held) + 1), held, "--", color=line.get_color(),
+            label=f"{about['shape']}, held out",
+        )  # fmt: skip
+    axis.set(xlabel="epoch", ylabel="mean squared error")
+    axis.legend(fontsize=8)
+    _save(figure, folder, "paper_training")
 
 
 def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:

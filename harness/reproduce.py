@@ -17,6 +17,7 @@ from harness import hit_rates, plots, provenance, report, speedups, ssd, texts
 from harness.run import Job
 
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
+COMPARED_SLOTS = [24, 32]
 QUICK_TOKENS = 48
 QUICK_ROUNDS = 2
 FIO_SECONDS = 0.5
@@ -50,14 +51,21 @@ def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
     report.provenance(folder, "ssd", provenance.gather(command, folder))
 
 
-def run_hit_rates(folder: Path, command: str) -> None:
-    say("replaying the shipped routing")
-    path = flashmoe.demo_routing_path()
-    expert_bytes = demo_expert_bytes()
-    with count_bar("replaying", hit_rates.total_events(path), "event") as advance:
-        rows = hit_rates.table(path, expert_bytes, advance)
-    plots.hit_rates(report.write(folder, "hit_rates", rows), folder)
-    report.provenance(folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates._SEED))
+def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> None:
+    """The demo model's held-out routing; with `traces`, also the small models' and theirs."""
+    say("replaying recorded routing")
+    cases = hit_rates.shipped_cases(demo_expert_bytes())
+    if traces:
+        others = ("deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
+        cases = hit_rates.shipped_cases(demo_expert_bytes(), ("demo", *others))
+        cases += hit_rates.outside_cases(traces)
+    with count_bar("replaying", hit_rates.total_events(cases), "event") as advance:
+        rows, layers = hit_rates.table(cases, advance)
+    frame = report.write(folder, "hit_rates", rows)
+    plots.hit_rates(frame, folder)
+    plots.gap_by_layer(report.write(folder, "gap_by_layer", layers), folder)
+    plots.paper_training(folder)
+    report.provenance(folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates.SEED))
 
 
 def demo_expert_bytes() -> int:
@@ -72,7 +80,7 @@ def run_generation(folder: Path, command: str) -> None:
         store = work / "demo.store"
         pack(flashmoe.demo_path(), store)
         base = Job(
-            "flashmoe-lru",
+            "flashmoe",
             flashmoe.demo_path(),
             store,
             0,
@@ -82,7 +90,9 @@ def run_generation(folder: Path, command: str) -> None:
         say("generating text from the store, one prompt a kind of text, at several budgets")
         report.write(folder, "text", texts.table(store, say))
         drive = speedups.drive_of(store, FIO_SECONDS)
-        rows = speedups.table(speedups.jobs_for(base, DEMO_SLOTS), QUICK_ROUNDS, drive, say)
+        rows = speedups.table(
+            speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS), QUICK_ROUNDS, drive, say
+        )
     frame = report.write(folder, "generation", rows)
     plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
     report.provenance(folder, "generation", provenance.gather(command, folder))

@@ -27,13 +27,18 @@ def budget_for(store: Path, slots: int) -> int:
     return slots * sum(layer.extent_bytes for layer in manifests.load(store).layers)
 
 
-def jobs_for(base: Job, slots: list[int]) -> list[Job]:
-    """`flashmoe-lru` at each budget, and the systems that have none."""
+def jobs_for(base: Job, slots: list[int], compared: list[int]) -> list[Job]:
+    """FlashMoE at each budget, under LRU and LFU at `compared` ones, and those without a budget."""
     top_k = manifests.load(base.store).top_k
     least = budget_for(base.store, top_k)
     budgets = [replace(base, memory_bytes=budget_for(base.store, n)) for n in slots]
     return [
         *budgets,
+        *(
+            replace(base, system=name, memory_bytes=budget_for(base.store, n))
+            for n in compared
+            for name in ("flashmoe-lru", "flashmoe-lfu")
+        ),
         replace(base, system="on-demand", memory_bytes=least),
         replace(base, system="in-memory", memory_bytes=least),
     ]

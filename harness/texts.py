@@ -35,7 +35,7 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         kind: {"kind": kind, "same_output": True} for kind in prompts
     }
     for slots in SLOTS:
-        model = flashmoe.load(store, memory=budget_for(store, slots), policy="lru")
+        model = flashmoe.load(store, memory=budget_for(store, slots), policy="learned")
         try:
             for kind, ids in prompts.items():
                 model.flashmoe.reset()

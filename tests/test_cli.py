@@ -120,7 +120,7 @@ def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path
 
 def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
     arguments = ["simulate", flashmoe.demo_routing_path(), "--capacity", 0.25, 0.5, "--policy"]
-    names = list(policies.available())
+    names = [name for name in policies.available() if "bypass" not in name]
     status, out, _ = run(capfd, *arguments, *names, "--json")
     rows = json.loads(out)
     assert status == 0

@@ -21,7 +21,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.record import record
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
-from harness import hit_rates, plots, provenance, report, speedups, ssd, texts
+from harness import hit_rates, plots, provenance, report, speedups, splits, ssd, texts
 from harness.forced_routing import forced_routing
 from harness.memory_cap import memory_cap
 from harness.run import Job
@@ -66,27 +66,22 @@ def test_a_drive_too_full_for_the_test_file_is_one_sentence(tmp_path, monkeypatc
         pass
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory) -> Path:
-    """A few real tokens of two kinds of text, as a trace file of its own."""
+def test_the_hit_rate_table_means_what_it_says(tmp_path):
+    """On the first tokens of a few held-out documents."""
     whole = trace.load(flashmoe.demo_routing_path())
-    names = whole.info["names"]
-    kept = [names.index(name) for name in ("bible-0", "bible-1", "python-0", "python-1")]
-    chosen = np.isin(whole.sequence, kept)
-    chosen &= np.arange(len(chosen)) % 256 < 40
-    path = tmp_path_factory.mktemp("trace") / "short.npz"
-    labels = np.searchsorted(kept, whole.sequence[chosen]).astype(np.int32)
-    info = {"model": "demo", "names": [names[number] for number in kept]}
-    Trace(whole.experts[chosen], labels, whole.n_experts, info=info).save(path)
-    return path
-
-
-def test_the_hit_rate_table_means_what_it_says(short, tmp_path):
+    positions = [i for i, name in enumerate(whole.names()) if name in ("bible-0", "python-1")]
+    part = whole.select(positions)
+    early = np.arange(len(part.experts)) % 256 < 48
+    routing = Trace(
+        part.experts[early][:, :3], part.sequence[early], part.n_experts, info=part.info
+    )
+    cases = [hit_rates.Case("demo", splits.SEEN_DOMAIN, routing, 1000)]
     done: list[int] = []
-    rows = pd.DataFrame(hit_rates.table(short, 1000, lambda n: done.append(n)))
-    assert sum(done) == hit_rates.total_events(short)
-    assert set(rows.text) == {"all", "bible", "python"}
-    assert set(rows.policy) == set(policies.available())
+    found, layers = hit_rates.table(cases, done.append)
+    rows = pd.DataFrame(found)
+    assert sum(done) == hit_rates.total_events(cases)
+    assert set(policies.available()) <= set(rows.policy)
+    assert set(rows.start) == set(hit_rates.CONDITIONS)
     assert (rows.hits <= rows.requests).all()
     assert ((rows.low <= rows.hit_rate) & (rows.hit_rate <= rows.high)).all()
     np.testing.assert_allclose(rows.hit_rate, rows.hits / rows.requests, atol=1e-5)
@@ -94,20 +89,33 @@ def test_the_hit_rate_table_means_what_it_says(short, tmp_path):
     # where LRU is as good as Belady there is no gap to close
     assert (rows[rows.policy == "lru"].gap_closed.dropna() == 0).all()
     assert (rows[rows.policy == "belady"].gap_closed.dropna() == 1).all()
-    assert rows[rows.capacity.between(0.2, 0.4)].gap_closed.notna().all()
     assert (rows[rows.policy == "lfu"].over_lfu == 0).all()
-    whole, parts = rows[rows.text == "all"], rows[(rows.text != "all")]
-    assert whole[whole.start == "cold"].hits.sum() == parts.hits.sum()
-    plots.hit_rates(report.write(tmp_path, "hit_rates", rows.to_dict("records")), tmp_path)
-    assert {"hit_rates.csv", "hit_rates.md", "hit_rates.png", "hit_rates.svg"} == {
-        path.name for path in tmp_path.iterdir()
-    }
+    cold = rows[rows.start == "cold"].set_index(["policy", "capacity"])
+    by_layer = pd.DataFrame(layers).groupby("capacity").lru.mean()
+    np.testing.assert_allclose(by_layer, cold.loc["lru"].hit_rate, atol=1e-4)
+    frame = report.write(tmp_path, "hit_rates", found)
+    plots.hit_rates(frame, tmp_path)
+    plots.gap_by_layer(report.write(tmp_path, "gap_by_layer", layers), tmp_path)
+    plots.paper_training(tmp_path)
+    names = [
+        f"{n}.{kind}" for n in ("hit_rates", "gap_by_layer") for kind in ("csv", "md", "png", "svg")
+    ]
+    names += ["paper_training.png", "paper_training.svg"]
+    assert set(names) == {path.name for path in tmp_path.iterdir()}
+    assert "| learned" in report.gaps(frame)
 
 
-def test_an_interval_holds_the_rate_and_narrows_with_agreement():
-    low, high = hit_rates.interval(((100, 40), (100, 60), (100, 50), (100, 50)))
-    assert 0.4 <= low < 0.5 < high <= 0.6
-    assert hit_rates.interval(((100, 50), (100, 50))) == (0.5, 0.5)
+def test_the_split_keeps_kinds_and_subjects_whole():
+    assert splits.part_of("kernel-docs-4") == splits.UNSEEN_DOMAIN
+    assert splits.part_of("python-1") == splits.SEEN_DOMAIN
+    assert splits.part_of("python-2") == splits.TRAINED
+    subjects = {f"mmlu_dev/subject{n}/{m}" for n in range(40) for m in range(2)}
+    assert len({(n.split("/")[1], splits.part_of(n)) for n in subjects}) == 40
+    whole = dict(splits.shipped())["demo"]
+    parts = [
+        splits.take(whole, p) for p in (splits.TRAINED, splits.SEEN_DOMAIN, splits.UNSEEN_DOMAIN)
+    ]
+    assert sorted(name for part in parts for name in part.names()) == sorted(whole.names())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +125,7 @@ def generation(tmp_path_factory):
     pack(flashmoe.demo_path(), folder / "store")
     prompt = texts.PROMPTS["bible"]
     base = Job("flashmoe-lru", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
-    rows = speedups.table(speedups.jobs_for(base, [16]), 1, lambda: 1e9, lambda text: None)
+    rows = speedups.table(speedups.jobs_for(base, [16], []), 1, lambda: 1e9, lambda text: None)
     return folder, base, {row["system"]: row for row in rows}
 
 

@@ -17,7 +17,7 @@ from flashmoe.policies.base import Scope
 from flashmoe.policies.features import N_FEATURES, NAMES, Memory, describe, recall, remember
 from flashmoe.trace import Trace
 
-TOKENS = 400
+TOKENS = 1200
 
 
 def rows_to_trace(rows: np.ndarray, n_experts: int) -> Trace:
@@ -61,7 +61,7 @@ def recent(rng: np.random.Generator, experts: int, top_k: int) -> np.ndarray:
 ADVERSARIES = (uniform, cyclic, domains, recent)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     kind=st.sampled_from(ADVERSARIES),
     seed=st.integers(0, 2**32 - 1),
@@ -74,7 +74,7 @@ def test_never_a_point_worse_than_lru(kind, seed, experts, top_k, capacity):
     made = rows_to_trace(kind(np.random.default_rng(seed), experts, top_k), experts)
     lru = simulate.replay(made, "lru", capacity)
     ours = simulate.replay(made, "learned", capacity)
-    assert ours.hit_rate >= lru.hit_rate - 0.01 - 3 * top_k / lru.requests
+    assert ours.hit_rate >= lru.hit_rate - 0.01
 
 
 def test_it_beats_every_other_online_policy_on_held_out_routing():
@@ -205,7 +205,9 @@ def test_damaged_policy_files_are_refused(tmp_path):
         (["--out", "p.safetensors", "--kind", "magic"], "choose from learned, paper"),
     ],
 )
-def test_train_policy_refuses_in_a_sentence(arguments, said, short_traces, tmp_path, monkeypatch, capfd):
+def test_train_policy_refuses_in_a_sentence(
+    arguments, said, short_traces, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     assert main(["train-policy", str(short_traces), *arguments]) == 1
     assert said in capfd.readouterr().err

@@ -110,7 +110,9 @@ def recorded(seed: int = 0, n: int = 400) -> list[int]:
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 4, 7])
-@pytest.mark.parametrize(("name", "peer"), [("lru", cachetools.LRUCache), ("fifo", cachetools.FIFOCache)])
+@pytest.mark.parametrize(
+    ("name", "peer"), [("lru", cachetools.LRUCache), ("fifo", cachetools.FIFOCache)]
+)
 def test_classical_policies_agree_with_cachetools(name, peer, n_slots):
     requests, peer_hits = recorded(), 0
     theirs = peer(n_slots)
@@ -160,7 +162,9 @@ def test_static_takes_its_profile_from_a_trace(tmp_path):
         choice(Scope(12), 3)
 
 
-@pytest.mark.parametrize("label", ["lru:3", "lfu-decay:0", "lfu-decay:x", "learned:/no/file", "static:/no"])
+@pytest.mark.parametrize(
+    "label", ["lru:3", "lfu-decay:0", "lfu-decay:x", "learned:/no/file", "static:/no"]
+)
 def test_arguments_that_make_no_sense_are_refused(label):
     with pytest.raises(FlashMoEError):
         policies.get(label)

@@ -79,7 +79,9 @@ def test_real_routing_behaves_as_real_routing(path):
 
 def test_at_the_least_capacity_all_policies_tie():
     recorded = random_trace(top_k=4)
-    hits = {simulate.replay(recorded, p, 0.01).hits for p in policies.available() if "bypass" not in p}
+    hits = {
+        simulate.replay(recorded, p, 0.01).hits for p in policies.available() if "bypass" not in p
+    }
     assert len(hits) == 1
 
 

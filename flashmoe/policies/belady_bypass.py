@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from flashmoe.policies.belady import Belady
 from flashmoe.policies.base import Scope
+from flashmoe.policies.belady import Belady
 
 
 class BeladyBypass(Belady):

@@ -66,10 +66,10 @@ class Memory(NamedTuple):
     last_use: np.ndarray  # [n] in the layer's tokens
     uses: np.ndarray  # [n]
     keep: np.ndarray  # [fades] what is left of a count after one token
-    count: np.ndarray  # [fades, n] fading counts
+    faded: np.ndarray  # [fades, n] fading counts
     norm: np.ndarray  # [fades, L] what an expert used by every token would have
     share: np.ndarray  # [n] of the router's weights, at the last use
-    shares: np.ndarray  # [n] sum of shares that fades like count[SHARE_FADE]
+    shares: np.ndarray  # [n] sum of shares that fades like faded[SHARE_FADE]
     weighted: np.ndarray  # [1] bool: the router's weights are known
     history: np.ndarray  # [L, HISTORY, top_k] int64: experts, -1 for none
     below: np.ndarray  # [L, HISTORY, LAYERS_BELOW * top_k]
@@ -87,7 +87,7 @@ class Memory(NamedTuple):
             last_use=np.full(n, -1),
             uses=np.zeros(n, np.int64),
             keep=np.exp(-1 / times),
-            count=np.zeros((N_FADES, n)),
+            faded=np.zeros((N_FADES, n)),
             norm=np.zeros((N_FADES, layers)),
             share=np.zeros(n),
             shares=np.zeros(n),
@@ -113,9 +113,9 @@ def remember(memory, event):  # type: ignore[no-untyped-def]
         added = (1 - kept) / (1 - keep)  # what an expert used by every token of the event adds
         memory.norm[fade, layer] = memory.norm[fade, layer] * kept + added
         for key in range(first, first + experts):
-            memory.count[fade, key] *= kept
+            memory.faded[fade, key] *= kept
         for i in range(n):
-            memory.count[fade, event.keys[i]] += event.counts[i] * added / tokens
+            memory.faded[fade, event.keys[i]] += event.counts[i] * added / tokens
     kept = memory.keep[SHARE_FADE] ** tokens
     for key in range(first, first + experts):
         memory.shares[key] *= kept
@@ -223,10 +223,10 @@ def describe(memory, layer, key, similar, pairs, n_slots, depth, out):  # type: 
     out[1] = np.log(expected * gap + 0.05)
     f = 2
     for fade in range(N_FADES):
-        out[f] = np.log(memory.count[fade, key] / memory.norm[fade, layer] * gap + 0.05)
+        out[f] = np.log(memory.faded[fade, key] / memory.norm[fade, layer] * gap + 0.05)
         f += 1
     if memory.weighted[0]:
-        mean = memory.shares[key] / (memory.count[SHARE_FADE, key] + 1e-3)
+        mean = memory.shares[key] / (memory.faded[SHARE_FADE, key] + 1e-3)
         out[f] = memory.share[key] * top_k - 1
         out[f + 1] = np.log(mean * top_k + 0.05)
         out[f + 2] = 1

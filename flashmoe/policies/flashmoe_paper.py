@@ -14,6 +14,7 @@ from flashmoe.policies import policy_file
 from flashmoe.policies.base import Policy, Scope
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
+SHIPPED_VECTOR = SHIPPED.with_name("flashmoe_paper_vector.safetensors")
 KIND = "paper"
 HIDDEN = 128
 
@@ -25,12 +26,13 @@ class FlashMoEPaper(Policy):
     step; frequency is uses over the layer's most-used expert's. Open points decided here:
     statistics restart with a cold cache; a step is an event of the layer; equal scores go to
     the longest resident. `flashmoe-paper:FILE` runs networks of either shape, the scorer
-    2-128-128-1 or the vector 2C-128-128-C over C slots. Those that ship (scorers) were
-    trained on the demo model; another model's layer l runs number l modulo 16.
+    2-128-128-1 or the vector 2C-128-128-C over C slots. Those that ship were trained on the
+    demo model at 32 of 64 slots, the vectors are `flashmoe-paper:vector`; another model's
+    layer l runs number l modulo 16.
     """
 
     name = "flashmoe-paper"
-    parameter = "a file from `flashmoe train-policy --kind paper`"
+    parameter = "vector, or a file from `flashmoe train-policy --kind paper`"
 
     def __init__(
         self, scope: Scope, n_slots: int, networks: dict[str, np.ndarray] | None = None
@@ -61,7 +63,7 @@ class FlashMoEPaper(Policy):
 
     @classmethod
     def options(cls, argument: str) -> dict[str, object]:
-        return {"networks": load(Path(argument))}
+        return {"networks": load(SHIPPED_VECTOR if argument == "vector" else Path(argument))}
 
     def touch(self, event: Event, now: int) -> None:
         observe(self, event)
@@ -151,7 +153,7 @@ def run(self, network):  # type: ignore[no-untyped-def]
 
 @cache
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Networks of a policy file, first dimension the layer. Raises FlashMoEError when it is none."""
+    """Networks of a policy file, a layer first. Raises FlashMoEError when it is none."""
     tensors, _ = policy_file.read(path, KIND)
     layers, inputs = tensors["w1"].shape[:2] if tensors.get("w1", np.empty(0)).ndim == 3 else (1, 2)
     shapes = {

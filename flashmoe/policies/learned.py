@@ -17,7 +17,7 @@ SHIPPED = Path(__file__).with_suffix(".safetensors")
 KIND = "learned"
 HIDDEN = (64, 32)
 # How many hits behind LRU it may fall before it does as LRU would: some, and a share of requests.
-TRUST_EVENTS, TRUST_SHARE = 2, 0.005
+TRUST_EVENTS, TRUST_SHARE = 4, 0.003
 
 Network = dict[str, np.ndarray]  # w1 [features, 64], b1, w2 [64, 32], b2, w3 [32]; float32
 
@@ -110,7 +110,13 @@ def needed_last(self, candidates):  # type: ignore[no-untyped-def]
                 similar, pairs = recall(self.memory, layer)
                 recalled = layer
             describe(
-                self.memory, layer, key, similar, pairs, self.n_slots, self.depths[layer],
+                self.memory,
+                layer,
+                key,
+                similar,
+                pairs,
+                self.n_slots,
+                self.depths[layer],
                 self.features,
             )
             wait = np.exp(log_distance(self)) * self.gap

@@ -32,7 +32,9 @@ class LFUDecay(Policy):
         except ValueError:
             half_life = 0.0
         if not 0 < half_life < float("inf"):
-            raise FlashMoEError(f"policy lfu-decay: {argument!r} is no half-life; write lfu-decay:64")
+            raise FlashMoEError(
+                f"policy lfu-decay: {argument!r} is no half-life; write lfu-decay:64"
+            )
         return {"half_life": half_life}
 
     def touch(self, event: Event, now: int) -> None:

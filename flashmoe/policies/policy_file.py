@@ -16,7 +16,9 @@ from flashmoe.errors import FlashMoEError
 FORMAT = "flashmoe-policy-1"
 
 
-def save(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+def save(
+    path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> None:
     """Write `tensors` and a description of how they were made, atomically."""
     partial = path.with_name(path.name + ".partial")
     described = {"format": FORMAT, "kind": kind, "about": json.dumps(dict(about), sort_keys=True)}

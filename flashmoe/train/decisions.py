@@ -114,7 +114,7 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
         return Decisions(teacher.rows[:written], teacher.waits[:written])
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        probe = [part for part in threads.map(one, enumerate(pairs[::10]), repeat(8))]
+        probe = list(threads.map(one, enumerate(pairs[::10]), repeat(8)))
         found = 8 * 10 * sum(len(part.features) for part in probe)
         skip = max(1, round(found / rows))
         parts = list(threads.map(one, enumerate(pairs), repeat(skip)))
@@ -122,4 +122,3 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
         np.concatenate([part.features for part in parts]),
         np.concatenate([part.distance_gaps for part in parts]),
     )
-

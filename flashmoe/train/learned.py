@@ -1,4 +1,4 @@
-"""Trains `learned`: regression on the logarithm of Belady's distance, over all candidates of an eviction."""
+"""Trains `learned`: regression on the logarithm of the candidates' distances to next use."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def fit(
 @torch.no_grad()
 def _export(net: torch.nn.Sequential, mean: torch.Tensor, spread: torch.Tensor) -> Network:
     """The network on features as they come: standardisation folded into the first layer."""
-    first, second, last = (net[i] for i in (0, 2, 4))
+    first, second, last = (layer for layer in net if isinstance(layer, torch.nn.Linear))
     w1 = first.weight / spread
     tensors = {
         "w1": w1.T,
