@@ -58,6 +58,7 @@ def main() -> None:
         case "hit-rates":
             if arguments.traces:
                 folder = steps.folder_for("policies")
+                command += " --traces DIR"
             steps.run_hit_rates(folder, command, arguments.traces)
         case "speedups":
             steps.run_generation(folder, command)

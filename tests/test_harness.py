@@ -124,8 +124,8 @@ def generation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     pack(flashmoe.demo_path(), folder / "store")
     prompt = texts.PROMPTS["bible"]
-    base = Job("flashmoe-lru", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
-    rows = speedups.table(speedups.jobs_for(base, [16], []), 1, lambda: 1e9, lambda text: None)
+    base = Job("flashmoe", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
+    rows = speedups.table(speedups.jobs_for(base, [16], [16]), 1, lambda: 1e9, lambda text: None)
     return folder, base, {row["system"]: row for row in rows}
 
 
