@@ -118,6 +118,9 @@ def test_the_split_keeps_kinds_and_subjects_whole():
     assert sorted(name for part in parts for name in part.names()) == sorted(whole.names())
 
 
+STREAMING = ("flashmoe", "flashmoe-lru", "flashmoe-lfu", "on-demand")
+
+
 @pytest.fixture(scope="module")
 def generation(tmp_path_factory):
     """Every system, once, each in a process of its own, on the demo model."""
@@ -133,13 +136,13 @@ def test_every_system_gives_the_same_tokens(generation):
     _, _, rows = generation
     assert rows.keys() == set(baselines.available())
     streamed = [row for row in rows.values() if "same_output" in row]
-    assert len(streamed) == 2
+    assert len(streamed) == 4
     assert all(row["same_output"] for row in streamed)
 
 
 def test_the_parts_of_a_token_add_up(generation):
     _, _, rows = generation
-    for name in ("flashmoe-lru", "on-demand"):
+    for name in STREAMING:
         row = rows[name]
         parts = [row[f"{p}_ms"] for p in ("wait", "experts", "policy", "python", "rest_of_model")]
         assert min(parts) >= 0
@@ -155,10 +158,10 @@ def test_the_parts_of_a_token_add_up(generation):
 def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
     _, _, rows = generation
     arithmetic = [1 / rows["in-memory"]["tokens_per_second"]]
-    for name in ("flashmoe-lru", "on-demand"):
+    for name in STREAMING:
         arithmetic.append((rows[name]["experts_ms"] + rows[name]["rest_of_model_ms"]) / 1e3)
     compute = min(arithmetic)
-    for name in ("flashmoe-lru", "on-demand"):
+    for name in STREAMING:
         row = rows[name]
         floor = max(row["bytes_per_token"] / 1e9, compute)
         assert row["roofline_tokens_per_second"] == pytest.approx(1 / floor)
@@ -167,12 +170,12 @@ def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
 
 def test_a_run_that_fails_says_so(generation):
     _, base, _ = generation
-    with pytest.raises(FlashMoEError, match=r"flashmoe-lru failed: .*too small"):
+    with pytest.raises(FlashMoEError, match=r"flashmoe failed: .*too small"):
         speedups.run_alone(replace(base, memory_bytes=1))
     with memory_cap(1 << 30) as cap:
         if cap is None:
             pytest.skip("no memory cgroup can be made here")
-    with pytest.raises(FlashMoEError, match="flashmoe-lru failed"):  # killed by the kernel
+    with pytest.raises(FlashMoEError, match="flashmoe failed"):  # killed by the kernel
         speedups.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
 
 
