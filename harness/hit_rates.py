@@ -23,7 +23,7 @@ CONDITIONS = {
     "8 interleaved": Conditions(warm=True, interleaved=8),
 }
 OTHERS = ("lfu-decay:64",)  # beside every policy of the registry
-PAPER = "flashmoe-paper"  # its networks are slow and belong to one model: cold starts only
+PAPER = "flashmoe-paper"  # its networks belong to the demo model, and are slow: cold starts only
 PAPER_VECTOR = "flashmoe-paper:vector"  # for 32 slots of the demo model
 MOST_SEQUENCES = 30  # of a trace given from outside
 _RESAMPLES = 1000
@@ -38,14 +38,18 @@ class Case:
     part: str  # of harness/splits.py, or "unseen model"
     routing: Trace
     expert_bytes: int | None  # bf16, None where the model's shapes are not known
+    starts: tuple[str, ...] = tuple(CONDITIONS)
+
+    def has(self, start: str) -> bool:
+        return start in self.starts and (start == "cold" or len(self.routing.names()) > 1)
 
 
 def labels(case: Case, start: str, capacity: float) -> list[str]:
     """The policies that a part of the table has, in order."""
     found = {*policies.available(), *OTHERS}
-    if start != "cold":
+    if start != "cold" or case.trace != "demo":
         found.discard(PAPER)
-    elif case.trace == "demo" and capacity == 0.5:
+    elif capacity == 0.5:
         found.add(PAPER_VECTOR)
     return sorted(found)
 
@@ -56,8 +60,9 @@ def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[C
     for name, whole in splits.shipped():
         if name in names:
             size = expert_bytes if name == "demo" else None
+            starts = tuple(CONDITIONS) if name == "demo" else ("cold",)
             for part in (splits.SEEN_DOMAIN, splits.UNSEEN_DOMAIN):
-                cases.append(Case(name, part, splits.take(whole, part), size))
+                cases.append(Case(name, part, splits.take(whole, part), size, starts))
     return cases
 
 
@@ -93,7 +98,7 @@ def table(
         for case in cases
         for start in conditions
         for capacity in capacities
-        if start == "cold" or len(case.routing.names()) > 1
+        if case.has(start)
     ]
     rows, layers = [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # compiled code holds no lock
@@ -192,5 +197,5 @@ def total_events(
         for case in cases
         for start in conditions
         for capacity in capacities
-        if start == "cold" or len(case.routing.names()) > 1
+        if case.has(start)
     )
