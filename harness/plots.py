@@ -92,6 +92,8 @@ def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
         lru = case[case.policy == "lru"].set_index("capacity").hit_rate
         for policy, colour in POLICIES.items():
             line = case[case.policy == policy].set_index("capacity")
+            if not len(line):
+                continue
             style = "--" if policy == "belady" else "-"
             axis.plot(
                 line.index * 100, (line.hit_rate - lru) * 100, style, marker="o", markersize=3,
