@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from flashmoe import policies, simulate, trace
 from flashmoe.progress import count_bar
@@ -49,20 +52,25 @@ def run(arguments: argparse.Namespace) -> None:
         simulate.slots_for(recorded, capacity)
     conditions = simulate.Conditions(arguments.warm, arguments.shared, arguments.as_recorded)
     total = len(recorded.experts) * recorded.n_layers * len(names) * len(capacities)
-    rows = []
-    with count_bar("replaying", total, "event") as progress:
-        for capacity in capacities:
-            for name in names:
-                outcome = simulate.replay(recorded, name, capacity, conditions, progress=progress)
-                rows.append(outcome.row())
+    jobs = [(capacity, name) for capacity in capacities for name in names]
+    with (
+        count_bar("replaying", total, "event") as progress,
+        ThreadPoolExecutor(os.cpu_count()) as threads,  # compiled code holds no lock
+    ):
+
+        def replay(job: tuple[float, str]) -> dict[str, Any]:
+            capacity, name = job
+            return simulate.replay(recorded, name, capacity, conditions, progress=progress).row()
+
+        rows = list(threads.map(replay, jobs))
     if arguments.json:
         print(json.dumps(rows))
         return
     print(
-        f"{'policy':12} {'capacity':>8} {'slots':>6} {'requests':>10} {'hits':>10} {'hit rate':>8}"
+        f"{'policy':16} {'capacity':>8} {'slots':>6} {'requests':>10} {'hits':>10} {'hit rate':>8}"
     )
     for row in rows:
         print(
-            f"{row['policy']:12} {row['capacity']:8.3f} {row['slots']:6} {row['requests']:10} "
+            f"{row['policy']:16} {row['capacity']:8.3f} {row['slots']:6} {row['requests']:10} "
             f"{row['hits']:10} {row['hit_rate']:8.4f}"
         )
