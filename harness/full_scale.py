@@ -22,12 +22,12 @@ from harness.run import Job
 
 MODEL = "olmoe-1b-7b"
 SEQUENCE = "python-1"
-SLOTS = [8, 16, 24, 32]
-COMPARED_SLOTS = [16, 24, 32]
+SLOTS = [16, 32]
+COMPARED_SLOTS = [16, 32]
 # A prompt that touches nearly every expert, so that none is read, and checked, for the first
 # time while decode is measured: a first read's checksum costs a fifth of the read here.
 PROMPT_TOKENS = 160
-WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 16, 3
+WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 16, 2
 BESIDE_EXPERTS_BYTES = 1 << 30  # Python, torch and activations, in the cap beside all weights held
 FIO_SECONDS = 2.0
 

@@ -20,6 +20,8 @@ from flashmoe.policies.lru import LRU
 from flashmoe.trace import Trace
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+INTERLEAVED = 8  # sequences served in turn, or one after the other, in what is mixed in
+MIXED_SHARE = 0.12  # of streams of either kind, which are INTERLEAVED times as long
 NEVER_GAPS = 8  # a use that never came counts as this many gaps after the sequence's end
 
 
@@ -34,8 +36,8 @@ class Decisions:
 class Teacher(LRU):
     """Evicts as LRU does and keeps a sample of what could be known, and of what came after.
 
-    LRU's states are what `learned` is trained on: two more rounds at the network's own states
-    (as DAgger takes them) closed half a point less of the gap.
+    LRU's states are what `learned` is trained on: neither two more rounds at the network's own
+    states (as DAgger takes them) nor half of the states from fading counts did better.
     """
 
     name = "teacher"
@@ -91,12 +93,17 @@ def take_down(self, candidates):  # type: ignore[no-untyped-def]
 
 
 def gather(trace: Trace, rows: int, seed: int) -> Decisions:
-    """About `rows` rows of the evictions that LRU makes on `trace`, cold.
+    """About `rows` rows of the evictions that LRU makes on `trace`.
+
+    Half from sequences that start cold, the rest from several in turn and one after the other.
 
     Every stream is replayed at every layer at one capacity, which change from stream to stream.
     """
     rng = np.random.default_rng(seed)
     turns = simulate.streams(trace)
+    mixtures = (simulate.streams(trace, INTERLEAVED), _chained(turns))
+    for mixed in mixtures:
+        turns += mixed * max(1, round(MIXED_SHARE * len(turns) / len(mixed)))
     pairs = [(layer, number) for layer in range(trace.n_layers) for number in range(len(turns))]
     rng.shuffle(pairs)
     pairs = pairs[: max(200, rows // 300)]
@@ -122,3 +129,10 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
         np.concatenate([part.features for part in parts]),
         np.concatenate([part.distance_gaps for part in parts]),
     )
+
+
+def _chained(turns: list[np.ndarray]) -> list[np.ndarray]:
+    return [
+        np.concatenate(turns[first : first + INTERLEAVED])
+        for first in range(0, len(turns), INTERLEAVED)
+    ]
