@@ -62,7 +62,8 @@ def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[C
             size = expert_bytes if name == "demo" else None
             starts = tuple(CONDITIONS) if name == "demo" else ("cold",)
             for part in (splits.SEEN_DOMAIN, splits.UNSEEN_DOMAIN):
-                cases.append(Case(name, part, splits.take(whole, part), size, starts))
+                label = name if name == "demo" else f"{name} stand-in"
+                cases.append(Case(label, part, splits.take(whole, part), size, starts))
     return cases
 
 
