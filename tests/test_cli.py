@@ -110,7 +110,7 @@ def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path
         atol=1e-3,
     )
     status, json_out, _ = run(
-        capfd, "simulate", out, "--policy", "lru", "--capacity", 12 / 64, "--warm", "--as-recorded",
+        capfd, "simulate", out, "--policy", "learned", "--capacity", 12 / 64, "--warm", "--as-recorded",
         "--json",
     )  # fmt: skip
     (row,) = json.loads(json_out)
