@@ -17,6 +17,8 @@ from harness.ssd import fio_path
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pandas", "tokenizers")
 
+_ALL_BUT_RESULTS = (":(top)", ":(top,exclude)results")  # wherever git is called from
+
 
 def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
     """Everything that a reader needs to judge or repeat the figures in `folder`'s run."""
@@ -34,7 +36,7 @@ def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
         },
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+            _git("status", "--porcelain", "--untracked-files=no", "--", *_ALL_BUT_RESULTS)
         ),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},

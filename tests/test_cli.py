@@ -110,8 +110,8 @@ def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path
         atol=1e-3,
     )
     status, json_out, _ = run(
-        capfd, "simulate", out, "--policy", "learned", "--capacity", 12 / 64, "--warm", "--as-recorded",
-        "--json",
+        capfd, "simulate", out, "--policy", "learned", "--capacity", 12 / 64, "--warm",
+        "--as-recorded", "--json",
     )  # fmt: skip
     (row,) = json.loads(json_out)
     assert (status, row["slots"]) == (0, 12)
