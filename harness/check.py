@@ -38,9 +38,9 @@ def _hit_rates() -> Iterator[str]:
     with TemporaryDirectory() as folder:
         fresh_path = f"{folder}/hit_rates.csv"
         pd.DataFrame(rows).to_csv(fresh_path, index=False, float_format="%.6g")
-        fresh = pd.read_csv(fresh_path).drop(columns="microseconds")
+        fresh = pd.read_csv(fresh_path).drop(columns=["microseconds", "bytes_per_token"])
     for path in committed:
-        whole = pd.read_csv(path).drop(columns="microseconds")
+        whole = pd.read_csv(path).drop(columns=["microseconds", "bytes_per_token"])
         chosen = (
             (whole.trace == "demo") & (whole.start == "cold") & whole.capacity.isin((0.25, 0.5))
         )
