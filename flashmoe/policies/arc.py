@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.lists import move, oldest
 
 NOWHERE, T1, T2, B1, B2 = 0, 1, 2, 3, 4
-
-
-@helper
-def oldest(where, order, wanted, among):  # type: ignore[no-untyped-def]
-    """The key of `among` in list `wanted` that came there first; -1 if there is none."""
-    found = -1
-    for key in among:
-        if where[key] == wanted and (found < 0 or order[key] < order[found]):
-            found = key
-    return found
 
 
 class ARC(Policy):
@@ -54,10 +44,10 @@ class ARC(Policy):
                 self.target[0] = max(self.target[0] - step, 0.0)
             elif place == NOWHERE:
                 if self.sizes[T1] + self.sizes[B1] >= self.n_slots and self.sizes[B1]:
-                    _move(self, oldest(self.where, self.order, B1, self.keys), NOWHERE)
+                    move(self, oldest(self.where, self.order, B1, self.keys), NOWHERE)
                 elif self.sizes[1:].sum() >= 2 * self.n_slots and self.sizes[B2]:
-                    _move(self, oldest(self.where, self.order, B2, self.keys), NOWHERE)
-            _move(self, key, T1 if place == NOWHERE else T2)
+                    move(self, oldest(self.where, self.order, B2, self.keys), NOWHERE)
+            move(self, key, T1 if place == NOWHERE else T2)
 
     def victim(self, candidates: np.ndarray) -> int:
         first = oldest(self.where, self.order, T1, candidates)
@@ -68,16 +58,5 @@ class ARC(Policy):
             chosen, ghosts = first, B1
         else:
             chosen, ghosts = second, B2
-        _move(self, chosen, ghosts)
+        move(self, chosen, ghosts)
         return chosen
-
-
-@helper
-def _move(self, key, to):  # type: ignore[no-untyped-def]
-    if self.where[key] != NOWHERE:
-        self.sizes[self.where[key]] -= 1
-    if to != NOWHERE:
-        self.sizes[to] += 1
-    self.where[key] = to
-    self.clock[0] += 1
-    self.order[key] = self.clock[0]

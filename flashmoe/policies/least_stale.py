@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.events import Event
-from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.forward_passes import ForwardPasses, layers_until
 
 
-class LeastStale(Policy):
+class LeastStale(ForwardPasses):
     """Evicts experts not used in the current forward pass first, the layer due last of them.
 
     SpecMD (arXiv 2602.03921). Its text was not at hand: the order among stale experts (the
@@ -18,24 +17,10 @@ class LeastStale(Policy):
 
     name = "least-stale"
 
-    def __init__(self, scope: Scope, n_slots: int) -> None:
-        super().__init__(scope, n_slots)
-        self.n_experts = scope.n_experts
-        self.n_layers = scope.n_layers
-        self.last_pass = np.full(self.n_keys, -1)
-        self.current = np.zeros(2, np.int64)  # forward passes so far, the layer running now
-
-    def touch(self, event: Event, now: int) -> None:
-        layer = event.keys[0] // self.n_experts
-        if layer <= self.current[1]:
-            self.current[0] += 1
-        self.current[1] = layer
-        self.last_pass[event.keys] = self.current[0]
-
     def victim(self, candidates: np.ndarray) -> int:
         best, worst = -1, candidates[0]
         for key in candidates:
-            rank = (key // self.n_experts - self.current[1] - 1) % self.n_layers
+            rank = layers_until(self, key)
             if self.last_pass[key] < self.current[0]:
                 rank += self.n_layers
             if rank > best:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
-from flashmoe.policies.arc import oldest
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.lists import move, oldest
 
 NOWHERE, SMALL, MAIN, GHOST = 0, 1, 2, 3
 
@@ -38,7 +37,7 @@ class S3FIFO(Policy):
                 self.bits[key] = min(self.bits[key] + 1, 3)
             else:
                 self.bits[key] = 0
-                _push(self, key, MAIN if self.where[key] == GHOST else SMALL)
+                move(self, key, MAIN if self.where[key] == GHOST else SMALL)
 
     def victim(self, candidates: np.ndarray) -> int:
         while True:
@@ -47,24 +46,15 @@ class S3FIFO(Policy):
             if newcomer >= 0 and (self.sizes[SMALL] >= self.small_slots or veteran < 0):
                 if self.bits[newcomer] > 1:
                     self.bits[newcomer] = 0
-                    _push(self, newcomer, MAIN)
+                    move(self, newcomer, MAIN)
                 else:
-                    _push(self, newcomer, GHOST)
+                    move(self, newcomer, GHOST)
                     if self.sizes[GHOST] > self.n_slots - self.small_slots:
-                        _push(self, oldest(self.where, self.order, GHOST, self.keys), NOWHERE)
+                        move(self, oldest(self.where, self.order, GHOST, self.keys), NOWHERE)
                     return newcomer
             elif self.bits[veteran] > 0:
                 self.bits[veteran] -= 1
-                _push(self, veteran, MAIN)
+                move(self, veteran, MAIN)
             else:
-                _push(self, veteran, NOWHERE)
+                move(self, veteran, NOWHERE)
                 return veteran
-
-
-@helper
-def _push(self, key, to):  # type: ignore[no-untyped-def]
-    self.sizes[self.where[key]] -= 1
-    self.sizes[to] += 1
-    self.where[key] = to
-    self.clock[0] += 1
-    self.order[key] = self.clock[0]

@@ -6,6 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
+from flashmoe.policies.lists import move, oldest
 
 ABSENT, PROBATION, PROTECTED = 0, 1, 2
 
@@ -22,35 +23,25 @@ class SLRU(Policy):
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
-        self.segment = np.zeros(self.n_keys, np.int64)
-        self.order = np.full(self.n_keys, -1)  # of arrival or use within the segment
-        self.clock = np.zeros(2, np.int64)  # arrivals and uses so far; experts protected
-        self.limit = int(n_slots * 0.8)
+        self.where = np.zeros(self.n_keys, np.int64)
+        self.order = np.zeros(self.n_keys, np.int64)
+        self.sizes = np.zeros(3, np.int64)  # by segment
+        self.clock = np.zeros(1, np.int64)
+        self.limit = int(n_slots * 0.8)  # of the protected segment
+        self.keys = np.arange(self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         for key in event.keys:
-            self.clock[0] += 1
-            self.order[key] = self.clock[0]
-            if self.segment[key] == ABSENT:
-                self.segment[key] = PROBATION
-            elif self.segment[key] == PROBATION and self.limit:
-                if self.clock[1] == self.limit:
-                    oldest = -1
-                    for other in range(self.n_keys):
-                        if self.segment[other] == PROTECTED and (
-                            oldest < 0 or self.order[other] < self.order[oldest]
-                        ):
-                            oldest = other
-                    self.segment[oldest] = PROBATION
-                    self.clock[0] += 1
-                    self.order[oldest] = self.clock[0]
-                    self.clock[1] -= 1
-                self.segment[key] = PROTECTED
-                self.clock[1] += 1
+            if self.where[key] == ABSENT:
+                move(self, key, PROBATION)
+            elif self.where[key] == PROBATION and self.limit:
+                move(self, key, PROTECTED)
+                if self.sizes[PROTECTED] > self.limit:
+                    move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
+            else:
+                move(self, key, self.where[key])
 
     def victim(self, candidates: np.ndarray) -> int:
-        chosen = least(candidates, self.segment, self.order)
-        if self.segment[chosen] == PROTECTED:
-            self.clock[1] -= 1
-        self.segment[chosen] = ABSENT
+        chosen = least(candidates, self.where, self.order)
+        move(self, chosen, ABSENT)
         return chosen

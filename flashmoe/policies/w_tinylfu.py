@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
-from flashmoe.policies.arc import oldest
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.lists import move, oldest
 
 NOWHERE, WINDOW, PROBATION, PROTECTED = 0, 1, 2, 3
 
@@ -40,15 +39,15 @@ class WTinyLFU(Policy):
             self.clock[1] += count
             place = self.where[key]
             if place == NOWHERE:
-                _move(self, key, WINDOW)
+                move(self, key, WINDOW)
             elif place == PROBATION and self.protected_slots:
-                _move(self, key, PROTECTED)
+                move(self, key, PROTECTED)
                 if self.sizes[PROTECTED] > self.protected_slots:
-                    _move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
+                    move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
             else:
-                _move(self, key, place)
+                move(self, key, place)
             if self.sizes[1:].sum() <= self.n_slots and self.sizes[WINDOW] > self.window_slots:
-                _move(self, oldest(self.where, self.order, WINDOW, self.keys), PROBATION)
+                move(self, oldest(self.where, self.order, WINDOW, self.keys), PROBATION)
         if self.clock[1] >= 10 * self.n_slots:
             self.uses[:] //= 2
             self.clock[1] = 0
@@ -63,18 +62,9 @@ class WTinyLFU(Policy):
         elif newcomer < 0 or self.sizes[WINDOW] <= self.window_slots:
             chosen = veteran
         elif self.uses[newcomer] > self.uses[veteran]:
-            _move(self, newcomer, PROBATION)
+            move(self, newcomer, PROBATION)
             chosen = veteran
         else:
             chosen = newcomer
-        _move(self, chosen, NOWHERE)
+        move(self, chosen, NOWHERE)
         return chosen
-
-
-@helper
-def _move(self, key, to):  # type: ignore[no-untyped-def]
-    self.sizes[self.where[key]] -= 1
-    self.sizes[to] += 1
-    self.where[key] = to
-    self.clock[0] += 1
-    self.order[key] = self.clock[0]
