@@ -9,9 +9,15 @@ from flashmoe.events import Event, Events
 from flashmoe.policies.base import Policy, Scope
 
 
+def next_uses(events: Events, n_keys: int) -> np.ndarray:
+    """For each of `events.keys`, the next event that has it again; their number if none."""
+    found = np.empty(len(events.keys), np.int64)
+    kernel(_next_uses, Belady)(events.keys, events.starts, n_keys, found)
+    return found
+
+
 @helper
-def next_uses(keys, starts, n_keys, out):  # type: ignore[no-untyped-def]
-    """For each of the flat `keys`, the next event that has it again; their number if none."""
+def _next_uses(keys, starts, n_keys, out):  # type: ignore[no-untyped-def]
     following = np.full(n_keys, len(starts) - 1)
     for event in range(len(starts) - 2, -1, -1):
         for i in range(starts[event], starts[event + 1]):
@@ -33,8 +39,7 @@ class Belady(Policy):
         self.distance = np.full(self.n_keys, np.iinfo(np.int64).max)  # next event as of now
 
     def foresee(self, events: Events) -> None:
-        self.next_use = np.empty(len(events.keys), np.int64)
-        kernel(next_uses, Belady)(events.keys, events.starts, self.n_keys, self.next_use)
+        self.next_use = next_uses(events, self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         for key in event.keys:

@@ -156,9 +156,13 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """Networks of a policy file, a layer first. Raises FlashMoEError when it is none."""
     tensors, _ = policy_file.read(path, KIND)
     layers, inputs = tensors["w1"].shape[:2] if tensors.get("w1", np.empty(0)).ndim == 3 else (1, 2)
-    shapes = {
+    return policy_file.load(path, KIND, shapes(layers, inputs))
+
+
+def shapes(layers: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Of the networks' tensors; `inputs` is 2 for scorers, 2C for vectors over C slots."""
+    return {
         "w1": (layers, inputs, HIDDEN), "b1": (layers, HIDDEN),
         "w2": (layers, HIDDEN, HIDDEN), "b2": (layers, HIDDEN),
         "w3": (layers, HIDDEN, inputs // 2), "b3": (layers, inputs // 2),
     }  # fmt: skip
-    return policy_file.load(path, KIND, shapes)

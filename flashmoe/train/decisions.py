@@ -11,7 +11,7 @@ import numpy as np
 
 from flashmoe import simulate
 from flashmoe.cache import ExpertCache
-from flashmoe.compiled import helper, kernel
+from flashmoe.compiled import helper
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 from flashmoe.policies.belady import next_uses
@@ -58,8 +58,7 @@ class Teacher(LRU):
 
     def foresee(self, events: Events) -> None:
         self.n_events = len(events)
-        self.next_use = np.empty(len(events.keys), np.int64)
-        kernel(next_uses, Teacher)(events.keys, events.starts, self.n_keys, self.next_use)
+        self.next_use = next_uses(events, self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         remember(self.memory, event)

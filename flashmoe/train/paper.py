@@ -11,13 +11,12 @@ import torch
 
 from flashmoe import simulate
 from flashmoe.cache import ExpertCache
-from flashmoe.compiled import kernel
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event, Events
 from flashmoe.policies import policy_file
 from flashmoe.policies.base import Scope
 from flashmoe.policies.belady import next_uses
-from flashmoe.policies.flashmoe_paper import HIDDEN, KIND, FlashMoEPaper, inputs_of, leave, observe
+from flashmoe.policies.flashmoe_paper import KIND, FlashMoEPaper, inputs_of, leave, observe, shapes
 from flashmoe.trace import Trace
 from flashmoe.train import Training
 
@@ -46,8 +45,7 @@ class Pupil(FlashMoEPaper):
         self.evicted = np.zeros(rows, np.int64)
 
     def foresee(self, events: Events) -> None:
-        self.next_use = np.empty(len(events.keys), np.int64)
-        kernel(next_uses, Pupil)(events.keys, events.starts, self.n_keys, self.next_use)
+        self.next_use = next_uses(events, self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         observe(self, event)
@@ -192,9 +190,4 @@ def _loss(weights: dict[str, torch.Tensor], part: list[torch.Tensor], vector: bo
 
 
 def _empty(layers: int, inputs: int) -> dict[str, np.ndarray]:
-    shapes = {
-        "w1": (layers, inputs, HIDDEN), "b1": (layers, HIDDEN),
-        "w2": (layers, HIDDEN, HIDDEN), "b2": (layers, HIDDEN),
-        "w3": (layers, HIDDEN, inputs // 2), "b3": (layers, inputs // 2),
-    }  # fmt: skip
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return {name: np.zeros(of, np.float32) for name, of in shapes(layers, inputs).items()}
