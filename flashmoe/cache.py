@@ -170,8 +170,7 @@ class ExpertCache:
         hits = [(key, int(slot_of[key])) for key in members[:n_hits].tolist()]
         done, room, kept = n_hits, self.n_slots - n_hits, n  # in the first wave all members stay
         while True:
-            keys = members[done : done + room]
-            keys = keys[: n - done]
+            keys = members[done : min(done + room, n)]
             if len(keys):
                 self._admit(self._state, self.residency, keys, members[:kept])
             loads = [(key, int(slot_of[key])) for key in keys.tolist()]

@@ -11,7 +11,7 @@ import numpy as np
 from flashmoe import policies
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.events import Event, Events, below
+from flashmoe.events import LAYERS_BELOW, Event, Events, below
 from flashmoe.policies.base import Scope
 from flashmoe.trace import Trace
 
@@ -83,7 +83,9 @@ def events_of(
     weights = None if trace.weights is None else trace.weights[tokens, span]
     if conditions is None or not conditions.as_recorded:
         keys = trace.experts[tokens, span] + offsets[:, None]
-        lower = [below(trace.experts[tokens], layer, trace.n_experts) for layer in layers]
+        lowest = max(0, layers.start - LAYERS_BELOW)
+        seen = trace.experts[tokens, lowest : layers.stop]
+        lower = [below(seen, layer - lowest, trace.n_experts) for layer in layers]
         shape = (-1, trace.top_k)
         return Events.of_tokens(
             keys.reshape(shape),
@@ -140,14 +142,16 @@ def replay(
         layers = range(first, first + width)
         scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
 
-        def new_cache(events: Events, scope: Scope = scope) -> ExpertCache:
+        def new_cache(future: Events | None, scope: Scope = scope) -> ExpertCache:
             made = choice(scope, slots * width)
-            if made.offline:
-                made.foresee(events)
+            if made.offline and future is not None:
+                made.foresee(future)
             return ExpertCache(made)
 
         if conditions.warm:
-            cache = new_cache(events_of(trace, np.concatenate(turns), layers, conditions))
+            offline = choice.policy_class.offline
+            whole = np.concatenate(turns)
+            cache = new_cache(events_of(trace, whole, layers, conditions) if offline else None)
         for number, tokens in enumerate(turns):
             events = events_of(trace, tokens, layers, conditions)
             if not conditions.warm:

@@ -57,7 +57,8 @@ class Trace:
         parts = {n: a[tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
         info = dict(self.info)
         if "names" in info:
-            info["names"] = [self.names()[p] for p in positions]
+            names = self.names()
+            info["names"] = [names[p] for p in positions]
         return replace(self, experts=self.experts[tokens], sequence=sequence, info=info, **parts)
 
     def names(self) -> list[str]:
@@ -69,9 +70,10 @@ class Trace:
 
     def named(self, name: str) -> Trace:
         """One sequence, by its name in the description. Raises FlashMoEError if there is none."""
-        if name not in self.names():
+        names = self.names()
+        if name not in names:
             raise FlashMoEError(f"the trace has no sequence called {name!r}")
-        return self.select([self.names().index(name)])
+        return self.select([names.index(name)])
 
     def steps(self, tokens: slice) -> Iterator[slice]:
         """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""

@@ -16,7 +16,6 @@ from flashmoe.registry import discover
 class Choice:
     """A policy with its argument, ready to be made for each cache."""
 
-    label: str  # as the user wrote it: a name, or `name:argument`
     policy_class: type[Policy]
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -45,4 +44,4 @@ def get(label: str, *, online: bool = False) -> Choice:
             f"policy {name!r} needs the future, which only a recorded trace has: "
             "use it with `flashmoe simulate`"
         )
-    return Choice(label, policy, options)
+    return Choice(policy, options)

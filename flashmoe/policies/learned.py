@@ -26,7 +26,7 @@ class Learned(Policy):
     """Evicts the expert whose next use a small network expects last; no training needed.
 
     The network sees recency, frequencies and what followed earlier events like the present
-    one (see features.py) and was trained on Belady's distances, at states of its own making.
+    one (see features.py) and was trained on Belady's distances, at LRU's evictions.
     `learned:FILE` takes a network from `flashmoe train-policy`. It keeps count of the hits
     that LRU would have had, and follows LRU while it is behind.
     """
@@ -76,7 +76,7 @@ def compare_with_lru(self, event):  # type: ignore[no-untyped-def]
     """Count the event's hits, here and of an LRU cache: it holds the n_slots last used.
 
     Of experts used last by one event, when not all of them fit, each counts for its chance. (As
-    hits they would count for too much: with 8 slots for top-6 that cost 25 points of the gap.)
+    hits they would count for too much: with 8 slots for top-6 that cost 28 points of the gap.)
     """
     for key in event.keys:
         if self.resident[key]:
