@@ -170,47 +170,46 @@ def test_arguments_that_make_no_sense_are_refused(label):
         policies.get(label)
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    rows=st.lists(
-        st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True), min_size=1, max_size=8
-    ),
-    n_slots=st.integers(2, 3),
-)
-def test_belady_bypass_is_the_best_there_is(rows, n_slots):
+def most_hits(rows, n_slots, choices) -> int:
+    """By exhaustive search; `choices(resident, wanted, n_slots)` are the sets that may be kept."""
+
     @cache
     def best(position: int, resident: frozenset[int]) -> int:
         if position == len(rows):
             return 0
         wanted = frozenset(rows[position])
-        pool = resident | wanted
-        size = min(n_slots, len(pool))
-        kept = map(frozenset, combinations(pool, size))
+        kept = choices(resident, wanted, n_slots)
         return len(resident & wanted) + max(best(position + 1, keep) for keep in kept)
 
-    assert replay("belady-bypass", n_slots, rows)[0] == best(0, frozenset())
+    return best(0, frozenset())
+
+
+def any_of_both(resident, wanted, n_slots):
+    pool = resident | wanted
+    return map(frozenset, combinations(pool, min(n_slots, len(pool))))
+
+
+def wanted_and_some_others(resident, wanted, n_slots):
+    others, room = resident - wanted, n_slots - len(wanted)
+    chosen = [others] if len(others) <= room else map(frozenset, combinations(others, room))
+    return (wanted | some for some in chosen)
+
+
+def pairs(at_most: int) -> st.SearchStrategy[list[list[int]]]:
+    row = st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True)
+    return st.lists(row, min_size=1, max_size=at_most)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=pairs(8), n_slots=st.integers(2, 3))
+def test_belady_bypass_is_the_best_there_is(rows, n_slots):
+    assert replay("belady-bypass", n_slots, rows)[0] == most_hits(rows, n_slots, any_of_both)
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    rows=st.lists(
-        st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True), min_size=1, max_size=9
-    ),
-    n_slots=st.integers(2, 4),
-)
+@given(rows=pairs(9), n_slots=st.integers(2, 4))
 def test_belady_is_the_best_there_is(rows, n_slots):
-    @cache
-    def best(position: int, resident: frozenset[int]) -> int:
-        if position == len(rows):
-            return 0
-        wanted = frozenset(rows[position])
-        hits = len(resident & wanted)
-        others = resident - wanted
-        room = n_slots - len(wanted)
-        kept = [others] if len(others) <= room else map(frozenset, combinations(others, room))
-        return hits + max(best(position + 1, wanted | keep) for keep in kept)
-
-    assert replay("belady", n_slots, rows)[0] == best(0, frozenset())
+    assert replay("belady", n_slots, rows)[0] == most_hits(rows, n_slots, wanted_and_some_others)
 
 
 def test_unknown_and_offline_policies_are_refused_in_a_sentence():
