@@ -117,20 +117,22 @@ def _replay(policy, cache, events, now):  # type: ignore[no-untyped-def]
     members = np.empty(len(cache.slot_of), np.int64)
     n_slots = len(cache.residents)
     requests, total_hits = 0, 0
-    for i in range(len(events.tokens)):
-        first, end = events.starts[i], events.starts[i + 1]
-        shares = events.weights[first:end] if len(events.weights) else events.weights
-        keys, counts, last = (
-            events.keys[first:end],
-            events.counts[first:end],
-            events.last[first:end],
+    for i in range(len(events.starts) - 1):
+        start, end = events.starts[i], events.starts[i + 1]
+        first, until = events.firsts[i], events.firsts[i + 1]
+        event = Event(
+            events.keys[start:end],
+            events.counts[start:end],
+            events.last[start:end],
+            events.rows[first:until],
+            events.weights[first:until],  # of none: still none
+            events.below[first:until],
         )
-        event = Event(keys, counts, last, shares, events.tokens[i], events.below[i])
-        n = len(keys)
+        n = len(event.keys)
         hits = _open(policy, cache, event, now, members)
         requests += n
         total_hits += hits
-        now += events.tokens[i]
+        now += len(event.rows)
         done, room, kept = hits, n_slots - hits, n
         while done < n:
             until = min(done + room, n)
@@ -164,7 +166,7 @@ class ExpertCache:
         slot_of, members = self.residency.slot_of, self._members
         n_hits = self._open(self._state, self.residency, event, self.tokens, members)
         n = len(event.keys)
-        self.tokens += event.tokens
+        self.tokens += len(event.rows)
         self.requests += n
         self.hits += n_hits
         hits = [(key, int(slot_of[key])) for key in members[:n_hits].tolist()]

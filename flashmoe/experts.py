@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.events import Event, below
+from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.store.reader import ExtentReader
 
 NAME = "flashmoe"
@@ -38,13 +38,19 @@ class Timings:
 
 
 class Routing:
-    """What the last token chose at each layer, which policies of higher layers may look at."""
+    """What each layer chose for the tokens at hand, which policies of higher layers look at."""
 
     def __init__(self, top_k: int, n_layers: int) -> None:
-        self.last = np.zeros((n_layers, top_k), np.int64)
+        self.chosen = [np.empty((0, top_k), np.int64)] * n_layers
 
-    def below(self, layer: int, n_experts: int) -> np.ndarray:
-        return below(self.last, layer, n_experts)
+    def note(self, layer: int, rows: np.ndarray, n_experts: int) -> np.ndarray:
+        """Take in `rows` [tokens, top_k] of `layer`; what lies below them, as `events.below`."""
+        self.chosen[layer] = rows
+        lowest = layer
+        while lowest > max(0, layer - LAYERS_BELOW) and len(self.chosen[lowest - 1]) == len(rows):
+            lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
+        seen = np.stack(self.chosen[lowest : layer + 1], axis=1)
+        return below(seen, layer - lowest, n_experts)
 
 
 class StreamedExperts:
@@ -72,10 +78,9 @@ class StreamedExperts:
         """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
         started = time.perf_counter()
         rows = index.numpy()
-        known = self.routing.below(self.number, self.cache.policy.n_keys)
+        known = self.routing.note(self.number, rows, self.cache.policy.n_keys)
         shares = weights.detach().float().numpy()
         event = Event.of_rows(rows, 0, shares, known)
-        self.routing.last[self.number] = rows[-1]
         if len(rows) == 1:
             result = self._one_token(module, hidden, rows[0].tolist(), weights, event)
         else:

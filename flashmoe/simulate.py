@@ -98,7 +98,7 @@ def events_of(
         for layer in layers:
             rows = trace.experts[step, layer]
             shares = None if weights is None else weights[part, layer - layers.start]
-            known = below(trace.experts[step.stop - 1], layer, trace.n_experts)
+            known = below(trace.experts[step], layer, trace.n_experts)
             found.append(Event.of_rows(rows, int(offsets[layer - layers.start]), shares, known))
     return Events.of(found)
 

@@ -117,6 +117,19 @@ def test_features_of_a_worked_case():
     assert memory.mark.sum() == memory.mark_below.sum() == 0  # scratch is left clean
 
 
+def test_a_prompt_leaves_the_memory_that_a_decode_of_it_leaves():
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(8)[:2] for _ in range(30)])
+    weights = rng.random((30, 2))
+    lower = rng.integers(0, 8, (30, 5))
+    one_by_one, at_once = Memory.empty(Scope(8, 2)), Memory.empty(Scope(8, 2))
+    for row, shares, chosen in zip(rows, weights, lower, strict=True):
+        remember(one_by_one, Event.of_rows(row[None], 0, shares[None], chosen[None]))
+    remember(at_once, Event.of_rows(rows, 0, weights, lower))
+    for decoded, prefilled in zip(one_by_one, at_once, strict=True):
+        np.testing.assert_array_equal(decoded, prefilled)
+
+
 def test_without_router_weights_their_features_are_masked():
     whole = trace.load(flashmoe.demo_routing_path()).select([0, 7])
     bare = Trace(whole.experts, whole.sequence, whole.n_experts)

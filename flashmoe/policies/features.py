@@ -62,7 +62,6 @@ class Memory(NamedTuple):
     """
 
     tokens: np.ndarray  # [L] seen at each layer
-    steps: np.ndarray  # [L] events seen at each layer
     last_use: np.ndarray  # [n] in the layer's tokens
     uses: np.ndarray  # [n]
     keep: np.ndarray  # [fades] what is left of a count after one token
@@ -83,7 +82,6 @@ class Memory(NamedTuple):
         times = np.array([*FADES_TOKENS, *(g * experts / scope.top_k for g in FADES_GAPS)])
         return cls(
             tokens=np.zeros(layers, np.int64),
-            steps=np.zeros(layers, np.int64),
             last_use=np.full(n, -1),
             uses=np.zeros(n, np.int64),
             keep=np.exp(-1 / times),
@@ -102,43 +100,51 @@ class Memory(NamedTuple):
 
 @helper
 def remember(memory, event):  # type: ignore[no-untyped-def]
-    """Take in `event`; the layer that it is of."""
+    """Take in `event`, token by token; the layer that it is of.
+
+    A prompt leaves what a decode of it would have left: trained on single tokens, the network
+    meets nothing else in the engine. (Of a prompt's last token alone, the votes knew so little
+    that the engine at OLMoE's scale read more than LFU: 52.5 and 78.1 % hits to 54.5 and 81.4.)
+    """
     experts = memory.mark.shape[1]
-    top_k = memory.history.shape[2]
     layer = event.keys[0] // experts
-    first, n, tokens = layer * experts, len(event.keys), event.tokens
-    for fade in range(N_FADES):
-        keep = memory.keep[fade]
-        kept = keep**tokens
-        added = (1 - kept) / (1 - keep)  # what an expert used by every token of the event adds
-        memory.norm[fade, layer] = memory.norm[fade, layer] * kept + added
-        for key in range(first, first + experts):
-            memory.faded[fade, key] *= kept
-        for i in range(n):
-            memory.faded[fade, event.keys[i]] += event.counts[i] * added / tokens
-    kept = memory.keep[SHARE_FADE] ** tokens
-    for key in range(first, first + experts):
-        memory.shares[key] *= kept
-    known = len(event.weights) > 0
-    memory.weighted[0] = known
-    for i in range(n):
-        key = event.keys[i]
-        memory.uses[key] += event.counts[i]
-        memory.last_use[key] = memory.tokens[layer] + event.last[i]
-        if known:
-            memory.share[key] = event.weights[i]
-            memory.shares[key] += event.weights[i] * event.counts[i]
-    row = memory.history[layer, memory.steps[layer] % HISTORY]
-    row[:] = -1
-    for i in range(max(0, n - top_k), n):  # of a prefill, what its last tokens used
-        row[i - max(0, n - top_k)] = event.keys[i] - first
-    row = memory.below[layer, memory.steps[layer] % HISTORY]
-    row[:] = -1
-    for i in range(min(len(row), len(event.below))):
-        row[i] = event.below[i]
-    memory.steps[layer] += 1
-    memory.tokens[layer] += tokens
+    memory.weighted[0] = len(event.weights) > 0
+    for token in range(len(event.rows)):
+        _fade(memory, layer)
+        for i, key in enumerate(event.rows[token]):
+            memory.uses[key] += 1
+            memory.last_use[key] = memory.tokens[layer]
+            for fade in range(N_FADES):
+                memory.faded[fade, key] += 1
+            if memory.weighted[0]:
+                memory.share[key] = event.weights[token, i]
+                memory.shares[key] += event.weights[token, i]
+        _note(memory.history[layer], memory.tokens[layer], event.rows[token] - layer * experts)
+        _note(memory.below[layer], memory.tokens[layer], event.below[token])
+        memory.tokens[layer] += 1
     return layer
+
+
+@helper
+def _fade(memory, layer):  # type: ignore[no-untyped-def]
+    """One token on: every fading count of `layer` by its time constant."""
+    experts = memory.mark.shape[1]
+    first = layer * experts
+    for fade in range(N_FADES):
+        memory.norm[fade, layer] = memory.norm[fade, layer] * memory.keep[fade] + 1
+        for key in range(first, first + experts):
+            memory.faded[fade, key] *= memory.keep[fade]
+    for key in range(first, first + experts):
+        memory.shares[key] *= memory.keep[SHARE_FADE]
+
+
+@helper
+def _note(history, token, chosen):  # type: ignore[no-untyped-def]
+    """Write `chosen` over the oldest row of a history [HISTORY, width]."""
+    row = history[token % HISTORY]
+    row[:] = -1
+    for i in range(min(len(row), len(chosen))):
+        row[i] = chosen[i]
 
 
 @helper
@@ -149,18 +155,18 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
     layers below, that the earlier one had too; rare experts weigh more. Returns the total
     weight of like events, and of like pairs of events.
     """
-    steps = memory.steps[layer]
+    tokens = memory.tokens[layer]
     history, lower = memory.history[layer], memory.below[layer]
     whole = np.full(3, 1e-6)  # what an event, a pair, a triple exactly alike would add up to
-    for back in range(min(3, steps)):
+    for back in range(min(3, tokens)):
         added = 0.0
-        for expert in history[(steps - 1 - back) % HISTORY]:
+        for expert in history[(tokens - 1 - back) % HISTORY]:
             if expert >= 0:
                 mark = _rarity(memory, layer, expert)
                 memory.mark[back, expert] = mark
                 added += mark
         if back < 2:
-            for expert in lower[(steps - 1 - back) % HISTORY]:
+            for expert in lower[(tokens - 1 - back) % HISTORY]:
                 if expert >= 0:
                     memory.mark_below[back, expert] = 1
                     added += 1
@@ -169,8 +175,8 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
     total = np.full(N_VOTES, 1e-3)
     weight = np.zeros(N_VOTES)  # of the events so far, faded to the one looked at
     to_first, to_second, to_second_next = 0.0, 0.0, 0.0  # likeness of those before to those before
-    for age in range(min(steps, HISTORY) - 1, -1, -1):
-        past = (steps - 1 - age) % HISTORY
+    for age in range(min(tokens, HISTORY) - 1, -1, -1):
+        past = (tokens - 1 - age) % HISTORY
         alike, first, second = 0.0, 0.0, 0.0
         for expert in history[past]:
             if expert >= 0:
@@ -195,12 +201,12 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
         to_first, to_second, to_second_next = first, to_second_next, second
     for v in range(N_VOTES):
         memory.vote[v] /= total[v]
-    for back in range(min(3, steps)):
-        for expert in history[(steps - 1 - back) % HISTORY]:
+    for back in range(min(3, tokens)):
+        for expert in history[(tokens - 1 - back) % HISTORY]:
             if expert >= 0:
                 memory.mark[back, expert] = 0
         if back < 2:
-            for expert in lower[(steps - 1 - back) % HISTORY]:
+            for expert in lower[(tokens - 1 - back) % HISTORY]:
                 if expert >= 0:
                     memory.mark_below[back, expert] = 0
     return total[0], total[4]

@@ -48,11 +48,11 @@ class Learned(Policy):
         self.features = np.zeros(N_FEATURES, np.float32)
         self.h1, self.h2 = np.zeros_like(self.b1), np.zeros_like(self.b2)
         self.due = np.zeros(self.n_keys)  # when each expert is expected, in tokens
-        self.due_step = np.full(self.n_keys, -1)  # the event of its layer that `due` is from
+        self.due_at = np.full(self.n_keys, -1)  # the token of its layer that `due` is from
         self.resident = np.zeros(self.n_keys, np.bool_)
-        self.last_event = np.full(self.n_keys, -1)
+        self.last_use = np.full(self.n_keys, -1)
         self.zeros = np.zeros(self.n_keys, np.int64)
-        self.score = np.zeros(4)  # events, requests, own hits, LRU's hits
+        self.score = np.zeros(4)  # tokens, requests, own hits, LRU's hits
 
     @classmethod
     def options(cls, argument: str) -> dict[str, object]:
@@ -64,7 +64,7 @@ class Learned(Policy):
 
     def victim(self, candidates: np.ndarray) -> int:
         if behind_lru(self):
-            chosen = least(candidates, self.last_event, self.zeros)
+            chosen = least(candidates, self.last_use, self.zeros)
         else:
             chosen = needed_last(self, candidates)
         self.resident[chosen] = False
@@ -75,24 +75,24 @@ class Learned(Policy):
 def compare_with_lru(self, event):  # type: ignore[no-untyped-def]
     """Count the event's hits, here and of an LRU cache: it holds the n_slots last used.
 
-    Of experts used last by one event, when not all of them fit, each counts for its chance. (As
+    Of experts used last by one token, when not all of them fit, each counts for its chance. (As
     hits they would count for too much: with 8 slots for top-6 that cost 28 points of the gap.)
     """
     for key in event.keys:
         if self.resident[key]:
             self.score[2] += 1
-        if self.last_event[key] >= 0:
+        if self.last_use[key] >= 0:
             newer, equal = 0, 0
             for other in range(self.n_keys):
-                if self.last_event[other] > self.last_event[key]:
+                if self.last_use[other] > self.last_use[key]:
                     newer += 1
-                elif self.last_event[other] == self.last_event[key]:
+                elif self.last_use[other] == self.last_use[key]:
                     equal += 1
             self.score[3] += min(1.0, max(0.0, (self.n_slots - newer) / equal))
-    for key in event.keys:
+    for key, offset in zip(event.keys, event.last):
         self.resident[key] = True
-        self.last_event[key] = int(self.score[0])
-    self.score[0] += 1
+        self.last_use[key] = int(self.score[0]) + offset
+    self.score[0] += len(event.rows)
     self.score[1] += len(event.keys)
 
 
@@ -110,7 +110,7 @@ def needed_last(self, candidates):  # type: ignore[no-untyped-def]
     best, latest = candidates[0], -np.inf
     for key in candidates:
         layer = key // self.n_experts
-        if self.due_step[key] != self.memory.steps[layer]:
+        if self.due_at[key] != self.memory.tokens[layer]:
             if recalled != layer:
                 similar, pairs = recall(self.memory, layer)
                 recalled = layer
@@ -126,7 +126,7 @@ def needed_last(self, candidates):  # type: ignore[no-untyped-def]
             )
             wait = np.exp(log_distance(self)) * self.gap
             self.due[key] = self.memory.tokens[layer] + layer / len(self.depths) + wait
-            self.due_step[key] = self.memory.steps[layer]
+            self.due_at[key] = self.memory.tokens[layer]
         if self.due[key] > latest:
             best, latest = key, self.due[key]
     return best

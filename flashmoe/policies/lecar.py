@@ -36,7 +36,7 @@ class LeCaR(Policy):
         self.clock = np.zeros(1, np.int64)
 
     def touch(self, event: Event, now: int) -> None:
-        self.clock[0] = now + event.tokens
+        self.clock[0] = now + len(event.rows)
         for key, count, offset in zip(event.keys, event.counts, event.last):
             who = self.evictor[key]
             if who >= 0:

@@ -27,7 +27,7 @@ class LFRU(Policy):
         for key, count, offset in zip(event.keys, event.counts, event.last):
             self.uses[key] += count
             self.last_use[key] = now + offset
-        self.clock[0] = now + event.tokens
+        self.clock[0] = now + len(event.rows)
 
     def victim(self, candidates: np.ndarray) -> int:
         age = self.clock[0] - self.last_use[candidates]

@@ -38,7 +38,7 @@ class LFUDecay(Policy):
         return {"half_life": half_life}
 
     def touch(self, event: Event, now: int) -> None:
-        self.uses[:] *= np.exp(self.log_keep * event.tokens)
+        self.uses[:] *= np.exp(self.log_keep * len(event.rows))
         for key, count, offset in zip(event.keys, event.counts, event.last):
             self.uses[key] += count
             self.last_use[key] = now + offset
