@@ -36,6 +36,13 @@ class Arena:
                 }
             )
 
+    def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
+        """Two slots' memory changes places, of arenas of layers laid out alike."""
+        mine, theirs = self.slots, other.slots
+        mine[slot], theirs[other_slot] = theirs[other_slot], mine[slot]
+        own, others = self.parameters, other.parameters
+        own[slot], others[other_slot] = others[other_slot], own[slot]
+
     def close(self) -> None:
         """Give the memory back. Tensors handed out must not be used afterwards."""
         self.parameters.clear()

@@ -10,29 +10,36 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
-from flashmoe import experts, policies, skeleton
+from flashmoe import dense, experts, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.locations import cache_folder
+from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Scope
+from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
 from flashmoe.sizes import format_bytes, parse_bytes
 from flashmoe.store import manifest as manifests
-from flashmoe.store.direct_io import drop_page_cache
 from flashmoe.store.pack import pack
 from flashmoe.store.reader import ExtentReader
 from flashmoe.store.verify import open_manifest
 
 logger = logging.getLogger(__name__)
 
+SPARES = 4  # slots for guesses: of OLMoE's size the drive fills one to two while a layer computes
+
 
 class Engine:
     """What `model.flashmoe` is: the caches of a loaded model, their counts and their end."""
 
     def __init__(
-        self, model: transformers.PreTrainedModel, store: Path, memory_bytes: int, policy: str
+        self,
+        model: transformers.PreTrainedModel,
+        store: Path,
+        memory_bytes: int,
+        policy: str,
+        prefetch: bool,
     ) -> None:
         self.store = store
         self.manifest = open_manifest(store)
@@ -41,7 +48,7 @@ class Engine:
         self.policy = policies.get(policy, online=True)
         self.modules = skeleton.expert_modules(model)
         _check_fit(self.modules, self.manifest, store)
-        self.slots = slots_per_layer(self.manifest, memory_bytes)
+        self.slots, spares = slots_and_spares(self.manifest, memory_bytes, prefetch)
         self.timings = experts.Timings()
         self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
         self.reader = ExtentReader(store, self.manifest)
@@ -55,6 +62,12 @@ class Engine:
             )
             module.flashmoe_experts = streamed  # type: ignore[assignment]
             self.layers.append(streamed)
+        self.prefetcher: Prefetcher | None = None
+        if spares:
+            arena = Arena(self.manifest.layers[0], spares)
+            self.prefetcher = Prefetcher(Lookahead(model), arena, self.reader)
+            for layer, above in zip(self.layers, [*self.layers[1:], None], strict=True):
+                layer.prefetcher, layer.above = self.prefetcher, above
         self._peak_resident_bytes = 0
 
     def _new_cache(self, number: int) -> ExpertCache:
@@ -64,18 +77,22 @@ class Engine:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of experts in slots now. Grows to the budget's whole slots, never above."""
-        return sum(len(layer.cache.resident) * layer.arena.extent_bytes for layer in self.layers)
+        """Bytes of experts in slots now, spare slots included. Never above the budget."""
+        spares = self.prefetcher.spares if self.prefetcher else None
+        return (spares.n_slots * spares.extent_bytes if spares else 0) + sum(
+            len(layer.cache.resident) * layer.arena.extent_bytes for layer in self.layers
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counts since load or the last reset, in experts, bytes and seconds.
 
         `requests` counts distinct (forward step, layer, expert); `hits` those resident when
-        the step reached the layer. `read_seconds` is time with a read in flight,
-        `wait_seconds` the part of it in which the model stood still.
+        the step reached the layer; `prefetch_used` those misses that a guess had begun to
+        read, `prefetch_wasted` the guesses begun in vain. `read_seconds` is time with a read
+        in flight, `wait_seconds` the part of it in which the model stood still.
         """
         caches = [layer.cache for layer in self.layers]
-        resident = self.resident_bytes
+        resident, guesses = self.resident_bytes, self.prefetcher
         self._peak_resident_bytes = max(self._peak_resident_bytes, resident)
         requests = sum(cache.requests for cache in caches)
         hits = sum(cache.hits for cache in caches)
@@ -86,8 +103,9 @@ class Engine:
             "hits": hits,
             "misses": requests - hits,
             "hit_rate": hits / requests if requests else 0.0,
-            "prefetch_used": 0,
-            "prefetch_wasted": 0,
+            "prefetch_used": guesses.used if guesses else 0,
+            "prefetch_wasted": guesses.wasted if guesses else 0,
+            "prefetch_wasted_bytes": guesses.wasted_bytes if guesses else 0,
             "bytes_read": self.reader.bytes_read,
             "read_seconds": self.reader.busy_seconds,
             "wait_seconds": self.timings.wait_seconds,
@@ -102,6 +120,8 @@ class Engine:
 
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
+        if self.prefetcher:
+            self.prefetcher.clear()
         for number, layer in enumerate(self.layers):
             layer.cache = self._new_cache(number)
         self.reset_counts()
@@ -113,7 +133,9 @@ class Engine:
             layer.cache.policy_seconds = 0.0
         self.timings.total_seconds = self.timings.wait_seconds = 0.0
         self.timings.compute_seconds = 0.0
-        self.reader.bytes_read, self.reader.busy_seconds = 0, 0.0
+        self.reader.reset_counts()
+        if self.prefetcher:
+            self.prefetcher.reset_counts()
         self._peak_resident_bytes = 0
 
     def close(self) -> None:
@@ -125,6 +147,9 @@ class Engine:
         for layer in self.layers:
             layer.arena.close()
         self.layers.clear()
+        if self.prefetcher:
+            self.prefetcher.close()
+            self.prefetcher = None
 
 
 def slots_per_layer(manifest: manifests.Manifest, memory_bytes: int) -> int:
@@ -142,6 +167,28 @@ def slots_per_layer(manifest: manifests.Manifest, memory_bytes: int) -> int:
             f"{format_bytes(least)} ({least} bytes) at least"
         )
     return int(min(slots, max(layer.n_experts for layer in manifest.layers)))
+
+
+def slots_and_spares(
+    manifest: manifests.Manifest, memory_bytes: int, prefetch: bool
+) -> tuple[int, int]:
+    """Slots of every layer, and spare slots for guesses, which come out of the same budget.
+
+    What is left of the budget after whole slots for every layer is spare. Only a budget that
+    leaves nothing gives up a slot a layer for guesses. None where guesses do not pay, or no
+    layer can miss.
+    """
+    slots = slots_per_layer(manifest, memory_bytes)
+    first = manifest.layers[0]
+    alike = all(layer.tensors == first.tensors for layer in manifest.layers)
+    can_miss = slots < max(layer.n_experts for layer in manifest.layers)
+    if not (prefetch and alike and can_miss and first.extent_bytes >= PAYS_FROM_BYTES):
+        return slots, 0
+    one_each = sum(layer.extent_bytes for layer in manifest.layers)
+    left = memory_bytes - slots * one_each
+    if left < first.extent_bytes and slots > manifest.top_k:
+        slots, left = slots - 1, left + one_each
+    return slots, min(SPARES, left // first.extent_bytes)
 
 
 def _check_fit(
@@ -169,7 +216,7 @@ def load(
     memory: int | str,
     policy: str = "learned",
     device: str = "cpu",
-    prefetch: bool = False,
+    prefetch: bool = True,
 ) -> transformers.PreTrainedModel:
     """A transformers model, ready for `.generate`, whose experts stay on the SSD.
 
@@ -178,23 +225,19 @@ def load(
     memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
         (5-7 % of it) comes on top. Output does not depend on it.
     policy: a name from `flashmoe policies`, or name:argument.
+    prefetch: while a layer computes, read what the next one is guessed to need (where that
+        pays: experts of a MiB or more). Output does not depend on it either.
     Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
     small for one token. `model.flashmoe` is the Engine.
     """
     if torch.device(device).type != "cpu":
         raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
-    if prefetch:
-        raise FlashMoEError("prefetch is not built yet: leave it off")
     memory_bytes = parse_bytes(memory)
     store = store_for(Path(path))
-    config = skeleton.read_config(store)
-    model = skeleton.build(config)
-    engine = Engine(model, store, memory_bytes, policy)
+    model = skeleton.build(skeleton.read_config(store))
+    engine = Engine(model, store, memory_bytes, policy, prefetch)
     try:
-        _load_dense(model, store, engine.manifest.dense_file)
-        model.set_experts_implementation(experts.NAME)
-        if (store / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(store)
+        dense.fill(model, store, engine.manifest)
     except BaseException:
         engine.close()
         raise
@@ -223,30 +266,3 @@ def store_for(path: Path) -> Path:
         logger.warning("packing %s into %s (once)", path, store)
         pack(path, store)
     return store
-
-
-def _load_dense(model: transformers.PreTrainedModel, store: Path, name: str) -> None:
-    """Fill everything but the experts, in anonymous memory (pread, not a mapping)."""
-    try:
-        with safe_open(store / name, framework="pt", backend="pread") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        with open(store / name, "rb") as read:
-            drop_page_cache(read.fileno())
-    except (SafetensorError, OSError) as error:
-        raise FlashMoEError(f"store {store}: {name} is damaged ({error}); pack it again") from None
-    try:
-        model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise FlashMoEError(f"store {store}: {name} does not fit the model ({error})") from None
-    model.tie_weights()
-    # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
-    # without a gradient, which differs in the last bit
-    model.requires_grad_(True)
-    held = {
-        f"{module_name}.{parameter}"
-        for module_name, module in skeleton.expert_modules(model).items()
-        for parameter in skeleton.expert_parameters(module)
-    }
-    for key, parameter in model.named_parameters():
-        if parameter.is_meta and key not in held:
-            raise FlashMoEError(f"store {store}: {name} lacks {key}; pack it again")

@@ -1,31 +1,40 @@
 """Runs a layer's experts from the cache; transformers calls it in place of the module's forward.
 
 Registered with transformers' ExpertsInterface, so any family that dispatches its experts
-there works without model code of ours. Each expert's output is computed on its own and the
-outputs are added in ascending order of expert, as transformers' `eager` does: results do not
-depend on which experts were resident, or in which order the others arrived.
+there works without model code of ours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from flashmoe import arithmetic
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import LAYERS_BELOW, Event, below
+from flashmoe.prefetch import Prefetcher
 from flashmoe.store.reader import ExtentReader
 
 NAME = "flashmoe"
+
+
+class Experts(Protocol):
+    """What an experts module asks for its output, when set as its `flashmoe_experts`."""
+
+    def forward(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
 
 
 @dataclass
@@ -71,123 +80,65 @@ class StreamedExperts:
         self.reader = reader
         self.timings = timings
         self.routing = routing
+        self.prefetcher: Prefetcher | None = None
+        self.above: StreamedExperts | None = None  # whose experts are guessed here
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
         started = time.perf_counter()
         rows = index.numpy()
         known = self.routing.note(self.number, rows, self.cache.policy.n_keys)
-        shares = weights.detach().float().numpy()
-        event = Event.of_rows(rows, 0, shares, known)
-        if len(rows) == 1:
-            result = self._one_token(module, hidden, rows[0].tolist(), weights, event)
-        else:
-            result = self._many_tokens(module, hidden, index, weights, event)
+        event = Event.of_rows(rows, 0, weights.detach().float().numpy(), known)
+        serve = partial(self._serve, event, hidden)
+        result = arithmetic.run(module, hidden, index, weights, serve)
         self.timings.total_seconds += time.perf_counter() - started
         return result
 
-    def _one_token(
-        self,
-        module: nn.Module,
-        hidden: torch.Tensor,
-        row: list[int],
-        weights: torch.Tensor,
-        event: Event,
-    ) -> torch.Tensor:
-        outputs: dict[int, torch.Tensor] = {}
-
-        def compute(expert: int, parameters: dict[str, torch.Tensor]) -> None:
-            output = expert_output(module, parameters, hidden)
-            outputs[expert] = (output * weights[:, row.index(expert), None]).to(hidden.dtype)
-
-        self._serve(event, compute)
-        total = torch.zeros_like(hidden)
-        for expert in sorted(outputs):
-            total += outputs[expert]
-        return total
-
-    def _many_tokens(
-        self,
-        module: nn.Module,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        event: Event,
-    ) -> torch.Tensor:
-        tokens, top_k = index.shape
-        outputs = hidden.new_empty(tokens, top_k, hidden.shape[-1])
-        # eager gathers an expert's tokens by position in top_k, then by token: so do we, since
-        # the order of rows may decide the last bit of a matrix product
-        by_position = index.T.reshape(-1)
-        order = torch.argsort(by_position, stable=True)
-        ends = torch.bincount(by_position).cumsum(0).tolist()
-
-        def compute(expert: int, parameters: dict[str, torch.Tensor]) -> None:
-            mine = order[ends[expert - 1] if expert else 0 : ends[expert]]
-            token, position = mine % tokens, mine // tokens
-            output = expert_output(module, parameters, hidden[token])
-            output = output * weights[token, position, None]
-            outputs[token, position] = output.to(hidden.dtype)
-
-        self._serve(event, compute)
-        ascending = index.argsort(dim=1)
-        outputs = outputs.gather(1, ascending[..., None].expand_as(outputs))
-        total = torch.zeros_like(hidden)
-        for position in range(top_k):
-            total += outputs[:, position]
-        return total
-
-    def _serve(self, event: Event, compute: Callable[[int, dict[str, torch.Tensor]], None]) -> None:
+    def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
         """Compute every member of `event`: resident ones first, while the others are read."""
         clock, timings = time.perf_counter, self.timings
+        if self.prefetcher:
+            self.prefetcher.drop(self.number, event.keys)
+        guessed = False
         for wave in self.cache.waves(event):
             pending = dict(wave.loads)
-            reads: list[Future[None]] = []
+            reads: dict[int, Future[None]] = {}
             try:
-                loads = [(key, self.arena.slots[slot]) for key, slot in wave.loads]
-                reads = self.reader.submit(self.number, loads)
+                self._start(wave.loads, reads)
+                if not guessed:  # now that the drive is busy with what is surely needed
+                    self._guess(hidden)
+                    guessed = True
                 started = clock()
                 for key, slot in wave.hits:
                     compute(key, self.arena.parameters[slot])
                 timings.compute_seconds += clock() - started
-                for (key, slot), read in zip(wave.loads, reads, strict=True):
+                for key, read in reads.items():
                     started = clock()
                     read.result()
                     arrived = clock()
-                    del pending[key]
-                    compute(key, self.arena.parameters[slot])
+                    compute(key, self.arena.parameters[pending.pop(key)])
                     timings.wait_seconds += arrived - started
                     timings.compute_seconds += clock() - arrived
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
-                wait(reads)
+                wait(reads.values())
                 for key in pending:
                     self.cache.forget(key)
                 raise
 
+    def _start(self, loads: list[tuple[int, int]], reads: dict[int, Future[None]]) -> None:
+        """Start reading `loads` (key, slot) into `reads`; first what a guess has begun with."""
+        if self.prefetcher:
+            for key, slot in loads:
+                if read := self.prefetcher.claim(self.number, key, self.arena, slot):
+                    reads[key] = read
+        rest = [(key, self.arena.slots[slot]) for key, slot in loads if key not in reads]
+        started = self.reader.submit(self.number, rest)
+        reads.update(zip((key for key, _ in rest), started, strict=True))
 
-def expert_output(
-    module: nn.Module, parameters: dict[str, torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
-    """One expert on x [n, width], by the contract of transformers' `batched_mm` experts."""
-    gated, name = module.has_gate, "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _linear(module, parameters, name, x)
-    hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)  # type: ignore[operator]
-    hidden = _linear(module, parameters, "down_proj", hidden)
-    if module.has_post_expert_norm:
-        hidden = module.post_expert_norm(hidden)  # type: ignore[operator]
-    return hidden
-
-
-def _linear(
-    module: nn.Module, parameters: dict[str, torch.Tensor], name: str, x: torch.Tensor
-) -> torch.Tensor:
-    bias = parameters[f"{name}_bias"] if module.has_bias else None
-    if not module.is_transposed:
-        return F.linear(x, parameters[name], bias)
-    out = x @ parameters[name]
-    return out if bias is None else out + bias
+    def _guess(self, hidden: torch.Tensor) -> None:
+        if self.prefetcher and self.above:
+            self.prefetcher.guess(self.above.number, hidden, self.above.cache)
 
 
 def _forward(
@@ -196,10 +147,10 @@ def _forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    streamed: StreamedExperts | None = getattr(self, "flashmoe_experts", None)
-    if streamed is None:
+    experts: Experts | None = getattr(self, "flashmoe_experts", None)
+    if experts is None:
         raise FlashMoEError("this model's FlashMoE engine was closed: load the model again")
-    return streamed.forward(self, hidden_states, top_k_index, top_k_weights)
+    return experts.forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)

@@ -12,13 +12,16 @@ from transformers import PreTrainedModel
 
 from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
+from flashmoe.lookahead import Lookahead
 from flashmoe.trace import Trace
 
 
 class Recorder:
     """Collects the routing of every forward pass while `recording(model)` is open."""
 
-    def __init__(self, model: PreTrainedModel, *, probabilities: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, probabilities: bool = False, guesses: bool = False
+    ) -> None:
         self.modules = skeleton.expert_modules(model)
         if not self.modules:
             raise FlashMoEError("this model has no experts to record")
@@ -27,6 +30,8 @@ class Recorder:
         self.experts: list[list[np.ndarray]] = [[] for _ in self.modules]
         self.weights: list[list[np.ndarray]] = [[] for _ in self.modules]
         self.logits: list[list[np.ndarray]] = [[] for _ in self.modules]
+        self.lookahead = Lookahead(model) if guesses else None
+        self.guesses: list[list[np.ndarray]] = [[] for _ in list(self.modules)[1:]]
         self.sequence: list[int] = []  # per token of layer 0
         self.step: list[int] = []
         self.current_sequence = -1
@@ -50,13 +55,21 @@ class Recorder:
 
     def _experts_hook(self, number: int):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            _, index, weights = arguments
+            hidden, index, weights = arguments
             if number == 0:
                 step = self.step[-1] + 1 if self.step else 0
                 self.step += [step] * len(index)
                 self.sequence += [self.current_sequence] * len(index)
             self.experts[number].append(index.numpy().astype(np.uint16))
             self.weights[number].append(weights.float().numpy().astype(np.float16))
+            if self.lookahead and number < len(self.guesses):
+                routed = self.lookahead.route(number + 1, hidden)
+                if routed is None:
+                    raise FlashMoEError(
+                        f"{type(self.model).__name__}'s routers cannot be asked ahead: record "
+                        "without --guesses"
+                    )
+                self.guesses[number].append(routed[0].numpy().astype(np.uint16))
 
         return hook
 
@@ -70,17 +83,19 @@ class Recorder:
     def trace(self, info: Mapping[str, object]) -> Trace:
         """All that was recorded, as one trace."""
         n_experts = max(map(skeleton.n_experts, self.modules.values()))
+        number_type = np.uint8 if n_experts <= 256 else np.uint16
 
         def joined(parts: list[list[np.ndarray]]) -> np.ndarray:
             return np.stack([np.concatenate(layer) for layer in parts], axis=1)
 
         return Trace(
-            experts=joined(self.experts).astype(np.uint8 if n_experts <= 256 else np.uint16),
+            experts=joined(self.experts).astype(number_type),
             sequence=np.array(self.sequence, dtype=np.int32),
             n_experts=n_experts,
             weights=joined(self.weights),
             probabilities=joined(self.logits) if self.probabilities else None,
             step=np.array(self.step, dtype=np.int32),
+            guesses=joined(self.guesses).astype(number_type) if any(self.guesses) else None,
             info=dict(info),
         )
 
@@ -109,6 +124,7 @@ def record(
     *,
     max_new_tokens: int,
     probabilities: bool = False,
+    guesses: bool = False,
     info: Mapping[str, object] | None = None,
 ) -> Trace:
     """The routing of each prompt (token ids [tokens]) and of what the model continues it with.
@@ -116,7 +132,7 @@ def record(
     One sequence a prompt, greedy, batch 1; with max_new_tokens=0 only the prompt is run, in
     one forward pass, which routes as a teacher-forced decode of it would.
     """
-    recorder = Recorder(model, probabilities=probabilities)
+    recorder = Recorder(model, probabilities=probabilities, guesses=guesses)
     with recorder.recording(), torch.inference_mode():
         for prompt in prompts:
             recorder.next_sequence()

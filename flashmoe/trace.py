@@ -14,7 +14,7 @@ import numpy as np
 
 from flashmoe.errors import FlashMoEError
 
-_OPTIONAL = ("weights", "probabilities", "step")
+_OPTIONAL = ("weights", "probabilities", "step", "guesses")
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Trace:
     weights: [tokens, layers, top_k] float16, the router's weights of the chosen, or None.
     probabilities: [tokens, layers, experts] float16, the router's of all experts, or None.
     step: [tokens] int32, the forward pass that computed the token, or None.
+    guesses: [tokens, layers - 1, top_k] uint8 or uint16, or None: what the router of each layer
+        but the first names for the hidden state at the layer below, best first (`lookahead`).
     """
 
     experts: np.ndarray
@@ -34,6 +36,7 @@ class Trace:
     weights: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     step: np.ndarray | None = None
+    guesses: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -161,10 +164,14 @@ def load(path: str | os.PathLike[str]) -> Trace:
         "weights": experts.shape,
         "probabilities": (*experts.shape[:2], n_experts),
         "step": (tokens,),
+        "guesses": (tokens, experts.shape[1] - 1, experts.shape[2]),
     }
     for name in _OPTIONAL:
         if name in arrays and arrays[name].shape != shapes[name]:
             raise refuse(f"{name!r} must have shape {list(shapes[name])}")
+    guessed = arrays.get("guesses", experts)
+    if guessed.dtype not in (np.uint8, np.uint16) or (guessed >= n_experts).any():
+        raise refuse(f"'guesses' must be experts of a layer (0..{n_experts - 1})")
     optional = {name: arrays.get(name) for name in _OPTIONAL}
     return Trace(experts, sequence, n_experts, info=info, **optional)
 

@@ -12,16 +12,21 @@ from transformers import PreTrainedModel
 
 from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
+from flashmoe.lookahead import Lookahead
 from flashmoe.trace import Trace
 
 
 @contextmanager
-def forced_routing(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
+def forced_routing(
+    model: PreTrainedModel, trace: Trace, lookahead: Lookahead | None = None
+) -> Iterator[None]:
     """Within, the n-th token of a model's life takes the n-th token's experts of `trace`.
 
-    The hidden states and the router's weights stay the model's own. Works for every system
-    whose experts are transformers' experts modules. Raises FlashMoEError when the geometry
-    differs, and when the trace is used up.
+    `lookahead` then guesses as the recorded routers did, or not at all where the trace has no
+    guesses: those of random weights would be right by chance only. The hidden states and the
+    routers' weights stay the model's own. Works for every system whose experts are
+    transformers' experts modules. Raises FlashMoEError when the geometry differs, and when the
+    trace is used up.
     """
     modules = skeleton.expert_modules(model)
     counts = set(map(skeleton.n_experts, modules.values()))
@@ -51,8 +56,22 @@ def forced_routing(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
         module.register_forward_pre_hook(hook_for(number))
         for number, module in enumerate(modules.values())
     ]
+    if lookahead:
+        own = lookahead.route
+
+        def route(layer: int, hidden: torch.Tensor):  # type: ignore[no-untyped-def]
+            if trace.guesses is None or layer >= len(modules):
+                return None
+            until = used[layer - 1]  # the layer below has just taken these tokens
+            index = trace.guesses[until - len(hidden) : until, layer - 1].astype(np.int64)
+            routed = own(layer, hidden)
+            return torch.from_numpy(index), routed[1] if routed else None
+
+        lookahead.route = route  # type: ignore[method-assign]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if lookahead:
+            del lookahead.route

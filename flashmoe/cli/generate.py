@@ -20,6 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--memory", default="12MiB", help="budget for experts (default: 12MiB)")
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
+    parser.add_argument(
+        "--no-prefetch", action="store_true", help="read an expert only when it is surely needed"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
@@ -31,7 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
     path = arguments.model or flashmoe.demo_path()
-    model = flashmoe.load(path, memory=arguments.memory, policy=arguments.policy)
+    model = flashmoe.load(
+        path,
+        memory=arguments.memory,
+        policy=arguments.policy,
+        prefetch=not arguments.no_prefetch,
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.store)
         inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)

@@ -26,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the router's probabilities of all experts",
     )
+    parser.add_argument(
+        "--guesses", action="store_true", help="keep what prefetching would guess a layer ahead"
+    )
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -63,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             encoded,
             max_new_tokens=arguments.max_new_tokens,
             probabilities=arguments.probabilities,
+            guesses=arguments.guesses,
             info={
                 "model": arguments.model.name,
                 "phase": "prefill and decode" if arguments.max_new_tokens else "prefill",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -15,6 +14,7 @@ import xxhash
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import drop_page_cache, open_direct
+from flashmoe.store.read_queue import Read, ReadQueue
 
 READERS = 8  # threads, each with one read in flight
 # Smaller extents are handed to the threads in groups: a task costs some 40 us, as much as
@@ -26,16 +26,19 @@ GROUPED_BELOW_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
 
 
-@dataclass
-class _Extent:
-    """A large extent on its way, until its last piece is there."""
+class Extent:
+    """An expert on its way into memory, piece by piece; `arrived` when no piece is left."""
 
-    layer: int
-    expert: int
-    memory: memoryview
-    pieces_left: int
-    arrived: Future[None] = field(default_factory=Future)
-    error: BaseException | None = None
+    def __init__(self, layer: int, expert: int, memory: memoryview) -> None:
+        self.layer = layer
+        self.expert = expert
+        self.memory = memory
+        self.reads: list[Read] = []
+        self.pieces_left = 0
+        self.wanted = True  # False: dropped, whatever arrives
+        self.bytes_read = 0
+        self.error: BaseException | None = None
+        self.arrived: Future[None] = Future()
 
 
 class ExtentReader:
@@ -50,13 +53,18 @@ class ExtentReader:
         self.manifest = manifest
         self.readers = readers
         self.bytes_read = 0
-        self.busy_seconds = 0.0  # time with at least one read in flight
         self._descriptor, self.direct = open_direct(store / manifest.experts_file, os.O_RDONLY)
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="flashmoe-read")
+        self._queue = ReadQueue(readers)
         self._checked = [[False] * layer.n_experts for layer in manifest.layers]
         self._lock = threading.Lock()
-        self._in_flight = 0
-        self._busy_since = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time with at least one read in flight, since the last reset."""
+        return self._queue.busy_seconds
+
+    def reset_counts(self) -> None:
+        self.bytes_read, self._queue.busy_seconds = 0, 0.0
 
     def submit(self, layer: int, loads: Sequence[tuple[int, memoryview]]) -> list[Future[None]]:
         """Start reading experts of a layer, each into page-aligned, extent-sized memory.
@@ -67,39 +75,47 @@ class ExtentReader:
         """
         extent_bytes = self.manifest.layers[layer].extent_bytes
         if extent_bytes >= GROUPED_BELOW_BYTES:
-            return [self._submit_pieces(layer, expert, memory) for expert, memory in loads]
+            extents = [self._in_pieces(layer, expert, memory) for expert, memory in loads]
+            self._queue.demand(read for extent in extents for read in extent.reads)
+            return [extent.arrived for extent in extents]
         size = max(1, -(-len(loads) // self.readers))
         groups = [loads[first : first + size] for first in range(0, len(loads), size)]
-        self._begin(len(groups))
-        tasks = [(self._pool.submit(self._read_group, layer, g), len(g)) for g in groups]
-        return [future for future, count in tasks for _ in range(count)]
+        futures: list[Future[None]] = [Future() for _ in groups]
+        pairs = zip(groups, futures, strict=True)
+        self._queue.demand([partial(self._read_group, layer, g, future) for g, future in pairs])
+        return [future for g, future in zip(groups, futures, strict=True) for _ in g]
 
-    def _submit_pieces(self, layer: int, expert: int, memory: memoryview) -> Future[None]:
-        starts = range(0, len(memory), PIECE_BYTES)
-        extent = _Extent(layer, expert, memory, len(starts))
-        self._begin(len(starts))
-        for start in starts:
-            self._pool.submit(self._read_piece, extent, start)
+    def guess(self, layer: int, expert: int, memory: memoryview) -> Extent:
+        """Start reading an expert that may be needed, whenever no demand keeps the drive busy."""
+        extent = self._in_pieces(layer, expert, memory)
+        self._queue.guess(extent.reads)
+        return extent
+
+    def claim(self, extent: Extent) -> Future[None]:
+        """The guess was right: read what is left of it as a demand."""
+        self._queue.promote(extent.reads)
         return extent.arrived
 
-    def _begin(self, tasks: int) -> None:
-        with self._lock:
-            if tasks and not self._in_flight:
-                self._busy_since = time.perf_counter()
-            self._in_flight += tasks
+    def drop(self, extent: Extent) -> None:
+        """The guess was wrong: read no more of it. Its memory is free once it has `arrived`."""
+        extent.wanted = False
+        self._settle(extent, len(self._queue.cancel(extent.reads)))
 
-    def _end(self, size_bytes: int) -> None:
-        with self._lock:
-            self.bytes_read += size_bytes
-            self._in_flight -= 1
-            if not self._in_flight:
-                self.busy_seconds += time.perf_counter() - self._busy_since
+    def _in_pieces(self, layer: int, expert: int, memory: memoryview) -> Extent:
+        extent = Extent(layer, expert, memory)
+        starts = range(0, len(memory), PIECE_BYTES)
+        extent.reads = [partial(self._read_piece, extent, start) for start in starts]
+        extent.pieces_left = len(extent.reads)
+        return extent
 
-    def _read_group(self, layer: int, group: Sequence[tuple[int, memoryview]]) -> None:
+    def _read_group(
+        self, layer: int, group: Sequence[tuple[int, memoryview]], arrived: Future[None]
+    ) -> None:
         spec, checked, direct = self.manifest.layers[layer], self._checked[layer], self.direct
         descriptor, preadv = self._descriptor, os.preadv
         start, extent_bytes = spec.offset_bytes, spec.extent_bytes
         done, expert = 0, -1
+        error: BaseException | None = None
         try:
             for expert, memory in group:  # few steps: at 48 KiB each costs 1 % of the bandwidth
                 count = preadv(descriptor, (memory,), start + expert * extent_bytes)
@@ -108,35 +124,42 @@ class ExtentReader:
                 if not checked[expert]:
                     self._check(layer, expert, memory)
                 done += extent_bytes
-        except OSError as error:
-            raise self._error(layer, expert, f"the read failed ({error})") from None
-        finally:
-            self._end(done)
+        except OSError as failure:
+            error = self._error(layer, expert, f"the read failed ({failure})")
+        except BaseException as failure:  # whatever it is, its owner waits for it
+            error = failure
+        with self._lock:
+            self.bytes_read += done
+        _tell(arrived, error)
 
-    def _read_piece(self, extent: _Extent, start: int) -> None:
-        layer, expert = extent.layer, extent.expert
+    def _read_piece(self, extent: Extent, start: int) -> None:
         piece, done = extent.memory[start : start + PIECE_BYTES], 0
         try:
-            self._read_rest(layer, expert, piece, start, 0)
+            self._read_rest(extent.layer, extent.expert, piece, start, 0)
             done = len(piece)
         except OSError as error:
-            extent.error = self._error(layer, expert, f"the read failed ({error})")
+            what = f"the read failed ({error})"
+            extent.error = self._error(extent.layer, extent.expert, what)
         except BaseException as error:  # whatever it is, its owner waits for it
             extent.error = error
-        self._end(done)
         with self._lock:
-            extent.pieces_left -= 1
-            last = extent.pieces_left == 0
-        if last:  # nothing writes to the memory any more: only now may its owner know
-            try:
-                if extent.error is None and not self._checked[layer][expert]:
-                    self._check(layer, expert, extent.memory)
-            except BaseException as error:
-                extent.error = error
-            if extent.error is None:
-                extent.arrived.set_result(None)
-            else:
-                extent.arrived.set_exception(extent.error)
+            self.bytes_read += done
+            extent.bytes_read += done
+        self._settle(extent, 1)
+
+    def _settle(self, extent: Extent, pieces: int) -> None:
+        """`pieces` more will not write to the memory; after the last its owner may know."""
+        with self._lock:
+            extent.pieces_left -= pieces
+            if extent.pieces_left or not pieces:
+                return
+        try:
+            layer, expert = extent.layer, extent.expert
+            if extent.wanted and extent.error is None and not self._checked[layer][expert]:
+                self._check(layer, expert, extent.memory)
+        except BaseException as error:
+            extent.error = error
+        _tell(extent.arrived, extent.error)
 
     def _read_rest(
         self, layer: int, expert: int, memory: memoryview, start: int, done: int
@@ -164,7 +187,15 @@ class ExtentReader:
         )
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        """End the threads and close the file, once what was demanded is read."""
+        self._queue.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _tell(arrived: Future[None], error: BaseException | None) -> None:
+    if error is None:
+        arrived.set_result(None)
+    else:
+        arrived.set_exception(error)

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from flashmoe.record import record
+from flashmoe.trace import Trace
 from harness.demo import corpus, train
 from harness.texts import PROMPTS
 
@@ -102,10 +103,19 @@ def describe(out: Path, cache: Path) -> None:
     model.generation_config.repetition_penalty = REPETITION_PENALTY
     model.generation_config.save_pretrained(target)
     samples = {kind: _continue(model, tokenizer, prompt) for kind, prompt in PROMPTS.items()}
+    routing = ship_routing(model, tokenizer, held_out_texts)
+    balance = load_balance(routing.experts, routing.n_experts)
+    (DEMO / "README.md").write_text(card(model, progress, rows, balance, samples))
+
+
+def ship_routing(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: dict[str, list[str]]
+) -> Trace:
+    """Record held-out documents of every kind into the demo's folder; the longer recording."""
     for name, (sequences, tokens, probabilities) in ROUTING.items():
         names, prompts = [], []
-        for kind, texts in held_out_texts.items():
-            long = [ids for t in texts if len(ids := tokenizer(t)["input_ids"]) >= tokens]
+        for kind, documents in texts.items():
+            long = [ids for t in documents if len(ids := tokenizer(t)["input_ids"]) >= tokens]
             # spread over the held-out documents, so that neighbours do not share a template
             for number in range(sequences):
                 ids = long[number * len(long) // sequences]
@@ -116,6 +126,7 @@ def describe(out: Path, cache: Path) -> None:
             prompts,
             max_new_tokens=0,
             probabilities=probabilities,
+            guesses=not probabilities,
             info={
                 "model": "flashmoe demo",
                 "phase": "prefill of held-out text, in token order (a teacher-forced decode)",
@@ -126,8 +137,8 @@ def describe(out: Path, cache: Path) -> None:
         trace.step = None  # the replay's events are single tokens
         trace.save(DEMO / f"{name}.npz")
         if name == "routing":
-            balance = load_balance(trace.experts, trace.n_experts)
-    (DEMO / "README.md").write_text(card(model, progress, rows, balance, samples))
+            shipped = trace
+    return shipped
 
 
 def _continue(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -187,7 +198,8 @@ used.
 ## Routing shipped beside it
 
 `routing.npz`: {ROUTING["routing"][0]} held-out documents of each kind, {ROUTING["routing"][1]}
-tokens each, with the router's weights of the chosen experts. `routing-probabilities.npz`:
+tokens each, with the router's weights of the chosen experts and with what each layer's router names
+for the hidden state of the layer below (which prefetching guesses by). `routing-probabilities.npz`:
 {ROUTING["routing-probabilities"][0]} of each kind, {ROUTING["routing-probabilities"][1]} tokens,
 with the probabilities of all experts (float16).
 

@@ -76,7 +76,7 @@ def ship(name: str, folder: Path, cache: Path) -> None:
         "trained_tokens": progress["steps"] * train.TOKENS_PER_STEP,
         "names": names,
     }
-    trace = record(model, prompts, max_new_tokens=0, info=info)
+    trace = record(model, prompts, max_new_tokens=0, guesses=True, info=info)
     trace.step = None  # the replay's events are single tokens
     ROUTING.mkdir(exist_ok=True)
     trace.save(ROUTING / f"{name}.npz")

@@ -1,0 +1,108 @@
+"""The threads that run reads, and the order in which they do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+Read = Callable[[], None]
+
+
+class ReadQueue:
+    """Runs reads in threads: demands in order, guesses only while no demand is there.
+
+    A guess that runs when a demand comes delays it, so at most `guesses_at_once` do: 2 pieces
+    of 1 MiB take about a millisecond, and reach 80 to 90 % of the drive's speed at depth 4.
+    A read must not raise.
+    """
+
+    def __init__(self, threads: int, guesses_at_once: int = 2) -> None:
+        self.busy_seconds = 0.0  # with at least one read running or demanded
+        self._guesses_at_once = guesses_at_once
+        self._demands: deque[Read] = deque()
+        self._guesses: deque[Read] = deque()
+        self._running = self._guessing = 0
+        self._busy_since = 0.0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"flashmoe-read-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def demand(self, reads: Iterable[Read]) -> None:
+        """Run `reads` as soon as a thread is free, in order."""
+        with self._changed:
+            self._check_open()
+            idle = not (self._running or self._demands)
+            self._demands.extend(reads)
+            if idle and self._demands:
+                self._busy_since = time.perf_counter()
+            self._changed.notify(len(self._demands))
+
+    def guess(self, reads: Iterable[Read]) -> None:
+        """Run `reads` when nothing is demanded, unless `promote` or `cancel` comes first."""
+        with self._changed:
+            self._check_open()
+            self._guesses.extend(reads)
+            self._changed.notify(self._guesses_at_once)
+
+    def promote(self, reads: Iterable[Read]) -> None:
+        """Those of `reads` that still wait as guesses become demands."""
+        self.demand(self.cancel(reads))
+
+    def cancel(self, reads: Iterable[Read]) -> list[Read]:
+        """Take out those of `reads` that still wait as guesses; returns them."""
+        with self._changed:
+            wanted = set(reads)
+            taken = [read for read in self._guesses if read in wanted]
+            if taken:
+                self._guesses = deque(read for read in self._guesses if read not in wanted)
+            return taken
+
+    def close(self) -> None:
+        """Run what was demanded, forget the guesses, end the threads."""
+        with self._changed:
+            self._closed = True
+            self._guesses.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this reader was closed")
+
+    def _next(self) -> tuple[Read, bool] | None:
+        """What to run now, and whether it is a guess; None: nothing yet."""
+        if self._demands:
+            return self._demands.popleft(), False
+        may_guess = self._guessing == self._running and self._guessing < self._guesses_at_once
+        if self._guesses and may_guess:
+            return self._guesses.popleft(), True
+        return None
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (found := self._next()) is None:
+                    if self._closed and not self._demands:
+                        return
+                    self._changed.wait()
+                read, is_guess = found
+                if not self._running and is_guess:
+                    self._busy_since = time.perf_counter()
+                self._running += 1
+                self._guessing += is_guess
+            read()
+            with self._changed:
+                self._running -= 1
+                self._guessing -= is_guess
+                if not self._running and not self._demands:
+                    self.busy_seconds += time.perf_counter() - self._busy_since
+                if self._guesses and self._running == self._guessing:
+                    self._changed.notify(self._guesses_at_once)
