@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from flashmoe.lookahead import Lookahead
+
 
 class System(ABC):
     """One way of running a model that may not fit in memory; alone in its process."""
@@ -15,6 +17,7 @@ class System(ABC):
     name: ClassVar[str]
     residency: ClassVar[str]  # what is where, for the table's reader
     uses_budget: ClassVar[bool] = True
+    lookahead: Lookahead | None = None  # what it guesses by, if it does, once loaded
 
     @abstractmethod
     def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:

@@ -16,11 +16,16 @@ class FlashMoELRU(System):
 
     name = "flashmoe-lru"
     policy = "lru"
+    prefetch = True
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
 
     def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
-        self.model = flashmoe.load(store, memory=memory_bytes, policy=self.policy)
+        self.model = flashmoe.load(
+            store, memory=memory_bytes, policy=self.policy, prefetch=self.prefetch
+        )
         self.engine = self.model.flashmoe
+        if self.engine.prefetcher:
+            self.lookahead = self.engine.prefetcher.lookahead
         return self.model
 
     def reset_counts(self) -> None:

@@ -27,9 +27,11 @@ class OnDemand(FlashMoELRU):
     name = "on-demand"
     residency = "experts on SSD, slots for one token's experts of a layer; the rest in DRAM"
     uses_budget = False
+    prefetch = False
 
     def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
         model = super().load(checkpoint, store, memory_bytes)
+        self.engine.caches = [_Forgetful(cache.policy) for cache in self.engine.caches]
         for layer in self.engine.layers:
-            layer.cache = _Forgetful(layer.cache.policy)
+            layer.cache = self.engine.caches[0 if self.engine.slots.shared else layer.number]
         return model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from flashmoe import dense, experts, policies, skeleton
+from flashmoe import budget, dense, experts, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
@@ -19,15 +19,13 @@ from flashmoe.locations import cache_folder
 from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
-from flashmoe.sizes import format_bytes, parse_bytes
+from flashmoe.sizes import parse_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from flashmoe.store.reader import ExtentReader
 from flashmoe.store.verify import open_manifest
 
 logger = logging.getLogger(__name__)
-
-SPARES = 4  # slots for guesses: of OLMoE's size the drive fills one to two while a layer computes
 
 
 class Engine:
@@ -48,40 +46,67 @@ class Engine:
         self.policy = policies.get(policy, online=True)
         self.modules = skeleton.expert_modules(model)
         _check_fit(self.modules, self.manifest, store)
-        self.slots, spares = slots_and_spares(self.manifest, memory_bytes, prefetch)
+        self.slots = budget.divide(
+            self.manifest,
+            memory_bytes,
+            pools=self.policy.policy_class.pools,
+            guesses=prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES,
+        )
         self.timings = experts.Timings()
         self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
         self.reader = ExtentReader(store, self.manifest)
-        self.layers = []
-        for number, (spec, module) in enumerate(
-            zip(self.manifest.layers, self.modules.values(), strict=True)
-        ):
-            arena = Arena(spec, min(self.slots, spec.n_experts))
+        self.caches = self._new_caches()
+        specs = self.manifest.layers[:1] if self.slots.shared else self.manifest.layers
+        self.arenas = [
+            Arena(spec, cache.n_slots) for spec, cache in zip(specs, self.caches, strict=True)
+        ]
+        self.prefetcher: Prefetcher | None = None
+        if self.slots.spares:
+            spares = Arena(self.manifest.layers[0], self.slots.spares)
+            self.prefetcher = Prefetcher(Lookahead(model), spares, self.reader)
+        self.layers: list[experts.StreamedExperts] = []
+        for number, module in enumerate(self.modules.values()):
+            place = 0 if self.slots.shared else number
             streamed = experts.StreamedExperts(
-                number, arena, self._new_cache(number), self.reader, self.timings, self.routing
+                number,
+                number * self.manifest.layers[0].n_experts if self.slots.shared else 0,
+                self.arenas[place],
+                self.caches[place],
+                self.reader,
+                self.timings,
+                self.routing,
+                self.prefetcher,
             )
             module.flashmoe_experts = streamed  # type: ignore[assignment]
+            if self.layers:
+                self.layers[-1].above = streamed
             self.layers.append(streamed)
-        self.prefetcher: Prefetcher | None = None
-        if spares:
-            arena = Arena(self.manifest.layers[0], spares)
-            self.prefetcher = Prefetcher(Lookahead(model), arena, self.reader)
-            for layer, above in zip(self.layers, [*self.layers[1:], None], strict=True):
-                layer.prefetcher, layer.above = self.prefetcher, above
         self._peak_resident_bytes = 0
 
-    def _new_cache(self, number: int) -> ExpertCache:
-        n_experts = self.manifest.layers[number].n_experts
-        scope = Scope(n_experts, self.manifest.top_k, 1, number, len(self.manifest.layers))
-        return ExpertCache(self.policy(scope, min(self.slots, n_experts)))
+    def _new_caches(self) -> list[ExpertCache]:
+        """One a layer, or one."""
+        layers, top_k = self.manifest.layers, self.manifest.top_k
+        depth, n_slots = len(layers), self.slots.n_slots
+        if self.slots.shared:
+            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth)
+            return [ExpertCache(self.policy(scope, min(n_slots, scope.n_keys)))]
+        scopes = [Scope(layer.n_experts, top_k, 1, n, depth) for n, layer in enumerate(layers)]
+        return [ExpertCache(self.policy(scope, min(n_slots, scope.n_keys))) for scope in scopes]
+
+    @property
+    def slots_per_layer(self) -> float:
+        """Slots that a layer has, or its share of those of all layers."""
+        most = max(cache.n_slots for cache in self.caches)
+        return most / len(self.manifest.layers) if self.slots.shared else most
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of experts in slots now, spare slots included. Never above the budget."""
-        spares = self.prefetcher.spares if self.prefetcher else None
-        return (spares.n_slots * spares.extent_bytes if spares else 0) + sum(
-            len(layer.cache.resident) * layer.arena.extent_bytes for layer in self.layers
+        held = sum(
+            len(cache.resident) * arena.extent_bytes
+            for cache, arena in zip(self.caches, self.arenas, strict=True)
         )
+        return held + self.slots.spares * self.manifest.layers[0].extent_bytes
 
     def stats(self) -> dict[str, Any]:
         """Counts since load or the last reset, in experts, bytes and seconds.
@@ -91,14 +116,16 @@ class Engine:
         read, `prefetch_wasted` the guesses begun in vain. `read_seconds` is time with a read
         in flight, `wait_seconds` the part of it in which the model stood still.
         """
-        caches = [layer.cache for layer in self.layers]
-        resident, guesses = self.resident_bytes, self.prefetcher
+        caches, guesses = self.caches, self.prefetcher
+        resident = self.resident_bytes
         self._peak_resident_bytes = max(self._peak_resident_bytes, resident)
         requests = sum(cache.requests for cache in caches)
         hits = sum(cache.hits for cache in caches)
         return {
             "policy": self.policy_name,
-            "slots_per_layer": self.slots,
+            "shared": self.slots.shared,
+            "slots": sum(cache.n_slots for cache in caches),
+            "slots_per_layer": self.slots_per_layer,
             "requests": requests,
             "hits": hits,
             "misses": requests - hits,
@@ -122,15 +149,16 @@ class Engine:
         """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
         if self.prefetcher:
             self.prefetcher.clear()
+        self.caches = self._new_caches()
         for number, layer in enumerate(self.layers):
-            layer.cache = self._new_cache(number)
+            layer.cache = self.caches[0 if self.slots.shared else number]
         self.reset_counts()
 
     def reset_counts(self) -> None:
         """Counts at zero; residency and the policies' statistics stay as they are."""
-        for layer in self.layers:
-            layer.cache.requests = layer.cache.hits = 0
-            layer.cache.policy_seconds = 0.0
+        for cache in self.caches:
+            cache.requests = cache.hits = 0
+            cache.policy_seconds = 0.0
         self.timings.total_seconds = self.timings.wait_seconds = 0.0
         self.timings.compute_seconds = 0.0
         self.reader.reset_counts()
@@ -144,51 +172,14 @@ class Engine:
         for module in self.modules.values():
             if hasattr(module, "flashmoe_experts"):
                 del module.flashmoe_experts
-        for layer in self.layers:
-            layer.arena.close()
         self.layers.clear()
+        for arena in self.arenas:
+            arena.close()
+        self.arenas.clear()
+        self.caches.clear()
         if self.prefetcher:
             self.prefetcher.close()
             self.prefetcher = None
-
-
-def slots_per_layer(manifest: manifests.Manifest, memory_bytes: int) -> int:
-    """Whole slots that every layer gets from the budget.
-
-    Raises FlashMoEError when that is fewer than one token needs at a layer.
-    """
-    one_each = sum(layer.extent_bytes for layer in manifest.layers)
-    slots = memory_bytes // one_each
-    if slots < manifest.top_k:
-        least = one_each * manifest.top_k
-        raise FlashMoEError(
-            f"memory={format_bytes(memory_bytes)} is too small: a token uses {manifest.top_k} "
-            f"experts at each of {len(manifest.layers)} layers, which takes "
-            f"{format_bytes(least)} ({least} bytes) at least"
-        )
-    return int(min(slots, max(layer.n_experts for layer in manifest.layers)))
-
-
-def slots_and_spares(
-    manifest: manifests.Manifest, memory_bytes: int, prefetch: bool
-) -> tuple[int, int]:
-    """Slots of every layer, and spare slots for guesses, which come out of the same budget.
-
-    What is left of the budget after whole slots for every layer is spare. Only a budget that
-    leaves nothing gives up a slot a layer for guesses. None where guesses do not pay, or no
-    layer can miss.
-    """
-    slots = slots_per_layer(manifest, memory_bytes)
-    first = manifest.layers[0]
-    alike = all(layer.tensors == first.tensors for layer in manifest.layers)
-    can_miss = slots < max(layer.n_experts for layer in manifest.layers)
-    if not (prefetch and alike and can_miss and first.extent_bytes >= PAYS_FROM_BYTES):
-        return slots, 0
-    one_each = sum(layer.extent_bytes for layer in manifest.layers)
-    left = memory_bytes - slots * one_each
-    if left < first.extent_bytes and slots > manifest.top_k:
-        slots, left = slots - 1, left + one_each
-    return slots, min(SPARES, left // first.extent_bytes)
 
 
 def _check_fit(

@@ -68,19 +68,22 @@ class StreamedExperts:
     def __init__(
         self,
         number: int,
+        first_key: int,
         arena: Arena,
         cache: ExpertCache,
         reader: ExtentReader,
         timings: Timings,
         routing: Routing,
+        prefetcher: Prefetcher | None,
     ) -> None:
         self.number = number
+        self.first_key = first_key  # of expert 0; above 0 in a cache that layers share
         self.arena = arena
         self.cache = cache
         self.reader = reader
         self.timings = timings
         self.routing = routing
-        self.prefetcher: Prefetcher | None = None
+        self.prefetcher = prefetcher
         self.above: StreamedExperts | None = None  # whose experts are guessed here
 
     def forward(
@@ -88,8 +91,8 @@ class StreamedExperts:
     ) -> torch.Tensor:
         started = time.perf_counter()
         rows = index.numpy()
-        known = self.routing.note(self.number, rows, self.cache.policy.n_keys)
-        event = Event.of_rows(rows, 0, weights.detach().float().numpy(), known)
+        known = self.routing.note(self.number, rows, module.num_experts)  # type: ignore[arg-type]
+        event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
         serve = partial(self._serve, event, hidden)
         result = arithmetic.run(module, hidden, index, weights, serve)
         self.timings.total_seconds += time.perf_counter() - started
@@ -99,7 +102,7 @@ class StreamedExperts:
         """Compute every member of `event`: resident ones first, while the others are read."""
         clock, timings = time.perf_counter, self.timings
         if self.prefetcher:
-            self.prefetcher.drop(self.number, event.keys)
+            self.prefetcher.drop(self.number, event.keys - self.first_key)
         guessed = False
         for wave in self.cache.waves(event):
             pending = dict(wave.loads)
@@ -111,13 +114,13 @@ class StreamedExperts:
                     guessed = True
                 started = clock()
                 for key, slot in wave.hits:
-                    compute(key, self.arena.parameters[slot])
+                    compute(key - self.first_key, self.arena.parameters[slot])
                 timings.compute_seconds += clock() - started
                 for key, read in reads.items():
                     started = clock()
                     read.result()
                     arrived = clock()
-                    compute(key, self.arena.parameters[pending.pop(key)])
+                    compute(key - self.first_key, self.arena.parameters[pending.pop(key)])
                     timings.wait_seconds += arrived - started
                     timings.compute_seconds += clock() - arrived
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
@@ -130,15 +133,18 @@ class StreamedExperts:
         """Start reading `loads` (key, slot) into `reads`; first what a guess has begun with."""
         if self.prefetcher:
             for key, slot in loads:
-                if read := self.prefetcher.claim(self.number, key, self.arena, slot):
+                expert = key - self.first_key
+                if read := self.prefetcher.claim(self.number, expert, self.arena, slot):
                     reads[key] = read
-        rest = [(key, self.arena.slots[slot]) for key, slot in loads if key not in reads]
-        started = self.reader.submit(self.number, rest)
+        rest = [(key, slot) for key, slot in loads if key not in reads]
+        extents = [(key - self.first_key, self.arena.slots[slot]) for key, slot in rest]
+        started = self.reader.submit(self.number, extents)
         reads.update(zip((key for key, _ in rest), started, strict=True))
 
     def _guess(self, hidden: torch.Tensor) -> None:
-        if self.prefetcher and self.above:
-            self.prefetcher.guess(self.above.number, hidden, self.above.cache)
+        if self.prefetcher and (above := self.above):
+            slot_of = above.cache.residency.slot_of[above.first_key :]
+            self.prefetcher.guess(above.number, hidden, slot_of)
 
 
 def _forward(

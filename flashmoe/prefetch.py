@@ -6,15 +6,18 @@ from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from flashmoe.arena import Arena
-from flashmoe.cache import ExpertCache
 from flashmoe.lookahead import Lookahead
 from flashmoe.store.reader import Extent, ExtentReader
 
 # Below, a read is over before the guess is made: see docs/speed.md.
 PAYS_FROM_BYTES = 1 << 20
+# A wrong guess delays the demand behind it by up to 2 ms of the 5 that a right one saves. When
+# fewer of the last 64 or so were right, only one layer in PROBES is guessed for.
+RIGHT_ENOUGH, MEMORY, PROBES = 0.3, 64, 16
 
 
 @dataclass(eq=False)
@@ -37,22 +40,27 @@ class Prefetcher:
         self.spares = spares
         self.reader = reader
         self.used = self.wasted = self.wasted_bytes = 0
+        self._right = 1.0  # the recent share of guesses begun that were needed
+        self._calls = 0
         self._guesses: dict[tuple[int, int], _Guess] = {}  # by layer and expert
         self._free = list(range(spares.n_slots))
         self._leaving: list[_Guess] = []  # dropped, with a piece still being written
 
-    def guess(self, layer: int, hidden: torch.Tensor, cache: ExpertCache) -> None:
+    def guess(self, layer: int, hidden: torch.Tensor, slot_of: np.ndarray) -> None:
         """Start on the experts that `layer` will need: hidden [tokens, width] is a lower one's.
 
+        slot_of: by expert of `layer`, -1 for those that are not resident, which alone are read.
         Those that more of the tokens would choose come first, then the router's favourites.
         """
         self._collect()
-        routed = self.lookahead.route(layer, hidden) if self._free else None
+        self._calls += 1
+        if not self._free or (self._right < RIGHT_ENOUGH and self._calls % PROBES):
+            return
+        routed = self.lookahead.route(layer, hidden)
         if routed is None:
             return
         index = routed[0]
         chosen = index[0].tolist() if len(index) == 1 else _by_votes(index)
-        slot_of = cache.residency.slot_of
         missing = [expert for expert in chosen if slot_of[expert] < 0]
         for expert in missing[: len(self._free)]:
             spare = self._free.pop()
@@ -64,7 +72,9 @@ class Prefetcher:
         guess = self._guesses.pop((layer, expert), None)
         if guess is None:
             return None
-        self.used += guess.extent.pieces_left < len(guess.extent.reads)
+        if guess.extent.pieces_left < len(guess.extent.reads):
+            self.used += 1
+            self._right += (1 - self._right) / MEMORY
         arena.exchange(slot, self.spares, guess.spare)
         self._free.append(guess.spare)  # it holds the memory of the slot now, which is free
         return self.reader.claim(guess.extent)
@@ -80,8 +90,10 @@ class Prefetcher:
         for guess in [guess for guess in self._leaving if guess.extent.arrived.done()]:
             self._leaving.remove(guess)
             self._free.append(guess.spare)
-            self.wasted += guess.extent.bytes_read > 0
-            self.wasted_bytes += guess.extent.bytes_read
+            if guess.extent.bytes_read:
+                self.wasted += 1
+                self.wasted_bytes += guess.extent.bytes_read
+                self._right -= self._right / MEMORY
 
     def reset_counts(self) -> None:
         self._collect()

@@ -74,9 +74,9 @@ def _engine() -> Iterator[str]:
         model.flashmoe.reset()
         trace = record(model, [ids[0]], max_new_tokens=32)
         stats = model.flashmoe.stats()
-        outcome = simulate.replay(
-            trace, "learned", 1.0, simulate.Conditions(as_recorded=True), slots=model.flashmoe.slots
-        )
+        slots = int(model.flashmoe.slots_per_layer)
+        conditions = simulate.Conditions(as_recorded=True)
+        outcome = simulate.replay(trace, "learned", 1.0, conditions, slots=slots)
         if (outcome.requests, outcome.hits) != (stats["requests"], stats["hits"]):
             yield f"engine {stats['hits']} hits, simulator {outcome.hits}"
     finally:

@@ -67,7 +67,7 @@ def run(job: Job) -> dict[str, Any]:
     forced: AbstractContextManager[None]
     if job.routing:
         recorded = trace.load(job.routing)
-        forced = forced_routing(model, recorded.named(job.sequence))
+        forced = forced_routing(model, recorded.named(job.sequence), system.lookahead)
         ids = torch.arange(job.prompt_tokens)[None] + 1000
         tokenizer = None
     else:
@@ -114,6 +114,9 @@ def run(job: Job) -> dict[str, Any]:
             "hits": stats["hits"],
             "bytes_per_token": stats["bytes_read"] / tokens,
             "resident_bytes": stats["peak_resident_bytes"],
+            "prefetch_used": stats["prefetch_used"],
+            "prefetch_wasted": stats["prefetch_wasted"],
+            "wasted_bytes_per_token": stats["prefetch_wasted_bytes"] / tokens,
             "drive_busy_share": stats["read_seconds"] / seconds,
             # where a token's time goes, in seconds a token; the parts add up to the whole
             "wait_seconds": stats["wait_seconds"] / tokens,

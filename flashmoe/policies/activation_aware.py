@@ -18,6 +18,7 @@ class ActivationAware(Policy):
     """
 
     name = "activation-aware"
+    pools = True
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)

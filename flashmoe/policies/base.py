@@ -48,6 +48,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     offline: ClassVar[bool] = False  # True: needs `foresee`, so it runs in the simulator only
+    pools: ClassVar[bool] = False  # True: knows the layers, so one cache for all of them suits it
     parameter: ClassVar[str] = ""  # what may follow the name after a colon, in a few words
 
     def __init__(self, scope: Scope, n_slots: int) -> None:

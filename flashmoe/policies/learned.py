@@ -32,6 +32,7 @@ class Learned(Policy):
     """
 
     name = "learned"
+    pools = True
     parameter = "a file from `flashmoe train-policy`"
 
     def __init__(self, scope: Scope, n_slots: int, network: Network | None = None) -> None:

@@ -16,6 +16,7 @@ class LeastStale(ForwardPasses):
     """
 
     name = "least-stale"
+    pools = True
 
     def victim(self, candidates: np.ndarray) -> int:
         best, worst = -1, candidates[0]

@@ -17,6 +17,7 @@ class LLRU(ForwardPasses):
     """
 
     name = "llru"
+    pools = True
 
     def victim(self, candidates: np.ndarray) -> int:
         best, worst = -1, candidates[0]

@@ -18,7 +18,7 @@ class ReadQueue:
     A read must not raise.
     """
 
-    def __init__(self, threads: int, guesses_at_once: int = 2) -> None:
+    def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
         self.busy_seconds = 0.0  # with at least one read running or demanded
         self._guesses_at_once = guesses_at_once
         self._demands: deque[Read] = deque()
