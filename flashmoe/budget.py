@@ -14,7 +14,7 @@ SPARES, SPARE_SHARE = 8, 1 / 32
 # With fewer slots a layer than this times top_k, a cache a layer holds little beside the experts
 # of the present token, and all policies tie. One cache for all layers keeps those of one layer
 # only: at 8 slots a layer `learned` hits 38.5 in place of 32.6 % (demo, top-8), 48.1 of 44.0
-# (gpt-oss-20b, top-4). From twice top_k it gains 1 point, at four times the policy's cost.
+# (gpt-oss-20b, top-4). From twice top_k it gains 1 point, at twice the policy's cost.
 POOL_BELOW = 1.5
 
 

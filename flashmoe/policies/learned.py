@@ -39,7 +39,7 @@ class Learned(Policy):
         super().__init__(scope, n_slots)
         network = network or load(SHIPPED)
         self.memory = Memory.empty(scope)
-        self.n_experts = scope.n_experts
+        self.layer_of = np.repeat(np.arange(scope.n_layers), scope.n_experts)
         self.gap = scope.n_experts / scope.top_k
         self.depths = np.arange(scope.first_layer, scope.first_layer + scope.n_layers) / max(
             1, scope.depth - 1
@@ -50,6 +50,7 @@ class Learned(Policy):
         self.h1, self.h2 = np.zeros_like(self.b1), np.zeros_like(self.b2)
         self.due = np.zeros(self.n_keys)  # when each expert is expected, in tokens
         self.due_at = np.full(self.n_keys, -1)  # the token of its layer that `due` is from
+        self.stale = np.zeros(scope.n_layers, np.bool_)  # scratch: layers to estimate anew
         self.resident = np.zeros(self.n_keys, np.bool_)
         self.last_use = np.full(self.n_keys, -1)
         self.zeros = np.zeros(self.n_keys, np.int64)
@@ -106,15 +107,26 @@ def behind_lru(self):  # type: ignore[no-untyped-def]
 @helper
 def needed_last(self, candidates):  # type: ignore[no-untyped-def]
     """The candidate due last. Estimates are kept until the expert's layer runs again."""
-    recalled = -1
-    similar = pairs = 0.0
+    self.stale[:] = False
+    for key in candidates:
+        layer = self.layer_of[key]
+        self.stale[layer] |= self.due_at[key] != self.memory.tokens[layer]
+    for layer in np.flatnonzero(self.stale):
+        estimate(self, layer, candidates)
     best, latest = candidates[0], -np.inf
     for key in candidates:
-        layer = key // self.n_experts
-        if self.due_at[key] != self.memory.tokens[layer]:
-            if recalled != layer:
-                similar, pairs = recall(self.memory, layer)
-                recalled = layer
+        if self.due[key] > latest:
+            best, latest = key, self.due[key]
+    return best
+
+
+@helper
+def estimate(self, layer, candidates):  # type: ignore[no-untyped-def]
+    """When the candidates of `layer` are due, as far as that is not known."""
+    similar, pairs = recall(self.memory, layer)
+    now = self.memory.tokens[layer]
+    for key in candidates:
+        if self.layer_of[key] == layer and self.due_at[key] != now:
             describe(
                 self.memory,
                 layer,
@@ -126,11 +138,8 @@ def needed_last(self, candidates):  # type: ignore[no-untyped-def]
                 self.features,
             )
             wait = np.exp(log_distance(self)) * self.gap
-            self.due[key] = self.memory.tokens[layer] + layer / len(self.depths) + wait
-            self.due_at[key] = self.memory.tokens[layer]
-        if self.due[key] > latest:
-            best, latest = key, self.due[key]
-    return best
+            self.due[key] = now + layer / len(self.depths) + wait
+            self.due_at[key] = now
 
 
 @helper
