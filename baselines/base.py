@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from flashmoe.lookahead import Lookahead
+from flashmoe.trace import Trace
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a system is given; `checkpoint` and `store` hold the same weights."""
+
+    checkpoint: Path
+    store: Path
+    memory_bytes: int  # for experts, page cache included: however the system divides it
+    profile: Trace | None = None  # routing of other text, for those that calibrate by one
 
 
 class System(ABC):
@@ -17,20 +29,19 @@ class System(ABC):
     name: ClassVar[str]
     residency: ClassVar[str]  # what is where, for the table's reader
     uses_budget: ClassVar[bool] = True
+    exact: ClassVar[bool] = True  # the output is the model's own
     lookahead: Lookahead | None = None  # what it guesses by, if it does, once loaded
 
     @abstractmethod
-    def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
-        """The model, ready to generate; `checkpoint` and `store` hold the same weights."""
+    def load(self, setting: Setting) -> PreTrainedModel:
+        """The model, ready to generate."""
 
-    @abstractmethod
-    def reset_counts(self) -> None:
-        """Called between prefill and decode."""
+    def reset_counts(self) -> None:  # noqa: B027  (some count nothing)
+        """Called between warm-up and decode."""
 
-    @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Counts since `reset_counts`, by the names of `Engine.stats`; absent where unknown."""
+        return {}
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (some hold nothing)
         """Give everything back."""

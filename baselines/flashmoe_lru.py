@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 import flashmoe
-from baselines.base import System
+from baselines.base import Setting, System
 
 
 class FlashMoELRU(System):
@@ -19,9 +18,9 @@ class FlashMoELRU(System):
     prefetch = True
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
 
-    def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
+    def load(self, setting: Setting) -> PreTrainedModel:
         self.model = flashmoe.load(
-            store, memory=memory_bytes, policy=self.policy, prefetch=self.prefetch
+            setting.store, memory=setting.memory_bytes, policy=self.policy, prefetch=self.prefetch
         )
         self.engine = self.model.flashmoe
         if self.engine.prefetcher:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from baselines.base import System
+from baselines.base import Setting, System
 
 
 class InMemory(System):
@@ -17,18 +14,11 @@ class InMemory(System):
     residency = "everything in DRAM"
     uses_budget = False
 
-    def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager")
+    def load(self, setting: Setting) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(
+            setting.checkpoint, experts_implementation="eager"
+        )
         # transformers maps the file; a copy makes the pages this process's own
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         return model
-
-    def reset_counts(self) -> None:
-        pass
-
-    def stats(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        pass

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from baselines.base import Setting
 from baselines.flashmoe_lru import FlashMoELRU
 from flashmoe.cache import ExpertCache, Wave
 from flashmoe.events import Event
+from flashmoe.store import manifest as manifests
 
 
 class _Forgetful(ExpertCache):
@@ -25,12 +27,14 @@ class OnDemand(FlashMoELRU):
     """Reads every expert from the SSD each time a token needs it."""
 
     name = "on-demand"
-    residency = "experts on SSD, slots for one token's experts of a layer; the rest in DRAM"
+    residency = "experts on SSD, slots for one token's experts at one layer; the rest in DRAM"
     uses_budget = False
     prefetch = False
 
-    def load(self, checkpoint: Path, store: Path, memory_bytes: int) -> PreTrainedModel:
-        model = super().load(checkpoint, store, memory_bytes)
+    def load(self, setting: Setting) -> PreTrainedModel:
+        manifest = manifests.load(setting.store)
+        one_token = manifest.top_k * max(layer.extent_bytes for layer in manifest.layers)
+        model = super().load(replace(setting, memory_bytes=one_token))
         self.engine.caches = [_Forgetful(cache.policy) for cache in self.engine.caches]
         for layer in self.engine.layers:
             layer.cache = self.engine.caches[0 if self.engine.slots.shared else layer.number]

@@ -20,21 +20,10 @@ class Arena:
         self.extent_bytes = layer.extent_bytes
         self.memory = aligned_memory(n_slots * layer.extent_bytes)
         whole = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.slots = [
-            memoryview(self.memory)[slot * layer.extent_bytes : (slot + 1) * layer.extent_bytes]
-            for slot in range(n_slots)
-        ]
-        self.parameters = []
-        for slot in range(n_slots):
-            extent = whole[slot * layer.extent_bytes : (slot + 1) * layer.extent_bytes]
-            self.parameters.append(
-                {
-                    spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
-                    .view(DTYPES[spec.dtype])
-                    .view(spec.shape)
-                    for spec in layer.tensors
-                }
-            )
+        size = layer.extent_bytes
+        ends = [(slot * size, (slot + 1) * size) for slot in range(n_slots)]
+        self.slots = [memoryview(self.memory)[start:end] for start, end in ends]
+        self.parameters = [views(whole[start:end], layer) for start, end in ends]
 
     def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
         """Two slots' memory changes places, of arenas of layers laid out alike."""
@@ -50,3 +39,13 @@ class Arena:
             view.release()
         self.slots.clear()
         del self.memory  # unmapped when the last tensor view goes
+
+
+def views(extent: torch.Tensor, layer: LayerSpec) -> dict[str, torch.Tensor]:
+    """An expert's tensors, by the module's parameter names, as views of its bytes (uint8)."""
+    return {
+        spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
+        .view(DTYPES[spec.dtype])
+        .view(spec.shape)
+        for spec in layer.tensors
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +11,14 @@ from torch import nn
 from flashmoe import skeleton
 
 logger = logging.getLogger(__name__)
+
+
+class Guess(NamedTuple):
+    """What a router says, in the order in which transformers' routers return it."""
+
+    scores: torch.Tensor  # [tokens, experts], logits
+    weights: torch.Tensor  # [tokens, top_k]
+    experts: torch.Tensor  # [tokens, top_k]
 
 
 class Lookahead:
@@ -25,26 +34,23 @@ class Lookahead:
             for name, module in skeleton.expert_modules(model).items()
         ]
 
-    def route(
-        self, layer: int, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def route(self, layer: int, hidden: torch.Tensor) -> Guess | None:
         """What `layer` would choose for hidden [tokens, width], another layer's input.
 
-        Returns index and weights [tokens, top_k]; weights None where the family's router does not
-        tell them, and None altogether where the layer has no router to ask or does not exist.
+        None where the layer has no router that can be asked, or does not exist.
         """
         router = self.routers[layer] if layer < len(self.routers) else None
         if router is None:
             return None
         try:
-            parts = router.forward(hidden)  # not called: hooks are for the model's own routing
-        except Exception as error:  # a family's router may want more than the hidden state
+            guess = Guess(*router.forward(hidden))  # not called: hooks are for the real routing
+            if guess.experts.is_floating_point() or len(guess.experts) != len(hidden):
+                raise TypeError("it does not return logits, weights and experts")
+        except Exception as error:  # a family's router may want more, or return something else
             logger.debug("no guesses for MoE layer %d: %r", layer, error)
             self.routers[layer] = None
             return None
-        index = next(part for part in parts if not part.is_floating_point())
-        same = [p for p in parts if p.is_floating_point() and p.shape == index.shape]
-        return index, same[-1] if same else None
+        return guess
 
 
 def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:

@@ -56,11 +56,10 @@ class Prefetcher:
         self._calls += 1
         if not self._free or (self._right < RIGHT_ENOUGH and self._calls % PROBES):
             return
-        routed = self.lookahead.route(layer, hidden)
-        if routed is None:
+        guess = self.lookahead.route(layer, hidden)
+        if guess is None:
             return
-        index = routed[0]
-        chosen = index[0].tolist() if len(index) == 1 else _by_votes(index)
+        chosen = guess.experts[0].tolist() if len(hidden) == 1 else _by_votes(guess.experts)
         missing = [expert for expert in chosen if slot_of[expert] < 0]
         for expert in missing[: len(self._free)]:
             spare = self._free.pop()

@@ -69,7 +69,7 @@ class Recorder:
                         f"{type(self.model).__name__}'s routers cannot be asked ahead: record "
                         "without --guesses"
                     )
-                self.guesses[number].append(routed[0].numpy().astype(np.uint16))
+                self.guesses[number].append(routed.experts.numpy().astype(np.uint16))
 
         return hook
 

@@ -78,6 +78,12 @@ class Trace:
             raise FlashMoEError(f"the trace has no sequence called {name!r}")
         return self.select([names.index(name)])
 
+    def without(self, name: str) -> Trace:
+        """All sequences but the one of that name (all, if there is none); at least one stays."""
+        names = self.names()
+        rest = [number for number, other in enumerate(names) if other != name]
+        return self.select(rest) if rest else self
+
     def steps(self, tokens: slice) -> Iterator[slice]:
         """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""
         if self.step is None:

@@ -39,15 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    if arguments.command == "run":  # nothing else imported: it may have little memory
+        _run_one(arguments)
+        return
     from harness import report
     from harness import reproduce as steps
 
     folder = steps.folder_for("quick")
     command = f"python -m harness {arguments.command}"
     match arguments.command:
-        case "run":
-            _run_one(arguments)
-            return
         case "check":
             from harness.check import check
 

@@ -65,7 +65,7 @@ def forced_routing(
             until = used[layer - 1]  # the layer below has just taken these tokens
             index = trace.guesses[until - len(hidden) : until, layer - 1].astype(np.int64)
             routed = own(layer, hidden)
-            return torch.from_numpy(index), routed[1] if routed else None
+            return routed and routed._replace(experts=torch.from_numpy(index))
 
         lookahead.route = route  # type: ignore[method-assign]
     try:

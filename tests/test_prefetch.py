@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import flashmoe
 from flashmoe import budget, engine, trace
 from flashmoe.errors import FlashMoEError
+from flashmoe.lookahead import Guess
 from flashmoe.record import record
 from flashmoe.store import manifest
 from flashmoe.store.read_queue import ReadQueue
@@ -82,7 +83,8 @@ def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_gues
         file.write(b"damage")
     model = flashmoe.load(own_store, memory=memory, policy="lru")
     prefetcher = model.flashmoe.prefetcher
-    prefetcher.lookahead.route = lambda layer, hidden: (torch.tensor([[bad]]), None)
+    nothing = torch.empty(0)
+    prefetcher.lookahead.route = lambda *_: Guess(nothing, nothing, torch.tensor([[bad]]))
     tokens, stats = generate(model, ids, 2)
     assert tokens == healthy
     assert stats["prefetch_wasted"] > 0

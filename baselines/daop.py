@@ -1,0 +1,176 @@
+"""DAOP (arXiv 2501.10375): placement that follows the sequence, experts calculated a layer ahead.
+
+From the paper: A holds an equal quota of each layer's popular experts. In prefill, before a layer's
+experts run, the busiest in H change places with the least busy in A, up to half of the layer's
+experts, where n_hot > 1.05 n_cold; the placement stays. In decode the first five MoE layers use
+their router; from there on layer l+1's router is applied to layer l's input, and the experts and
+weights that it names are the ones used. Those in H are calculated ahead on the CPU, by two
+threads, from layer l's hidden state. Where all are in H, the weakest gives way to the best-scored
+in A. CPU and A run at the same time. The output is therefore not the model's own.
+
+Decided here: 'all in H, the weakest gives way' is the paper's rule for top-2, kept for any top_k
+(the others stay, so it changes one expert); the newcomer gets its own probability, and the
+weights are scaled back to their sum. The true router still runs, since transformers calls it; its
+result is only used to measure the prediction. A takes a share of the budget as in `fiddler`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from baselines import popularity
+from baselines.base import Setting
+from baselines.layered import LayeredSystem
+from baselines.tiers import MappedTier, PinnedTier
+from flashmoe import arithmetic
+from flashmoe.lookahead import Guess, Lookahead
+
+PINNED_SHARE = 0.5
+TRUE_ROUTER_LAYERS = 5
+SWAP_RATIO = 1.05
+CPU_THREADS = 2
+
+
+@dataclass
+class _Plan:
+    """What a layer will use: index and weights [1, top_k]; H's experts are on their way."""
+
+    index: torch.Tensor
+    weights: torch.Tensor
+    ahead: dict[int, Future[torch.Tensor]] = field(default_factory=dict)
+
+
+class DAOP(LayeredSystem):
+    """DAOP's orchestration over the same store."""
+
+    name = "daop"
+    residency = (
+        f"{PINNED_SHARE:.0%} of the budget: each layer's popular experts, swapped in prefill; "
+        "the others memory-mapped; the rest in DRAM"
+    )
+    exact = False
+
+    def prepare(self, setting: Setting) -> None:
+        one_each = sum(layer.extent_bytes for layer in self.manifest.layers)
+        uses = popularity.counts(setting.profile, self.manifest)
+        quota = min(int(setting.memory_bytes * PINNED_SHARE) // one_each, uses.shape[1])
+        chosen = [np.argsort(-row, kind="stable")[:quota].tolist() for row in uses]
+        self.mapped = MappedTier(setting.store, self.manifest)
+        self.pinned = PinnedTier(setting.store, self.manifest, chosen)
+        self.lookahead: Lookahead = Lookahead(self.model)
+        self.threads = ThreadPoolExecutor(CPU_THREADS)
+        self.plan: _Plan | None = None
+        self.swaps = 0
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        self.requests = self.hits = self.predicted = self.predicted_right = self.degraded = 0
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "hits": self.hits,
+            "swaps": self.swaps,
+            "degraded": self.degraded,
+            "prediction_accuracy": self.predicted_right / max(1, self.predicted),
+        }
+
+    def run(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        plan, self.plan = self.plan, None
+        if len(hidden) > 1:
+            self.swap(layer, index)
+            plan = _Plan(index, weights)
+        elif plan is None:
+            plan = _Plan(index, weights)
+        else:
+            right = set(plan.index[0].tolist()) & set(index[0].tolist())
+            self.predicted += index.shape[1]
+            self.predicted_right += len(right)
+        if len(hidden) == 1 and layer + 1 >= TRUE_ROUTER_LAYERS:
+            self.plan = self.plan_ahead(layer + 1, hidden)
+        return self.compute(layer, hidden, plan)
+
+    def swap(self, layer: int, index: torch.Tensor) -> None:
+        """Bring the prompt's busiest experts to A, in exchange for its least busy ones."""
+        n_experts = self.manifest.layers[layer].n_experts
+        uses = torch.bincount(index.reshape(-1), minlength=n_experts).tolist()
+        held = self.pinned.slot_of[layer]
+        cold = sorted(held, key=lambda expert: uses[expert])
+        hot = sorted((e for e in range(n_experts) if e not in held), key=lambda e: -uses[e])
+        for new, old in list(zip(hot, cold, strict=False))[: n_experts // 2]:
+            if uses[new] > SWAP_RATIO * uses[old]:
+                self.pinned.replace(layer, old, new, self.mapped)
+                self.swaps += 1
+
+    def plan_ahead(self, layer: int, hidden: torch.Tensor) -> _Plan | None:
+        """What `layer` will use, by the hidden state of the layer below; H's part is begun."""
+        guess = self.lookahead.route(layer, hidden)
+        if guess is None:
+            return None
+        plan = self.degrade(layer, guess)
+        for expert in plan.index[0].tolist():
+            if not self.pinned.holds(layer, expert):
+                plan.ahead[expert] = self.threads.submit(self.calculate, layer, expert, hidden)
+        return plan
+
+    def degrade(self, layer: int, guess: Guess) -> _Plan:
+        """If none of the guessed is in A, the best-scored one there replaces the weakest."""
+        index, weights = guess.experts.clone(), guess.weights.clone()
+        held = list(self.pinned.slot_of[layer])
+        if not held or any(self.pinned.holds(layer, expert) for expert in index[0].tolist()):
+            return _Plan(index, weights)
+        self.degraded += 1
+        probabilities = guess.scores[0].float().softmax(-1)
+        newcomer = held[int(probabilities[held].argmax())]
+        weakest, total = int(weights[0].argmin()), weights.sum()
+        index[0, weakest] = newcomer
+        weights[0, weakest] = probabilities[newcomer].to(weights.dtype)
+        return _Plan(index, weights * (total / weights.sum()))
+
+    def calculate(self, layer: int, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            parameters = self.mapped.parameters(layer, expert)
+            return arithmetic.expert_output(self.modules[layer], parameters, hidden)
+
+    def compute(self, layer: int, hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """CPU and A at the same time; experts that were calculated ahead are only added."""
+        experts = plan.index.unique().tolist()
+        in_a = [expert for expert in experts if self.pinned.holds(layer, expert)]
+        in_h = [expert for expert in experts if not self.pinned.holds(layer, expert)]
+        self.requests += len(experts)
+        self.hits += len(in_a)
+
+        def serve(compute: arithmetic.Compute) -> None:
+            def on_cpu() -> None:
+                with torch.inference_mode():
+                    for expert in in_h:
+                        compute(expert, self.mapped.parameters(layer, expert))
+
+            beside = self.threads.submit(on_cpu) if in_h else None
+            for expert in in_a:
+                compute(expert, self.pinned.parameters(layer, expert))
+            if beside:
+                beside.result()
+
+        if not plan.ahead:
+            return arithmetic.run(self.modules[layer], hidden, plan.index, plan.weights, serve)
+        total = torch.zeros_like(hidden)
+        for expert, weight in zip(plan.index[0].tolist(), plan.weights[0], strict=True):
+            if expert in plan.ahead:
+                output = plan.ahead[expert].result()
+            else:
+                parameters = self.pinned.parameters(layer, expert)
+                output = arithmetic.expert_output(self.modules[layer], parameters, hidden)
+            total += (output * weight).to(hidden.dtype)
+        return total
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        self.pinned.close()

@@ -1,0 +1,133 @@
+"""Fiddler (arXiv 2402.07033): popular experts in the fast tier, the others computed where they are.
+
+From the paper: A holds the globally most popular (layer, expert) pairs of a calibration profile,
+fixed for the run; an expert that is elsewhere is computed on the CPU, unless so many tokens need
+it that copying its weights to A, and computing there, is faster by a latency model. From the
+original's code: one side is chosen for each expert in turn, nothing overlaps. Decided here: the
+latencies are measured at start (the code ships constants for one machine), each as a line in the
+number of tokens, of which a GPU's constant is the flat case; and A takes a share of the budget,
+the rest being H's page cache, since without a GPU both are the same memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from baselines import popularity
+from baselines.base import Setting
+from baselines.layered import LayeredSystem
+from baselines.tiers import MappedTier, PinnedTier
+from flashmoe import arithmetic
+from flashmoe.arena import Arena
+
+PINNED_SHARE = 0.5
+_MEASURED_TOKENS = (1, 8, 32)
+_REPEATS = 5
+
+
+class Latencies(NamedTuple):
+    """Seconds for one expert; computing is a line in the tokens: (a token's, constant part)."""
+
+    cpu: tuple[float, float]
+    pinned: tuple[float, float]
+    copy: float
+
+    def copies(self, tokens: int) -> bool:
+        """Is copying to A, to compute there, faster than computing on the CPU?"""
+        on_cpu = self.cpu[0] * tokens + self.cpu[1]
+        return on_cpu > self.copy + self.pinned[0] * tokens + self.pinned[1]
+
+
+class Fiddler(LayeredSystem):
+    """Fiddler's orchestration over the same store."""
+
+    name = "fiddler"
+    residency = (
+        f"{PINNED_SHARE:.0%} of the budget: globally popular experts, pinned; "
+        "the others memory-mapped; the rest in DRAM"
+    )
+
+    def prepare(self, setting: Setting) -> None:
+        extent_bytes = max(layer.extent_bytes for layer in self.manifest.layers)
+        uses = popularity.counts(setting.profile, self.manifest)
+        room = int(setting.memory_bytes * PINNED_SHARE) // extent_bytes - 1  # one for copies
+        chosen = popularity.most_popular(uses, max(0, min(room, uses.size)))
+        self.mapped = MappedTier(setting.store, self.manifest)
+        self.pinned = PinnedTier(setting.store, self.manifest, chosen)
+        self.staging = [Arena(spec, 1) for spec in self.manifest.layers[:1]]
+        self.latencies = self.measure()
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        self.requests = self.hits = self.copied = 0
+
+    def stats(self) -> dict[str, Any]:
+        return {"requests": self.requests, "hits": self.hits, "copied": self.copied}
+
+    def run(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        experts, tokens = index.unique(return_counts=True)
+
+        def serve(compute: arithmetic.Compute) -> None:
+            for expert, count in zip(experts.tolist(), tokens.tolist(), strict=True):
+                self.requests += 1
+                if self.pinned.holds(layer, expert):
+                    self.hits += 1
+                    compute(expert, self.pinned.parameters(layer, expert))
+                elif self.latencies.copies(count):
+                    self.copied += 1
+                    compute(expert, self.copy(layer, expert))
+                else:
+                    compute(expert, self.mapped.parameters(layer, expert))
+
+        return arithmetic.run(self.modules[layer], hidden, index, weights, serve)
+
+    def copy(self, layer: int, expert: int) -> arithmetic.Parameters:
+        """The expert's parameters in A's staging slot."""
+        staging = self.staging[0]
+        torch.frombuffer(staging.slots[0], dtype=torch.uint8).copy_(
+            self.mapped.extent(layer, expert)
+        )
+        return staging.parameters[0]
+
+    def measure(self) -> Latencies:
+        """On one expert, as if H were all in DRAM, which the original assumes."""
+        module = self.modules[0]
+        mapped = self.mapped.parameters(0, 0)
+        pinned = self.copy(0, 0)
+        example = next(iter(mapped.values()))
+        width = self.model.config.get_text_config().hidden_size
+
+        def line(parameters: arithmetic.Parameters) -> tuple[float, float]:
+            seconds = []
+            for tokens in _MEASURED_TOKENS:
+                x = torch.ones(tokens, width, dtype=example.dtype)
+                seconds.append(
+                    _seconds(lambda x=x: arithmetic.expert_output(module, parameters, x))  # type: ignore[misc]
+                )
+            slope, constant = np.polyfit(_MEASURED_TOKENS, seconds, 1)
+            return float(slope), float(constant)
+
+        with torch.inference_mode():
+            return Latencies(line(mapped), line(pinned), _seconds(lambda: self.copy(0, 0)))
+
+    def close(self) -> None:
+        self.pinned.close()
+        for arena in self.staging:
+            arena.close()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of a few repetitions, the first of which warms up."""
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,49 @@
+"""What the DRAM baselines share: transformers' model, with a layer's experts run their way."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from baselines.base import Setting, System
+from flashmoe import dense, skeleton
+from flashmoe.store.manifest import Manifest
+from flashmoe.store.verify import open_manifest
+
+
+class LayeredSystem(System):
+    """Loads everything but the experts (pinned), then answers for each layer's experts."""
+
+    def load(self, setting: Setting) -> PreTrainedModel:
+        self.manifest: Manifest = open_manifest(setting.store)
+        self.model = skeleton.build(skeleton.read_config(setting.store))
+        self.modules = list(skeleton.expert_modules(self.model).values())
+        dense.fill(self.model, setting.store, self.manifest)
+        self.prepare(setting)
+        for number, module in enumerate(self.modules):
+            module.flashmoe_experts = _Layer(self, number)  # type: ignore[assignment]
+        return self.model
+
+    @abstractmethod
+    def prepare(self, setting: Setting) -> None:
+        """Bring experts to where they start from; the model is there but for them."""
+
+    @abstractmethod
+    def run(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
+
+
+class _Layer:
+    def __init__(self, system: LayeredSystem, number: int) -> None:
+        self.system = system
+        self.number = number
+
+    def forward(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.system.run(self.number, hidden, index, weights)

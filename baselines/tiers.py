@@ -1,0 +1,94 @@
+"""Where the experts of the DRAM baselines are: pinned (A) or in the memory-mapped store (H).
+
+Spec section 5: on a machine without a GPU, tier A is an arena in DRAM that counts towards the
+cap, and H is what the cap leaves to the page cache. Both hold whole extents of the same store, so
+that an expert comes from the drive in one sequential stretch, as well as any layout allows.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flashmoe.arena import Arena, views
+from flashmoe.arithmetic import Parameters
+from flashmoe.store.manifest import Manifest
+from flashmoe.store.reader import ExtentReader
+
+
+class MappedTier:
+    """H: the experts of a store as a memory mapping; the page cache decides what is in DRAM."""
+
+    def __init__(self, store: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        descriptor = os.open(store / manifest.experts_file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        with warnings.catch_warnings():  # that torch could write to what is mapped for reading
+            warnings.simplefilter("ignore")
+            self._bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
+        self._parameters: dict[tuple[int, int], Parameters] = {}
+
+    def extent(self, layer: int, expert: int) -> torch.Tensor:
+        """The expert's bytes, uint8 [extent_bytes]; reading them may wait for the drive."""
+        spec = self.manifest.layers[layer]
+        start = spec.extent_offset(expert)
+        return self._bytes[start : start + spec.extent_bytes]
+
+    def parameters(self, layer: int, expert: int) -> Parameters:
+        key = layer, expert
+        if key not in self._parameters:
+            self._parameters[key] = views(self.extent(layer, expert), self.manifest.layers[layer])
+        return self._parameters[key]
+
+    def advise(self, advice: int, layer: int | None = None, expert: int = 0) -> None:
+        """madvise on one expert, or on all of them."""
+        if layer is None:
+            self.mapping.madvise(advice)
+        else:
+            spec = self.manifest.layers[layer]
+            self.mapping.madvise(advice, spec.extent_offset(expert), spec.extent_bytes)
+
+
+class PinnedTier:
+    """A: chosen experts in anonymous memory, each layer's in an arena of its own."""
+
+    def __init__(self, store: Path, manifest: Manifest, chosen: Sequence[Sequence[int]]) -> None:
+        """chosen: of each layer, the experts to hold; they are read past the page cache."""
+        self.arenas = [
+            Arena(spec, len(experts)) for spec, experts in zip(manifest.layers, chosen, strict=True)
+        ]
+        self.slot_of = [{expert: slot for slot, expert in enumerate(e)} for e in chosen]
+        reader = ExtentReader(store, manifest)
+        try:
+            for layer, slots in enumerate(self.slot_of):
+                memory = self.arenas[layer].slots
+                loads = [(expert, memory[slot]) for expert, slot in slots.items()]
+                for read in reader.submit(layer, loads):
+                    read.result()
+        finally:
+            reader.close()
+
+    def holds(self, layer: int, expert: int) -> bool:
+        return expert in self.slot_of[layer]
+
+    def parameters(self, layer: int, expert: int) -> Parameters:
+        return self.arenas[layer].parameters[self.slot_of[layer][expert]]
+
+    def replace(self, layer: int, old: int, new: int, mapped: MappedTier) -> None:
+        """Copy `new` over `old`, which stays in the mapping."""
+        slot = self.slot_of[layer].pop(old)
+        self.slot_of[layer][new] = slot
+        view = self.arenas[layer].slots[slot]
+        torch.frombuffer(view, dtype=torch.uint8).copy_(mapped.extent(layer, new))
+
+    def close(self) -> None:
+        for arena in self.arenas:
+            arena.close()
