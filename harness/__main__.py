@@ -23,8 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--traces", type=Path, help="also the shipped small models', and every trace of this folder"
     )
     commands.add_parser("speedups", help="the generation table of the demo model")
-    full = commands.add_parser("full-scale", help="the generation table at OLMoE-1B-7B's size")
+    full = commands.add_parser("full-scale", help="the speedup table at a real model's size")
+    full.add_argument("model", nargs="?", default="olmoe-1b-7b")
     full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
+    full.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
+    full.add_argument("--systems", nargs="+", help="see baselines/")
+    full.add_argument("--rounds", type=int, default=2)
+    full.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -42,6 +47,7 @@ def main() -> None:
     if arguments.command == "run":  # nothing else imported: it may have little memory
         _run_one(arguments)
         return
+    from flashmoe.sizes import parse_bytes
     from harness import report
     from harness import reproduce as steps
 
@@ -65,7 +71,22 @@ def main() -> None:
         case "full-scale":
             from harness.full_scale import full_scale
 
-            full_scale(steps.folder_for("full-scale"), command, arguments.stores)
+            given = {k: v for k in ("caps", "systems") if (v := getattr(arguments, k))}
+            limit = arguments.read_limit and parse_bytes(arguments.read_limit)
+            command += (
+                f" {arguments.model}"
+                + "".join(f" --{key} {' '.join(map(str, value))}" for key, value in given.items())
+                + (f" --read-limit {arguments.read_limit}" if limit else "")
+            )
+            full_scale(
+                steps.folder_for("full-scale"),
+                command,
+                arguments.model,
+                rounds=arguments.rounds,
+                read_bytes_per_second=limit,
+                stores=arguments.stores,
+                **given,
+            )
         case "reproduce":
             steps.reproduce(arguments.profile)
     report.readme()

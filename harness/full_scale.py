@@ -1,4 +1,4 @@
-"""The tables at a real model's size: synthetic weights, recorded routing."""
+"""The speedup table at a real model's size: synthetic weights, recorded routing, real caps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 import flashmoe
 from flashmoe.errors import FlashMoEError
@@ -20,35 +23,68 @@ from harness.page_cache import cached_bytes
 from harness.reproduce import say, scratch
 from harness.run import Job
 
-MODEL = "olmoe-1b-7b"
-SEQUENCE = "python-1"
-SLOTS = [16, 32]
-COMPARED_SLOTS = [16, 32]
+ROUTING = Path(flashmoe.__file__).parent / "routing"
+
+
+class Model(NamedTuple):
+    """What is run, and by whose routing."""
+
+    routing: Path
+    sequence: str
+
+
+MODELS = {
+    "olmoe-1b-7b": Model(flashmoe.demo_routing_path(), "python-1"),
+    "deepseek-v2-lite": Model(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
+}
+CAPS = (0.15, 0.25, 0.4, 0.6)
+SYSTEMS = (
+    "flashmoe",
+    "flashmoe-no-prefetch",
+    "flashmoe-lru",
+    "fiddler",
+    "daop",
+    "os-paging",
+    "os-paging-willneed",
+)
 # A prompt that touches nearly every expert, so that none is read, and checked, for the first
 # time while decode is measured: a first read's checksum costs a fifth of the read here.
 PROMPT_TOKENS = 160
-WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 16, 2
-BESIDE_EXPERTS_BYTES = 1 << 30  # Python, torch and activations, in the cap beside all weights held
-FIO_SECONDS = 2.0
+WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
+DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
+# Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
+# weights, the code pages of the libraries, and what the allocator keeps.
+BESIDE_BYTES = 640 << 20
+FIO_SECONDS = 1.0
 
 
-def full_scale(folder: Path, command: str, stores: Path | None = None) -> None:
-    """Write checkpoint and store (27 GB, given back afterwards), run, write the tables.
+def full_scale(
+    folder: Path,
+    command: str,
+    name: str,
+    *,
+    caps: Sequence[float] = CAPS,
+    systems: Sequence[str] = SYSTEMS,
+    rounds: int = ROUNDS,
+    read_bytes_per_second: int | None = None,
+    stores: Path | None = None,
+) -> None:
+    """Write checkpoint and store (given back afterwards), run, write the tables.
 
     `stores` keeps them: a directory with `checkpoint` and `store`, made there if absent.
     """
+    if name not in MODELS:
+        raise FlashMoEError(f"no routing is shipped for {name!r}: choose from {', '.join(MODELS)}")
     with scratch(stores or folder) as work:
         home = stores or work
         checkpoint, store = home / "checkpoint", home / "store"
-        if not checkpoint.exists():
-            say(f"writing {MODEL} with random weights")
-            synthesise(MODEL, checkpoint)
-        if not store.exists():
+        if not manifests.is_store(store):
+            if not checkpoint.exists():
+                say(f"writing {name} with random weights")
+                synthesise(name, checkpoint)
             say("packing it")
-            report.write(folder, "packing", [_pack(checkpoint, store)])
-            report.provenance(folder, "packing", provenance.gather(command, folder, seed=0))
+            report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
         manifest = manifests.load(store)
-        drive = speedups.drive_of(store, FIO_SECONDS)
         base = Job(
             "flashmoe",
             checkpoint,
@@ -56,29 +92,48 @@ def full_scale(folder: Path, command: str, stores: Path | None = None) -> None:
             0,
             "",
             TOKENS,
-            routing=flashmoe.demo_routing_path(),
-            sequence=SEQUENCE,
+            routing=MODELS[name].routing,
+            sequence=MODELS[name].sequence,
             prompt_tokens=PROMPT_TOKENS,
             warm_up_tokens=WARM_UP_TOKENS,
+            read_bytes_per_second=read_bytes_per_second,
+            decode_seconds=DECODE_SECONDS,
         )
-        jobs = [_capped(job, manifest) for job in speedups.jobs_for(base, SLOTS, COMPARED_SLOTS)]
-        rows = speedups.table(jobs, ROUNDS, drive, say)
-    frame = report.write(folder, "full_scale", rows)
-    plots.generation(
-        frame, folder, "full_scale",
-        "OLMoE-1B-7B's shapes, synthetic weights, recorded routing: where a token's time goes",
-    )  # fmt: skip
-    report.provenance(folder, "full_scale", provenance.gather(command, folder, seed=0))
+        jobs = [
+            replace(job, system=system)
+            for job in (capped(base, manifest, share) for share in caps)
+            for system in systems
+        ]
+        if fits(manifest) and checkpoint.exists() and not read_bytes_per_second:
+            jobs.append(replace(base, system=speedups.REFERENCE))
+        drive = speedups.drive_of(store, FIO_SECONDS)
+        title = f"speedups-{name}" + ("-throttled" if read_bytes_per_second else "")
+        kept = folder / f".{title}.runs.jsonl"
+        rows = speedups.table(jobs, rounds, drive, say, kept)
+    total = manifest.experts_bytes + manifest.dense_bytes
+    rows = [
+        {"model": name, "cap_share": r["cap_bytes"] and round(r["cap_bytes"] / total, 3)} | r
+        for r in rows
+    ]
+    plots.speedups(report.write(folder, title, rows), folder, title)
+    report.provenance(folder, title, provenance.gather(command, folder, seed=0))
+    kept.unlink(missing_ok=True)
 
 
-def _capped(job: Job, manifest: Manifest) -> Job:
-    """The kernel holds a streaming run to its budget, the dense weights and a fixed rest."""
-    if job.system == "in-memory":
-        return job
-    return replace(job, cap_bytes=job.memory_bytes + manifest.dense_bytes + BESIDE_EXPERTS_BYTES)
+def capped(job: Job, manifest: Manifest, share: float) -> Job:
+    """`job` under a limit of `share` of the model's size; what that leaves for experts."""
+    cap = int(share * (manifest.experts_bytes + manifest.dense_bytes))
+    memory_bytes = cap - manifest.dense_bytes - BESIDE_BYTES
+    return replace(job, cap_bytes=cap, memory_bytes=memory_bytes)
 
 
-def _pack(checkpoint: Path, store: Path) -> dict[str, Any]:
+def fits(manifest: Manifest) -> bool:
+    """Does the whole model fit this machine's memory, for a reference run?"""
+    needed = manifest.experts_bytes + manifest.dense_bytes + BESIDE_BYTES
+    return needed < psutil.virtual_memory().total * 0.9
+
+
+def _pack(name: str, checkpoint: Path, store: Path) -> dict[str, Any]:
     """`flashmoe pack` in a process of its own: how long, how much memory, what stays cached."""
     started = time.monotonic()
     command = [sys.executable, "-m", "flashmoe", "pack", str(checkpoint), str(store)]
@@ -90,7 +145,7 @@ def _pack(checkpoint: Path, store: Path) -> dict[str, Any]:
     manifest = manifests.load(store)
     files = [store / manifest.experts_file, *checkpoint.glob("*.safetensors")]
     return {
-        "model": MODEL,
+        "model": name,
         "store_bytes": manifest.experts_bytes + manifest.dense_bytes,
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": usage.ru_maxrss * 1024,

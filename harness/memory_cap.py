@@ -1,4 +1,4 @@
-"""A real limit on a process's memory, page cache included: a cgroup of version 2 or 1."""
+"""Real limits on a process: memory with the page cache, and reading speed; cgroups v2 or v1."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
+
+from flashmoe.errors import FlashMoEError
 
 # (controller's folder, limit, peak, current) of each version
 _VERSIONS = (
@@ -23,16 +25,37 @@ _VERSIONS = (
 _SWAP_OFF = (("memory.swap.max", "0"), ("memory.swappiness", "0"))
 
 
+_BLKIO = Path("/sys/fs/cgroup/blkio")  # version 1's controller of block devices
+
+
+@dataclass(frozen=True)
+class ReadLimit:
+    """At most so many bytes a second from the device that holds `path`."""
+
+    path: Path
+    bytes_per_second: int
+
+    @property
+    def device(self) -> str:
+        """major:minor of the whole disk: a limit on a partition is refused."""
+        number = self.path.stat().st_dev
+        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        disk = entry.parent if (entry / "partition").exists() else entry
+        return (disk / "dev").read_text().strip()
+
+
 @dataclass(frozen=True)
 class Cap:
-    """A cgroup that a child enters by running `enter` before it starts its program."""
+    """Cgroups that a child enters by running `enter` before it starts its program."""
 
     folder: Path
     _peak: str
     _current: str
+    _others: tuple[Path, ...] = ()
 
     def enter(self) -> None:
-        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+        for folder in (self.folder, *self._others):
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def peak_bytes(self) -> int:
         """The most that was charged at once: anonymous memory and page cache."""
@@ -43,10 +66,13 @@ class Cap:
 
 
 @contextmanager
-def memory_cap(limit_bytes: int | None) -> Iterator[Cap | None]:
+def memory_cap(
+    limit_bytes: int | None, read_limit: ReadLimit | None = None
+) -> Iterator[Cap | None]:
     """A fresh cgroup with this limit (None: only measured), swap off; removed afterwards.
 
     Gives None where no cgroup can be made, so that the run can say it was not capped.
+    Raises FlashMoEError where reading cannot be limited: such a run must not look throttled.
     """
     cap = None
     for root, limit, peak, current in _VERSIONS:
@@ -63,12 +89,34 @@ def memory_cap(limit_bytes: int | None) -> Iterator[Cap | None]:
                     (folder / name).write_text(value)
             cap = Cap(folder, peak, current)
             break
+    folders = [cap.folder] if cap else []
     try:
-        yield cap
+        if read_limit:
+            folders += _limit_reading(cap, read_limit)
+        yield replace(cap, _others=tuple(folders[1:])) if cap else None
     finally:
-        if cap:
-            for _ in range(50):  # a killed child leaves its cgroup a moment later
-                with suppress(OSError):
-                    cap.folder.rmdir()
-                    break
-                time.sleep(0.1)
+        for folder in folders:
+            _remove(folder)
+
+
+def _limit_reading(cap: Cap | None, limit: ReadLimit) -> list[Path]:
+    """Limit the cap's own cgroup (version 2), or one beside it (version 1), which is returned."""
+    try:
+        if cap and (cap.folder / "io.max").exists():
+            (cap.folder / "io.max").write_text(f"{limit.device} rbps={limit.bytes_per_second}")
+            return []
+        folder = _BLKIO / f"flashmoe-{uuid4().hex[:8]}"
+        folder.mkdir()
+        rule = f"{limit.device} {limit.bytes_per_second}"
+        (folder / "blkio.throttle.read_bps_device").write_text(rule)
+        return [folder]
+    except OSError as error:
+        raise FlashMoEError(f"reading from {limit.path} cannot be limited here ({error})") from None
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(50):  # a killed child leaves its cgroup a moment later
+        with suppress(OSError):
+            folder.rmdir()
+            return
+        time.sleep(0.1)

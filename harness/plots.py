@@ -165,3 +165,30 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, markerscale=0.4)
     _save(figure, folder, name)
+
+
+def speedups(rows: pd.DataFrame, folder: Path, name: str) -> None:
+    """Tokens a second against the cap, a line a system, with the range of the rounds."""
+    done = rows[rows.outcome == "ok"]
+    figure, axis = plt.subplots(figsize=(7.5, 4.5))
+    for system, line in done[done.cap_share.notna()].groupby("system", sort=False):
+        spread = [
+            line.tokens_per_second - line.tokens_per_second_min,
+            line.tokens_per_second_max - line.tokens_per_second,
+        ]
+        ours = system == "flashmoe"
+        axis.errorbar(
+            line.cap_share * 100, line.tokens_per_second, spread, marker="o", capsize=3,
+            label=system, linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2,
+        )  # fmt: skip
+        if ours:
+            roofline = line.roofline_tokens_per_second
+            axis.plot(line.cap_share * 100, roofline, "k_", markersize=18, label="its roofline")
+    for rate in done[done.cap_share.isna()].tokens_per_second:
+        axis.axhline(rate, color="grey", linestyle=":", label="in-memory, no cap")
+    axis.set(xlabel="memory cap, % of the model's size", ylabel="decode, token/s", ylim=(0, None))
+    model = rows.model.iloc[0]
+    axis.set_title(f"{model}'s shapes, synthetic weights, recorded routing", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    _save(figure, folder, name)

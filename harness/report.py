@@ -37,13 +37,20 @@ NOTES = {
     "`peak_memory_MB` is what the kernel charged the process at most, page cache included. At "
     "27 M parameters Python costs more than the drive: see the full-scale table for the real "
     "proportions.",
-    "full_scale": "Measured, synthetic weights, recorded routing: OLMoE-1B-7B's real shapes in "
-    "bf16 (random weights, 12 MiB an expert), experts chosen as in the demo model's recorded "
-    "routing, decode at batch 1 after a prompt of 160 tokens and a short warm-up, each row a "
-    "process of its own, rows interleaved over the rounds. Bytes, reads and arithmetic are the "
-    "real model's, the text is not. `cap_MB` is a cgroup's limit that held for the run, "
-    "page cache included, empty where there was none: "
-    "the budget, the dense weights and 1 GiB for Python. Roofline as in the generation table.",
+    "speedups": "Measured, synthetic weights, recorded routing: the named model's real shapes in "
+    "bf16 with random weights, experts (and what is guessed of them) as recorded on the project's "
+    "small model of that geometry, decode at batch 1 after a prompt of 160 tokens and a short "
+    "warm-up; each row a process of its own, rows interleaved over the rounds, page cache emptied "
+    "before each (`cold`). Bytes, reads and arithmetic are the real model's, the text is not. "
+    "`cap_share`: the cgroup's limit, page cache included, as a share of the model's size; empty "
+    "where there was none. Slow systems stop after 12 seconds of decode (`tokens`). "
+    "`flashmoe_speedup`: FlashMoE's token/s at the same cap over the row's, median of the rounds "
+    "with their range. `bytes_per_token` by the engine's count, `device_bytes_per_token` by the "
+    "kernel's. `hit_rate` of fiddler and daop is the share in their pinned tier. Roofline: 1 / "
+    "max(needed bytes a token / drive, arithmetic), drive being fio's random reads of the store's "
+    "own file just before the run (or the read limit), arithmetic the least that any row needed. "
+    "`same_output`: tokens are the in-memory run's, or FlashMoE's where that does not fit; daop's "
+    "differ on purpose (`tokens_differing`; of random weights, so its size means little).",
     "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
     "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",
     "text": "Measured. Greedy text of the demo model, streamed from the store at three budgets, "
@@ -57,8 +64,19 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows)
     frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-    (folder / f"{name}.md").write_text(f"{NOTES[name]}\n\n{markdown(frame)}\n")
+    (folder / f"{name}.md").write_text(f"{note(name)}\n\n{markdown(frame)}\n")
     return frame
+
+
+def note(name: str) -> str:
+    """What a table's reader must know; `speedups-MODEL` and the like share their kind's note."""
+    return NOTES[name.partition("-")[0]]
+
+
+def tables(folder: Path) -> list[str]:
+    """Names of the tables in `folder`, in the order of NOTES."""
+    names = {path.stem for path in folder.glob("*.csv")}
+    return [name for kind in NOTES for name in sorted(names) if name.partition("-")[0] == kind]
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -109,9 +127,7 @@ def readme() -> None:
                 f"{machine['file_system']}, torch {record['versions']['torch']}"
             )
         parts.append("")
-        for name in NOTES:
-            if not (folder / f"{name}.md").exists():
-                continue
+        for name in tables(folder):
             text = (folder / f"{name}.md").read_text()
             if name == "hit_rates":
                 note, _, _ = text.partition("\n\n")

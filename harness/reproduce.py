@@ -109,7 +109,7 @@ def reproduce(profile: str) -> Path:
     if profile == "desktop":
         from harness.full_scale import full_scale
 
-        full_scale(folder, command)
+        full_scale(folder, command, "deepseek-v2-lite", rounds=1)
     report.readme()
     say(f"done: {folder}")
     return folder

@@ -37,6 +37,7 @@ class Job:
     prompt_tokens: int = 0  # with `sequence`, the prompt's length in place of its text
     warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
     cap_bytes: int | None = None  # the kernel's limit on the process, page cache included
+    read_bytes_per_second: int | None = None  # the kernel's limit on its reading
     decode_seconds: float | None = None  # stop after so many, though tokens are missing
 
 

@@ -1,8 +1,9 @@
-"""The generation table: every system and budget in its own process, interleaved, repeated."""
+"""The generation tables: every system and budget in its own process, interleaved, repeated."""
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,14 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import baselines
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from harness import ssd
-from harness.memory_cap import memory_cap
+from harness.memory_cap import ReadLimit, memory_cap
+from harness.page_cache import drop_all
 from harness.run import Job
 
 Say = Callable[[str], None]
 Drive = Callable[[], float]
+Run = dict[str, Any]
+
+OUT_OF_MEMORY = "out of memory"
+REFERENCE = "in-memory"  # whose tokens the others' must be
+OURS = "flashmoe"
 
 
 def budget_for(store: Path, slots: int) -> int:
@@ -29,8 +37,6 @@ def budget_for(store: Path, slots: int) -> int:
 
 def jobs_for(base: Job, slots: list[int], compared: list[int]) -> list[Job]:
     """FlashMoE at each budget, under LRU and LFU at `compared` ones, and those without a budget."""
-    top_k = manifests.load(base.store).top_k
-    least = budget_for(base.store, top_k)
     budgets = [replace(base, memory_bytes=budget_for(base.store, n)) for n in slots]
     return [
         *budgets,
@@ -39,8 +45,8 @@ def jobs_for(base: Job, slots: list[int], compared: list[int]) -> list[Job]:
             for n in compared
             for name in ("flashmoe-lru", "flashmoe-lfu")
         ),
-        replace(base, system="on-demand", memory_bytes=least),
-        replace(base, system="in-memory", memory_bytes=least),
+        replace(base, system="on-demand"),
+        replace(base, system=REFERENCE),
     ]
 
 
@@ -53,108 +59,206 @@ def drive_of(store: Path, seconds: float) -> Drive | None:
     return partial(ssd.random_read_speed, path, extent_bytes, seconds)
 
 
-def run_alone(job: Job) -> dict[str, Any]:
-    """Run a job in a process of its own, capped by the kernel where the job says so.
+def run_alone(job: Job) -> Run:
+    """Run a job in a process of its own, limited by the kernel where the job says so.
 
-    Raises FlashMoEError with its last words, or when it must be capped and cannot be.
+    A run that the limit kills is an outcome, OUT_OF_MEMORY. Raises FlashMoEError with the
+    process's last words when it fails otherwise.
     """
     values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(job).items()}
     command = [sys.executable, "-m", "harness", "run", job.system, "--job", json.dumps(values)]
-    with memory_cap(job.cap_bytes) as cap:
+    speed = job.read_bytes_per_second
+    limit = ReadLimit(job.store, speed) if speed else None
+    with memory_cap(job.cap_bytes, limit) as cap:
         enter = cap.enter if cap else None
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
-        if done.returncode:
+        if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
+            result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
+        elif done.returncode:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             raise FlashMoEError(f"{job.system} failed: {said[-1]}")
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        else:
+            result = json.loads(done.stdout.splitlines()[-1]) | {"outcome": "ok"}
         result["cap_bytes"] = job.cap_bytes if cap else None
+        result["read_limit_bytes_per_second"] = job.read_bytes_per_second
         result["peak_memory_bytes"] = cap.peak_bytes() if cap else None
     return result
 
 
-def table(jobs: list[Job], rounds: int, drive: Drive | None, say: Say) -> list[dict[str, Any]]:
+def table(
+    jobs: list[Job], rounds: int, drive: Drive | None, say: Say, kept: Path | None = None
+) -> list[dict[str, Any]]:
     """Run every job `rounds` times in turn; medians, spread, and the roofline of each.
 
     `drive` gives the bytes a second of random reads of the store's extents. It is asked before
     every run that streams, since a shared drive's speed drifts; None: no roofline from a drive.
+    The page cache is emptied before each run where that is allowed. `kept` is a file in which
+    finished runs are noted, so that an interrupted table goes on where it was.
     """
-    results: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    results: list[list[Run]] = [[] for _ in jobs]
     for round_number in range(rounds):
         for job, mine in zip(jobs, results, strict=True):
-            speed = drive() if drive and job.system != "in-memory" else None
-            mine.append(run_alone(job) | {"drive_bytes_per_second": speed})
-            say(
-                f"round {round_number + 1} of {rounds}: {job.system} "
-                f"{'' if mine[-1]['slots'] is None else str(mine[-1]['slots']) + ' slots '}"
-                f"{mine[-1]['tokens_per_second']:.2f} token/s"
-            )
-    compute = min(statistics.median(map(_arithmetic_seconds, mine)) for mine in results)
+            name = f"{round_number} {asdict(job)}"
+            run = _recall(kept, name)
+            if run is None:
+                dropped = drop_all()
+                speed = drive() if drive and job.system != REFERENCE else None
+                run = run_alone(job) | {"drive_bytes_per_second": speed, "cold": dropped}
+                _keep(kept, name, run)
+            mine.append(run)
+            say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
+    known = [
+        [_arithmetic_seconds(run) for run in mine if _arithmetic_seconds(run)] for mine in results
+    ]
+    compute = min(statistics.median(seconds) for seconds in known if seconds)
     rows = [_row(mine, compute) for mine in results]
-    _mark_equal(rows)
+    _compare(rows, results)
     return rows
 
 
-def _arithmetic_seconds(run: dict[str, Any]) -> float:
-    """What a token took beside reading; the table's least is what no system gets below.
+def _recall(kept: Path | None, name: str) -> Run | None:
+    if kept is None or not kept.exists():
+        return None
+    notes = (json.loads(line) for line in kept.read_text().splitlines())
+    return next((note["run"] for note in notes if note["name"] == name), None)
+
+
+def _keep(kept: Path | None, name: str, run: Run) -> None:
+    if kept:
+        with open(kept, "a") as file:
+            file.write(json.dumps({"name": name, "run": run}) + "\n")
+
+
+def _in_words(run: Run) -> str:
+    cap = f"cap {run['cap_bytes'] / 1e9:.2f} GB " if run["cap_bytes"] else ""
+    if run["outcome"] != "ok":
+        return cap + str(run["outcome"])
+    slots = "" if run["slots"] is None else f"{run['slots']:.3g} slots "
+    return f"{cap}{slots}{run['tokens_per_second']:.2f} token/s"
+
+
+def _arithmetic_seconds(run: Run) -> float:
+    """What a token took beside reading; 0: not known. The least is what no system gets below.
 
     Plain transformers alone would not do: its experts can be slower than the engine's.
     """
-    if run["system"] == "in-memory":
+    if run["system"] == REFERENCE and run["outcome"] == "ok":
         return float(1 / run["tokens_per_second"])
-    return float(run["experts_seconds"] + run["rest_of_model_seconds"])
+    return float(run.get("experts_seconds", 0) + run.get("rest_of_model_seconds", 0))
 
 
-def _row(runs: list[dict[str, Any]], compute: float) -> dict[str, Any]:
-    first = runs[0]
+def _row(runs: list[Run], compute: float) -> dict[str, Any]:
+    """One row; of a system that ran out of memory in any round, no more than that."""
+    first = next((run for run in runs if run["outcome"] != "ok"), runs[0])
+    limits = {
+        "cap_bytes": first["cap_bytes"],
+        "read_limit_bytes_per_second": first["read_limit_bytes_per_second"],
+    }
+    if first["outcome"] != "ok":
+        return {"system": first["system"], "outcome": first["outcome"], **limits}
+
+    def median(name: str) -> float | None:
+        values = [run[name] for run in runs if run.get(name) is not None]
+        return statistics.median(values) if values else None
+
     rates = sorted(run["tokens_per_second"] for run in runs)
-    rate = statistics.median(rates)
-    row = {
+    row: dict[str, Any] = {
         "system": first["system"],
+        "outcome": "ok",
+        **limits,
         "slots": first["slots"],
+        "shared": first["shared"],
         "memory_bytes": first["memory_bytes"],
-        "hit_rate": first.get("hit_rate"),
-        "bytes_per_token": first.get("bytes_per_token"),
-        "tokens_per_second": rate,
+        "hit_rate": median("hit_rate"),
+        "bytes_per_token": median("bytes_per_token"),
+        "device_bytes_per_token": median("device_bytes_per_token"),
+        "tokens_per_second": statistics.median(rates),
         "tokens_per_second_min": rates[0],
         "tokens_per_second_max": rates[-1],
+        "token_median_ms": 1e3 * (median("token_median_seconds") or 0),
+        "token_p95_ms": 1e3 * (median("token_p95_seconds") or 0),
+        "token_p99_ms": 1e3 * (median("token_p99_seconds") or 0),
+        "first_token_seconds": median("first_token_seconds"),
+        "load_seconds": median("load_seconds"),
+        "cpu_seconds_per_token": median("cpu_seconds_per_token"),
+        "joules_per_token": median("joules_per_token"),
     }
-    if "hit_rate" in first:
-        floors = [_floor(run, compute) for run in runs]
-        if all(floors):
-            shares = [run["tokens_per_second"] * f for run, f in zip(runs, floors, strict=True)]
-            row["roofline_tokens_per_second"] = statistics.median(1 / f for f in floors)
-            row["share_of_roofline"] = statistics.median(shares)
-            row["share_min"], row["share_max"] = min(shares), max(shares)
-        if first["drive_bytes_per_second"]:
-            row["drive_bytes_per_second"] = statistics.median(
-                run["drive_bytes_per_second"] for run in runs
-            )
-        row["same_output"] = None
+    if "experts_seconds" in first:
+        row |= _roofline(runs, compute)
         for part in ("wait", "experts", "policy", "python", "rest_of_model"):
-            row[f"{part}_ms"] = 1e3 * statistics.median(run[f"{part}_seconds"] for run in runs)
-        row["policy_share"] = row["policy_ms"] * rate / 1e3
-        row["drive_busy_share"] = statistics.median(run["drive_busy_share"] for run in runs)
+            row[f"{part}_ms"] = 1e3 * (median(f"{part}_seconds") or 0)
+        row["policy_share"] = row["policy_ms"] * row["tokens_per_second"] / 1e3
+        row["drive_busy_share"] = median("drive_busy_share")
+        row["prefetch_used"] = median("prefetch_used")
+        row["prefetch_wasted"] = median("prefetch_wasted")
         row["resident_bytes"] = max(run["resident_bytes"] for run in runs)
         row["page_cache_bytes"] = max(run["page_cache_bytes"] for run in runs)
-    row["cap_bytes"] = first["cap_bytes"]
+    row["prediction_accuracy"] = median("prediction_accuracy")
     peaks = [run["peak_memory_bytes"] for run in runs]
     row["peak_memory_bytes"] = max(peaks) if None not in peaks else None
-    row["tokens"] = first["tokens"]
+    row["cold"] = all(run["cold"] for run in runs)
+    row["tokens"] = min(run["tokens"] for run in runs)
     row["rounds"] = len(runs)
-    row["token_ids"] = first["token_ids"]
     return row
 
 
-def _floor(run: dict[str, Any], compute: float) -> float:
-    """The least seconds a token can take (spec section 1): the drive's, or the arithmetic's."""
-    drive = run["drive_bytes_per_second"]
-    return max(run["bytes_per_token"] / drive, compute) if drive else compute
+def _roofline(runs: list[Run], compute: float) -> dict[str, Any]:
+    """The least seconds a token can take (spec section 1): the drive's, or the arithmetic's.
+
+    Bytes that a wrong guess read are no part of it: they are a loss, and show as one.
+    """
+    floors = []
+    for run in runs:
+        drive = run["drive_bytes_per_second"]
+        if limit := run["read_limit_bytes_per_second"]:
+            drive = min(drive or limit, limit)
+        needed = run["bytes_per_token"] - run["wasted_bytes_per_token"]
+        floors.append(max(needed / drive, compute) if drive else compute)
+    shares = [run["tokens_per_second"] * f for run, f in zip(runs, floors, strict=True)]
+    drives = [run["drive_bytes_per_second"] for run in runs if run["drive_bytes_per_second"]]
+    return {
+        "roofline_tokens_per_second": statistics.median(1 / floor for floor in floors),
+        "share_of_roofline": statistics.median(shares),
+        "share_min": min(shares),
+        "share_max": max(shares),
+        "drive_bytes_per_second": statistics.median(drives) if drives else None,
+    }
 
 
-def _mark_equal(rows: list[dict[str, Any]]) -> None:
-    """Fill `same_output`: are the token ids those of the in-memory run?"""
-    reference = next((row["token_ids"] for row in rows if row["system"] == "in-memory"), None)
-    for row in rows:
-        if "same_output" in row and reference is not None:
-            row["same_output"] = row["token_ids"] == reference
-        del row["token_ids"]
+def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
+    """Fill in whose tokens are the reference's, and how much faster FlashMoE is at the same limits.
+
+    Without a run of the reference all exact systems are compared with FlashMoE. Slow systems
+    stop early, so that only the tokens that both have are compared.
+    """
+    finished = [runs for runs in results if all(run["outcome"] == "ok" for run in runs)]
+    by_name = {runs[0]["system"]: runs for runs in reversed(finished)}
+    reference = by_name.get(REFERENCE) or by_name.get(OURS)
+    ours = {
+        (
+            runs[0]["cap_bytes"],
+            runs[0]["read_limit_bytes_per_second"],
+            runs[0]["memory_bytes"],
+        ): runs
+        for runs in finished
+        if runs[0]["system"] == OURS
+    }
+    for row, runs in zip(rows, results, strict=True):
+        if row["outcome"] != "ok":
+            continue
+        if reference:
+            expected, given = reference[0]["token_ids"], runs[0]["token_ids"]
+            new = list(zip(expected, given, strict=False))[runs[0]["prompt_tokens"] :]
+            differing = sum(a != b for a, b in new) / len(new)
+            row["tokens_differing"] = differing
+            row["same_output"] = not differing if baselines.get(row["system"]).exact else None
+        limits = runs[0]["cap_bytes"], runs[0]["read_limit_bytes_per_second"]
+        rivals = [mine for key, mine in ours.items() if key[:2] == limits and limits[0]]
+        if rivals:
+            ratios = [
+                mine["tokens_per_second"] / run["tokens_per_second"]
+                for mine, run in zip(rivals[0], runs, strict=True)
+            ]
+            row["flashmoe_speedup"] = statistics.median(ratios)
+            row["flashmoe_speedup_min"] = min(ratios)
+            row["flashmoe_speedup_max"] = max(ratios)
