@@ -77,15 +77,22 @@ def hit_rates(session: nox.Session) -> None:
 
 
 @nox.session
+def generation(session: nox.Session) -> None:
+    """Where a token's time goes, on the demo model."""
+    ensure_fio(session)
+    harness(session, "generation")
+
+
+@nox.session
 def speedups(session: nox.Session) -> None:
-    """The generation tables."""
+    """Every system under real memory caps, on a model that takes minutes: 7 GB of disk."""
     ensure_fio(session)
     harness(session, "speedups")
 
 
 @nox.session
 def full_scale(session: nox.Session) -> None:
-    """The generation table at OLMoE-1B-7B's real size: 27 GB of disk, about 10 minutes."""
+    """The speedups at a real model's size, `-- MODEL`: 27 GB of disk and up, 40 minutes."""
     ensure_fio(session)
     harness(session, "full-scale")
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from flashmoe.lookahead import Lookahead
+from flashmoe.store.read_queue import Span
 from flashmoe.trace import Trace
 
 
@@ -42,6 +43,10 @@ class System(ABC):
     def stats(self) -> dict[str, Any]:
         """Counts since `reset_counts`, by the names of `Engine.stats`; absent where unknown."""
         return {}
+
+    def watch(self) -> list[Span]:
+        """As `Engine.watch`; always empty where a system cannot tell."""
+        return []
 
     def close(self) -> None:  # noqa: B027  (some hold nothing)
         """Give everything back."""

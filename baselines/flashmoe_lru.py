@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 import flashmoe
 from baselines.base import Setting, System
+from flashmoe.store.read_queue import Span
 
 
 class FlashMoELRU(System):
@@ -33,6 +34,10 @@ class FlashMoELRU(System):
     def stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = self.engine.stats()
         return stats
+
+    def watch(self) -> list[Span]:
+        spans: list[Span] = self.engine.watch()
+        return spans
 
     def close(self) -> None:
         self.engine.close()

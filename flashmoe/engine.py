@@ -22,6 +22,7 @@ from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
 from flashmoe.sizes import parse_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
+from flashmoe.store.read_queue import Span
 from flashmoe.store.reader import ExtentReader
 from flashmoe.store.verify import open_manifest
 
@@ -144,6 +145,16 @@ class Engine:
             "memory_bytes": self.memory_bytes,
             "direct_io": self.reader.direct,
         }
+
+    def watch(self) -> list[Span]:
+        """A list that from now on gets every read and computation: (what, start, end) in seconds.
+
+        demand and guess are pieces read, experts is arithmetic, layer an experts module's time.
+        """
+        spans: list[Span] = []
+        self.timings.spans = spans
+        self.reader.note_spans(spans)
+        return spans
 
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""

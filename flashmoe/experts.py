@@ -23,6 +23,7 @@ from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.prefetch import Prefetcher
+from flashmoe.store.read_queue import Span
 from flashmoe.store.reader import ExtentReader
 
 NAME = "flashmoe"
@@ -44,6 +45,13 @@ class Timings:
     total_seconds: float = 0.0  # in the experts' forward altogether
     wait_seconds: float = 0.0  # blocked on reads
     compute_seconds: float = 0.0  # expert arithmetic
+    spans: list[Span] | None = None  # set to a list, it gets every computation and layer
+
+    def computed(self, started: float) -> None:
+        ended = time.perf_counter()
+        self.compute_seconds += ended - started
+        if self.spans is not None:
+            self.spans.append(("experts", started, ended))
 
 
 class Routing:
@@ -95,7 +103,10 @@ class StreamedExperts:
         event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
         serve = partial(self._serve, event, hidden)
         result = arithmetic.run(module, hidden, index, weights, serve)
-        self.timings.total_seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.timings.total_seconds += ended - started
+        if self.timings.spans is not None:
+            self.timings.spans.append(("layer", started, ended))
         return result
 
     def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
@@ -115,14 +126,14 @@ class StreamedExperts:
                 started = clock()
                 for key, slot in wave.hits:
                     compute(key - self.first_key, self.arena.parameters[slot])
-                timings.compute_seconds += clock() - started
+                timings.computed(started)
                 for key, read in reads.items():
                     started = clock()
                     read.result()
                     arrived = clock()
                     compute(key - self.first_key, self.arena.parameters[pending.pop(key)])
                     timings.wait_seconds += arrived - started
-                    timings.compute_seconds += clock() - arrived
+                    timings.computed(arrived)
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
                 wait(reads.values())
                 for key in pending:

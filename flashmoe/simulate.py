@@ -32,7 +32,7 @@ class Replay:
 
     policy: str
     capacity: float  # fraction of a layer's experts
-    slots: int  # per layer
+    slots: float  # per layer
     conditions: Conditions
     policy_seconds: float  # cache and policy together
     counted: np.ndarray  # [caches, streams, 2] int64: requests and hits
@@ -122,7 +122,7 @@ def replay(
     capacity: float,
     conditions: Conditions | None = None,
     *,
-    slots: int | None = None,
+    slots: float | None = None,
     progress: Callable[[int], object] = lambda events: None,
 ) -> Replay:
     """Replay every stream of `trace` at every layer.
@@ -133,7 +133,7 @@ def replay(
     """
     conditions = conditions or Conditions()
     choice = policies.get(policy)
-    slots = slots or slots_for(trace, capacity)
+    slots = slots or slots_for(trace, capacity)  # a fraction where layers share odd numbers
     width = trace.n_layers if conditions.shared else 1
     turns = streams(trace, conditions.interleaved)
     counted = np.zeros((trace.n_layers // width, len(turns), 2), np.int64)
@@ -143,7 +143,7 @@ def replay(
         scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
 
         def new_cache(future: Events | None, scope: Scope = scope) -> ExpertCache:
-            made = choice(scope, slots * width)
+            made = choice(scope, round(slots * width))
             if made.offline and future is not None:
                 made.foresee(future)
             return ExpertCache(made)

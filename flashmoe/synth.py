@@ -10,8 +10,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
+from flashmoe.store.pack import write_store
 
 # The published config.json of each model, as far as it differs from transformers' defaults.
 MODELS: dict[str, dict[str, Any]] = {
@@ -35,6 +38,88 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts": 64,
         "num_experts_per_tok": 8,
         "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+    },
+    "olmoe-quarter": {  # OLMoE at half the width: an expert of 3 MiB, for tables in minutes
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+    },
+    "deepseek-v2-lite": {  # deepseek-ai/DeepSeek-V2-Lite
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "vocab_size": 102400,
+        "max_position_embeddings": 4096,
+    },
+    "gpt-oss-20b": {  # openai/gpt-oss-20b, its MXFP4 experts as bf16
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "vocab_size": 201088,
+        "max_position_embeddings": 4096,
+    },
+    "qwen3-30b-a3b": {  # Qwen/Qwen3-30B-A3B
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+    },
+    "mixtral-8x7b": {  # mistralai/Mixtral-8x7B-v0.1
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
         "max_position_embeddings": 4096,
     },
 }
@@ -55,14 +140,9 @@ def synthesise(
 
     Raises FlashMoEError for an unknown name, an occupied directory or a disk too small.
     """
-    if name not in MODELS:
-        raise FlashMoEError(f"no model is called {name!r}: choose from {', '.join(MODELS)}")
-    torch_dtype = _DTYPES[dtype]
     if directory.exists() and any(directory.iterdir()):
         raise FlashMoEError(f"{directory} is not empty: name a new directory")
-    settings = dict(MODELS[name]) | {"dtype": str(torch_dtype).removeprefix("torch.")}
-    config = transformers.AutoConfig.for_model(**settings)
-    config.architectures = settings["architectures"]
+    torch_dtype, config = _DTYPES[dtype], _config(name, dtype)
     model = skeleton.build(config)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     sizes = {key: math.prod(shape) * torch_dtype.itemsize for key, shape in shapes.items()}
@@ -109,6 +189,75 @@ def synthesise(
         raise FlashMoEError(f"{directory}: writing stopped ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def synthesise_store(
+    name: str,
+    store: Path,
+    *,
+    dtype: str = "bf16",
+    seed: int = 0,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Write a store at once, for disks that do not hold the checkpoint beside it.
+
+    Raises FlashMoEError as `synthesise` and `pack` do.
+    """
+    config = _config(name, dtype)
+    if store.exists() and any(store.iterdir()):
+        raise FlashMoEError(f"{store} is not empty: name a new directory")
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        write_store(_RandomWeights(config, seed), Path(folder), store, progress)
+
+
+def total_bytes(name: str, dtype: str = "bf16") -> int:
+    """Bytes of all weights of a named model. Raises FlashMoEError for an unknown name."""
+    model = skeleton.build(_config(name, dtype))
+    return sum(p.numel() for p in model.parameters()) * _DTYPES[dtype].itemsize
+
+
+def _config(name: str, dtype: str) -> transformers.PretrainedConfig:
+    if name not in MODELS:
+        raise FlashMoEError(f"no model is called {name!r}: choose from {', '.join(MODELS)}")
+    settings = MODELS[name] | {"dtype": str(_DTYPES[dtype]).removeprefix("torch.")}
+    config: transformers.PretrainedConfig = transformers.AutoConfig.for_model(**settings)
+    config.architectures = settings["architectures"]
+    return config
+
+
+class _RandomWeights:
+    """A source for `write_store`: every tensor is drawn when it is asked for."""
+
+    def __init__(self, config: transformers.PretrainedConfig, seed: int) -> None:
+        self.config = config
+        self.model = skeleton.build(config)
+        self.experts = skeleton.expert_modules(self.model)
+        self.seed = seed
+
+    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+        parameters = skeleton.expert_parameters(self.experts[module_name])
+        return {
+            name: self._draw(f"{module_name}.{name}.{expert}", tuple(p.shape[1:]), p.dtype)
+            for name, p in parameters.items()
+        }
+
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        held = {
+            f"{module_name}.{name}"
+            for module_name, module in self.experts.items()
+            for name in skeleton.expert_parameters(module)
+        }
+        for key, tensor in self.model.state_dict().items():
+            if key not in held:
+                yield key, self._draw(key, tuple(tensor.shape), tensor.dtype)
+
+    def forget_pages(self) -> None:
+        pass
+
+    def _draw(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
+        return torch.cat(list(_values(key, shape, generator, dtype))).view(shape)
 
 
 def _values(key: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]

@@ -71,6 +71,12 @@ class Trace:
             given[number] if number < len(given) else str(number) for number, _ in self.sequences()
         ]
 
+    def first(self, tokens: int) -> Trace:
+        """The first tokens only."""
+        parts = {n: a[:tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
+        experts, sequence = self.experts[:tokens], self.sequence[:tokens]
+        return replace(self, experts=experts, sequence=sequence, **parts)
+
     def named(self, name: str) -> Trace:
         """One sequence, by its name in the description. Raises FlashMoEError if there is none."""
         names = self.names()

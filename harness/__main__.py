@@ -1,4 +1,4 @@
-"""`python -m harness`: ssd | hit-rates | speedups | full-scale | run SYSTEM | reproduce | check."""
+"""The referee: measure the drive, replay routing, run systems, check committed results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     rates.add_argument(
         "--traces", type=Path, help="also the shipped small models', and every trace of this folder"
     )
-    commands.add_parser("speedups", help="the generation table of the demo model")
+    commands.add_parser("generation", help="where a token's time goes, on the demo model")
+    commands.add_parser("speedups", help="every system under memory caps, in minutes")
     full = commands.add_parser("full-scale", help="the speedup table at a real model's size")
     full.add_argument("model", nargs="?", default="olmoe-1b-7b")
     full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
@@ -66,8 +67,10 @@ def main() -> None:
                 folder = steps.folder_for("policies")
                 command += " --traces DIR"
             steps.run_hit_rates(folder, command, arguments.traces)
-        case "speedups":
+        case "generation":
             steps.run_generation(folder, command)
+        case "speedups":
+            steps.run_speedups(folder, command)
         case "full-scale":
             from harness.full_scale import full_scale
 

@@ -17,7 +17,7 @@ import flashmoe
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
-from flashmoe.synth import synthesise
+from flashmoe.synth import synthesise, synthesise_store, total_bytes
 from harness import plots, provenance, report, speedups
 from harness.page_cache import cached_bytes
 from harness.reproduce import say, scratch
@@ -34,10 +34,11 @@ class Model(NamedTuple):
 
 
 MODELS = {
+    "olmoe-quarter": Model(flashmoe.demo_routing_path(), "python-1"),
     "olmoe-1b-7b": Model(flashmoe.demo_routing_path(), "python-1"),
     "deepseek-v2-lite": Model(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
 }
-CAPS = (0.15, 0.25, 0.4, 0.6)
+CAPS = (0.15, 0.25, 0.4, 0.6, 1.2)  # as far as the machine has the memory
 SYSTEMS = (
     "flashmoe",
     "flashmoe-no-prefetch",
@@ -52,6 +53,8 @@ SYSTEMS = (
 PROMPT_TOKENS = 160
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
+QUICK_CAPS = (0.4, 0.6)  # Python alone is a fifth of the small model's size
+QUICK_SYSTEMS = ("flashmoe", "flashmoe-lru", "fiddler", "daop", "os-paging", "os-paging-willneed")
 # Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
 # weights, the code pages of the libraries, and what the allocator keeps.
 BESIDE_BYTES = 640 << 20
@@ -79,12 +82,16 @@ def full_scale(
         home = stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
-            if not checkpoint.exists():
-                say(f"writing {name} with random weights")
-                synthesise(name, checkpoint)
-            say("packing it")
-            report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
+            say(f"writing {name} with random weights")
+            if fits(total_bytes(name)):
+                if not checkpoint.exists():
+                    synthesise(name, checkpoint)
+                say("packing it")
+                report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
+            else:  # then no system here needs the checkpoint, and the disk is spared it
+                synthesise_store(name, store)
         manifest = manifests.load(store)
+        total = manifest.experts_bytes + manifest.dense_bytes
         base = Job(
             "flashmoe",
             checkpoint,
@@ -101,16 +108,17 @@ def full_scale(
         )
         jobs = [
             replace(job, system=system)
-            for job in (capped(base, manifest, share) for share in caps)
+            for job in (capped(base, manifest, share) for share in caps if fits(share * total))
             for system in systems
         ]
-        if fits(manifest) and checkpoint.exists() and not read_bytes_per_second:
+        if fits(total) and checkpoint.exists() and not read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
         drive = speedups.drive_of(store, FIO_SECONDS)
         title = f"speedups-{name}" + ("-throttled" if read_bytes_per_second else "")
         kept = folder / f".{title}.runs.jsonl"
         rows = speedups.table(jobs, rounds, drive, say, kept)
-    total = manifest.experts_bytes + manifest.dense_bytes
+        if "flashmoe-no-prefetch" in systems:
+            _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2]))
     rows = [
         {"model": name, "cap_share": r["cap_bytes"] and round(r["cap_bytes"] / total, 3)} | r
         for r in rows
@@ -127,10 +135,22 @@ def capped(job: Job, manifest: Manifest, share: float) -> Job:
     return replace(job, cap_bytes=cap, memory_bytes=memory_bytes)
 
 
-def fits(manifest: Manifest) -> bool:
-    """Does the whole model fit this machine's memory, for a reference run?"""
-    needed = manifest.experts_bytes + manifest.dense_bytes + BESIDE_BYTES
-    return needed < psutil.virtual_memory().total * 0.9
+def _timelines(folder: Path, name: str, job: Job) -> None:
+    """One token with and without guesses, as the job's caps have it."""
+    rows = []
+    for system in ("flashmoe-no-prefetch", "flashmoe"):
+        run = speedups.run_alone(replace(job, system=system, timeline=True))
+        rows += [
+            {"system": system, "what": what, "start_ms": 1e3 * start, "end_ms": 1e3 * end}
+            for what, start, end in run.get("timeline", ())
+        ]
+    frame = report.write(folder, f"timeline-{name}", rows)
+    plots.timeline(frame, folder, f"timeline-{name}")
+
+
+def fits(size_bytes: float) -> bool:
+    """Does this machine's memory hold so much, with some to spare?"""
+    return bool(size_bytes + BESIDE_BYTES < psutil.virtual_memory().total * 0.9)
 
 
 def _pack(name: str, checkpoint: Path, store: Path) -> dict[str, Any]:

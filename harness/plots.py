@@ -192,3 +192,35 @@ def speedups(rows: pd.DataFrame, folder: Path, name: str) -> None:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     _save(figure, folder, name)
+
+
+SPANS = {
+    "demand": ("reading what is needed", "#c44e52"),
+    "guess": ("reading what is guessed", "#dd8452"),
+    "experts": ("computing experts", "#4c72b0"),
+    "rest": ("rest of the model", "#8da0cb"),
+}
+
+
+def timeline(rows: pd.DataFrame, folder: Path, name: str) -> None:
+    """One token of each system: the drive above, the processor below."""
+    systems = list(dict.fromkeys(rows.system))
+    figure, axes = plt.subplots(len(systems), 1, figsize=(11, 1.9 * len(systems)), sharex=True)
+    for axis, system in zip(axes, systems, strict=True):
+        mine = rows[rows.system == system]
+        end = mine.end_ms.max()
+        layers = mine[mine.what == "layer"].sort_values("start_ms")
+        outside = zip([0.0, *layers.end_ms], [*layers.start_ms, end], strict=True)
+        spans = {
+            what: [(s, e - s) for s, e in zip(part.start_ms, part.end_ms, strict=True)]
+            for what, part in mine.groupby("what")
+        }
+        spans["rest"] = [(s, max(0.0, e - s)) for s, e in outside]
+        for what, (label, colour) in SPANS.items():
+            place = (1.1, 0.8) if what in ("demand", "guess") else (0.1, 0.8)
+            axis.broken_barh(spans.get(what, []), place, color=colour, label=label, linewidth=0)
+        axis.set_yticks([0.5, 1.5], ["processor", "drive"])
+        axis.set_title(f"{system}: one token, {end:.0f} ms", fontsize=9, loc="left")
+    axes[0].legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.05))
+    axes[-1].set_xlabel("milliseconds")
+    _save(figure, folder, name)

@@ -51,6 +51,12 @@ NOTES = {
     "own file just before the run (or the read limit), arithmetic the least that any row needed. "
     "`same_output`: tokens are the in-memory run's, or FlashMoE's where that does not fit; daop's "
     "differ on purpose (`tokens_differing`; of random weights, so its size means little).",
+    "timeline": "Measured: when, within one decoded token, pieces were read from the drive "
+    "(demanded or guessed) and experts computed; `layer` is a whole experts module.",
+    "quality": "Measured: what systems that change the model's output cost, on the trained demo "
+    "model: perplexity of a module of Python's standard library, fed token by token after a "
+    "prompt, and the share of positions at which the likeliest token differs from the model's. "
+    "`slots`: the budget in experts a layer, half of which the system pins.",
     "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
     "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",
     "text": "Measured. Greedy text of the demo model, streamed from the store at three budgets, "
@@ -130,9 +136,11 @@ def readme() -> None:
         for name in tables(folder):
             text = (folder / f"{name}.md").read_text()
             if name == "hit_rates":
-                note, _, _ = text.partition("\n\n")
-                text = f"{note} All rows: [hit_rates.md]({folder.name}/hit_rates.md).\n\n"
+                above, _, _ = text.partition("\n\n")
+                text = f"{above} All rows: [hit_rates.md]({folder.name}/hit_rates.md).\n\n"
                 text += gaps(pd.read_csv(folder / "hit_rates.csv"))
+            elif name.startswith("timeline-"):
+                text = f"{note(name)} Rows: [{name}.csv]({folder.name}/{name}.csv)."
             elif name == "gap_by_layer":
                 text = f"{NOTES[name]} Rows: [gap_by_layer.md]({folder.name}/gap_by_layer.md)."
             parts.append(f"### {name.replace('_', ' ')}\n\n{text}")

@@ -13,7 +13,7 @@ import flashmoe
 from flashmoe.progress import count_bar
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
-from harness import hit_rates, plots, provenance, report, speedups, ssd, texts
+from harness import hit_rates, plots, provenance, quality, report, speedups, ssd, texts
 from harness.run import Job
 
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
@@ -89,6 +89,7 @@ def run_generation(folder: Path, command: str) -> None:
         )
         say("generating text from the store, one prompt a kind of text, at several budgets")
         report.write(folder, "text", texts.table(store, say))
+        report.write(folder, "quality", quality.table(store, say))
         drive = speedups.drive_of(store, FIO_SECONDS)
         rows = speedups.table(
             speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS), QUICK_ROUNDS, drive, say
@@ -96,6 +97,20 @@ def run_generation(folder: Path, command: str) -> None:
     frame = report.write(folder, "generation", rows)
     plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
     report.provenance(folder, "generation", provenance.gather(command, folder))
+
+
+def run_speedups(folder: Path, command: str) -> None:
+    """Every system under caps, on a model small enough for it to take minutes."""
+    from harness import full_scale as scale
+
+    scale.full_scale(
+        folder,
+        command,
+        "olmoe-quarter",
+        caps=scale.QUICK_CAPS,
+        systems=scale.QUICK_SYSTEMS,
+        rounds=1,
+    )
 
 
 def reproduce(profile: str) -> Path:
@@ -106,6 +121,7 @@ def reproduce(profile: str) -> Path:
     run_ssd(folder, command, seconds)
     run_hit_rates(folder, command)
     run_generation(folder, command)
+    run_speedups(folder, command)
     if profile == "desktop":
         from harness.full_scale import full_scale
 

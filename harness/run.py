@@ -17,6 +17,7 @@ import baselines
 from baselines.base import Setting
 from flashmoe import trace
 from flashmoe.store import manifest as manifests
+from flashmoe.store.read_queue import Span
 from harness.forced_routing import forced_routing
 from harness.page_cache import cached_bytes
 from harness.usage import Usage
@@ -38,6 +39,7 @@ class Job:
     warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
     cap_bytes: int | None = None  # the kernel's limit on the process, page cache included
     read_bytes_per_second: int | None = None  # the kernel's limit on its reading
+    timeline: bool = False  # say when, within the last token, what was read and computed
     decode_seconds: float | None = None  # stop after so many, though tokens are missing
 
 
@@ -97,9 +99,13 @@ def run(job: Job) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
         ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"]
     before = Usage()
+    spans: list[Span] = []
 
     def start() -> None:
+        nonlocal spans
         system.reset_counts()
+        if job.timeline:
+            spans = system.watch()
         before.take()
 
     clock = _Clock(job.warm_up_tokens, job.decode_seconds, start)
@@ -141,6 +147,13 @@ def run(job: Job) -> dict[str, Any]:
         "text": tokenizer.decode(output[0]) if tokenizer else None,
         "prompt_tokens": ids.shape[1],
     }
+    if job.timeline:
+        first, last = clock.times[-2:]
+        result["timeline"] = [
+            (what, start - first, end - first)
+            for what, start, end in spans
+            if end > first and start < last
+        ]
     if "requests" in stats:
         result["hit_rate"] = stats["hits"] / max(1, stats["requests"])
         result["prediction_accuracy"] = stats.get("prediction_accuracy")

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import flashmoe
-from flashmoe import cli, policies, simulate, trace
+from flashmoe import cli, policies, simulate, synth, trace
 from flashmoe.store import manifest
 
 PROMPT = "And it came to pass"
@@ -194,6 +194,33 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m flashmoe policies | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_a_synthetic_store_needs_no_checkpoint(capfd, tmp_path, monkeypatch):
+    small = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    monkeypatch.setitem(synth.MODELS, "tiny", synth.MODELS["olmoe-1b-7b"] | small)
+    status, _, _ = run(capfd, "synth", "tiny", tmp_path / "store", "--store")
+    assert status == 0
+    assert run(capfd, "verify", tmp_path / "store")[0] == 0
+    model = flashmoe.load(tmp_path / "store", memory="1MiB")
+    assert model(torch.arange(4)[None]).logits.isfinite().all()
+    model.flashmoe.close()
+    assert "not empty" in refused(capfd, "synth", "tiny", tmp_path / "store", "--store")
+    assert synth.total_bytes("tiny") == sum(p.numel() for p in model.parameters()) * 2
+
+
+@pytest.mark.parametrize("name", sorted(synth.MODELS))
+def test_the_named_models_have_their_published_size(name):
+    """Billions of parameters, as their cards say."""
+    published = {
+        "olmoe-1b-7b": 6.9, "deepseek-v2-lite": 15.7, "gpt-oss-20b": 20.9,
+        "qwen3-30b-a3b": 30.5, "mixtral-8x7b": 46.7,
+    }  # fmt: skip
+    if name in published:
+        assert synth.total_bytes(name) / 2e9 == pytest.approx(published[name], rel=0.01)
 
 
 def test_a_full_disk_while_synthesising_is_one_sentence(capfd, tmp_path, monkeypatch):

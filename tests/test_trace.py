@@ -21,6 +21,7 @@ def small() -> Trace:
         6,
         weights=rng.random((10, 3, 2)).astype(np.float16),
         step=np.array([0, 0, 0, 1, 2, 3, 3, 4, 5, 6], dtype=np.int32),
+        guesses=experts[:, 1:, ::-1].astype(np.uint8),
         info={"model": "m", "names": ["a", "b"]},
     )
 
@@ -28,7 +29,7 @@ def small() -> Trace:
 def test_round_trip(tmp_path):
     small().save(tmp_path / "t.npz")
     back = trace.load(tmp_path / "t.npz")
-    for name in ("experts", "sequence", "weights", "step"):
+    for name in ("experts", "sequence", "weights", "step", "guesses"):
         np.testing.assert_array_equal(getattr(back, name), getattr(small(), name))
     assert (back.n_experts, back.info["names"], back.probabilities) == (6, ["a", "b"], None)
     assert [run for _, run in back.sequences()] == [slice(0, 5), slice(5, 10)]
@@ -43,6 +44,10 @@ def test_a_sequence_by_its_name():
     np.testing.assert_array_equal(part.step, small().step[5:])
     with pytest.raises(FlashMoEError, match="no sequence called 'c'"):
         small().named("c")
+    np.testing.assert_array_equal(small().without("b").guesses, small().guesses[:5])
+    assert len(small().without("c").experts) == 10
+    assert len(part.without("b").experts) == 5  # there is nothing else
+    np.testing.assert_array_equal(small().first(3).step, [0, 0, 0])
 
 
 def damaged(**changes):
@@ -62,6 +67,9 @@ def damaged(**changes):
         (damaged(sequence=np.zeros(3, np.int32)), "'sequence' must be"),
         (damaged(sequence=np.array([0, 1] * 5, np.int32)), "contiguous"),
         (damaged(weights=np.zeros((2, 2), np.float16)), "'weights' must have shape"),
+        (damaged(guesses=small().experts), "'guesses' must have shape"),
+        (damaged(guesses=small().guesses + 3), "'guesses' must be experts of a layer"),
+        (damaged(guesses=small().guesses.astype(np.float32)), "'guesses' must be experts"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, arrays, complaint):

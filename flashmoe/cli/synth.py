@@ -13,14 +13,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--store", action="store_true", help="write a store at once, with no checkpoint beside it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from flashmoe.progress import byte_bar
-    from flashmoe.synth import synthesise
+    from flashmoe.synth import synthesise, synthesise_store
 
+    write = synthesise_store if arguments.store else synthesise
     with byte_bar("writing") as progress:
-        synthesise(
+        write(
             arguments.name,
             arguments.directory,
             dtype=arguments.dtype,

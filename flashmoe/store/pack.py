@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
+import transformers
 import xxhash
 
 from flashmoe import skeleton
@@ -60,52 +62,69 @@ def pack(
     """
     if quant != "none":
         raise FlashMoEError(f"quantisation {quant!r} is not built yet: pack with --quant none")
+    with Checkpoint(checkpoint) as source:
+        return write_store(source, checkpoint, store, progress)
+
+
+class Source(Protocol):
+    """What a store is written from: a checkpoint, or weights made on the way (see `synth`)."""
+
+    config: transformers.PretrainedConfig
+    model: transformers.PreTrainedModel
+    experts: dict[str, torch.nn.Module]
+
+    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]: ...
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def forget_pages(self) -> None: ...
+
+
+def write_store(source: Source, checkpoint: Path, store: Path, progress: Progress) -> Manifest:
+    """`pack`, from a source of weights and a directory with the files that go beside them."""
     if store.exists() and not store.is_dir():
         raise FlashMoEError(f"{store} is a file: name a directory for the store")
     if store.resolve() == checkpoint.resolve():
         raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-    with Checkpoint(checkpoint) as source:
-        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
-            raise FlashMoEError(
-                f"{store} is a store of another model than {checkpoint}: name another directory, "
-                "or remove that store first"
-            )
-        layers = _layers(source)
-        total = layers[-1].end_bytes
-        made = not store.exists()
-        try:
-            store.mkdir(parents=True, exist_ok=True)
-            with _exclusive(store), _data_names(store) as (experts_name, dense_name):
-                free = shutil.disk_usage(store).free
-                if free < total:
-                    raise FlashMoEError(
-                        f"{store}: the store needs {format_bytes(total)} and the disk has "
-                        f"{format_bytes(free)} free"
-                    )
-                layers = _write_experts(source, layers, store / experts_name, progress)
-                dense_bytes = _write_dense(source, store / dense_name)
-                for name in _SIDE_FILES:
-                    if (checkpoint / name).is_file():
-                        _replace_file(store / name, (checkpoint / name).read_bytes())
-                manifest = Manifest(
-                    architecture=type(source.model).__name__,
-                    config_sha256=config_digest(store),
-                    top_k=skeleton.top_k(source.config),
-                    experts_file=experts_name,
-                    dense_file=dense_name,
-                    dense_bytes=dense_bytes,
-                    layers=tuple(layers),
+    if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+        raise FlashMoEError(
+            f"{store} is a store of another model than {checkpoint}: name another directory, "
+            "or remove that store first"
+        )
+    layers = _layers(source)
+    total = layers[-1].end_bytes
+    made = not store.exists()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with _exclusive(store), _data_names(store) as (experts_name, dense_name):
+            free = shutil.disk_usage(store).free
+            if free < total:
+                raise FlashMoEError(
+                    f"{store}: the store needs {format_bytes(total)} and the disk has "
+                    f"{format_bytes(free)} free"
                 )
-                manifest.save(store)
-                return manifest
-        except OSError as error:
-            raise FlashMoEError(
-                f"{store}: packing stopped ({error.strerror or error}); "
-                "a store that was there before is unchanged"
-            ) from None
-        finally:
-            if made and store.is_dir() and not manifests.is_store(store):
-                shutil.rmtree(store, ignore_errors=True)
+            layers = _write_experts(source, layers, store / experts_name, progress)
+            dense_bytes = _write_dense(source, store / dense_name)
+            for name in _SIDE_FILES:
+                if (checkpoint / name).is_file():
+                    _replace_file(store / name, (checkpoint / name).read_bytes())
+            manifest = Manifest(
+                architecture=type(source.model).__name__,
+                config_sha256=config_digest(store),
+                top_k=skeleton.top_k(source.config),
+                experts_file=experts_name,
+                dense_file=dense_name,
+                dense_bytes=dense_bytes,
+                layers=tuple(layers),
+            )
+            manifest.save(store)
+            return manifest
+    except OSError as error:
+        raise FlashMoEError(
+            f"{store}: packing stopped ({error.strerror or error}); "
+            "a store that was there before is unchanged"
+        ) from None
+    finally:
+        if made and store.is_dir() and not manifests.is_store(store):
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def config_digest(directory: Path) -> str:
@@ -114,7 +133,7 @@ def config_digest(directory: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _layers(source: Checkpoint) -> list[LayerSpec]:
+def _layers(source: Source) -> list[LayerSpec]:
     layers: list[LayerSpec] = []
     for module_name, module in source.experts.items():
         tensors = [
@@ -155,7 +174,7 @@ def _data_names(store: Path) -> Iterator[tuple[str, str]]:
 
 
 def _write_experts(
-    source: Checkpoint, layers: list[LayerSpec], path: Path, progress: Progress
+    source: Source, layers: list[LayerSpec], path: Path, progress: Progress
 ) -> list[LayerSpec]:
     total = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -191,7 +210,7 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-def _write_dense(source: Checkpoint, path: Path) -> int:
+def _write_dense(source: Source, path: Path) -> int:
     """A safetensors file of all non-expert tensors, written one tensor at a time.
 
     The header comes first and needs every offset, so the tensors are read twice: safetensors'

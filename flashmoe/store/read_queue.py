@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 Read = Callable[[], None]
+Span = tuple[str, float, float]  # what was done, from when, until when; perf_counter's seconds
 
 
 class ReadQueue:
@@ -20,6 +21,7 @@ class ReadQueue:
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
         self.busy_seconds = 0.0  # with at least one read running or demanded
+        self.spans: list[Span] | None = None  # set to a list, it gets every read
         self._guesses_at_once = guesses_at_once
         self._demands: deque[Read] = deque()
         self._guesses: deque[Read] = deque()
@@ -98,7 +100,11 @@ class ReadQueue:
                     self._busy_since = time.perf_counter()
                 self._running += 1
                 self._guessing += is_guess
+            started = time.perf_counter()
             read()
+            if self.spans is not None:
+                kind = "guess" if is_guess else "demand"
+                self.spans.append((kind, started, time.perf_counter()))
             with self._changed:
                 self._running -= 1
                 self._guessing -= is_guess

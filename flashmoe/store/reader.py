@@ -14,7 +14,7 @@ import xxhash
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import drop_page_cache, open_direct
-from flashmoe.store.read_queue import Read, ReadQueue
+from flashmoe.store.read_queue import Read, ReadQueue, Span
 
 READERS = 8  # threads, each with one read in flight
 # Smaller extents are handed to the threads in groups: a task costs some 40 us, as much as
@@ -62,6 +62,10 @@ class ExtentReader:
     def busy_seconds(self) -> float:
         """Time with at least one read in flight, since the last reset."""
         return self._queue.busy_seconds
+
+    def note_spans(self, spans: list[Span]) -> None:
+        """Append every read from now on."""
+        self._queue.spans = spans
 
     def reset_counts(self) -> None:
         self.bytes_read, self._queue.busy_seconds = 0, 0.0
