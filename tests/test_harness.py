@@ -285,10 +285,13 @@ def test_the_committed_results_carry_provenance():
 
 def test_medians_are_of_the_rounds():
     runs = [
-        {"system": "in-memory", "slots": None, "memory_bytes": None, "tokens_per_second": rate,
-         "cap_bytes": None, "peak_memory_bytes": 1, "tokens": 4, "token_ids": [1], "text": ""}
+        {"system": "in-memory", "outcome": "ok", "slots": None, "shared": None, "cold": True,
+         "memory_bytes": None, "tokens_per_second": rate, "cap_bytes": None, "tokens": 4,
+         "read_limit_bytes_per_second": None, "peak_memory_bytes": 1}
         for rate in (3.0, 1.0, 2.0)
     ]  # fmt: skip
     row = speedups._row(runs, 0.1)
     assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)
+    killed = runs[0] | {"outcome": speedups.OUT_OF_MEMORY}
+    assert speedups._row([*runs, killed], 0.1)["outcome"] == speedups.OUT_OF_MEMORY
