@@ -74,9 +74,8 @@ def _full_scale() -> Iterator[str]:
         table = pd.read_csv(path)
         whole = table[(table.tokens == TOKENS) & table.system.isin(ENGINES)]
         for row in whole.itertuples():
-            fresh = _decode_hit_rate(
-                str(row.model), ENGINES[row.system], row.slots, bool(row.shared)
-            )
+            policy, shared = ENGINES[row.system], bool(row.shared)
+            fresh = _decode_hit_rate(str(row.model), policy, row.slots, shared)
             allowed = WEIGHTS_MATTER if policy == "learned" else 5e-7
             if abs(fresh - row.hit_rate) > allowed:
                 yield (
