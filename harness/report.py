@@ -43,7 +43,7 @@ NOTES = {
     "warm-up; each row a process of its own, rows interleaved over the rounds, page cache emptied "
     "before each (`cold`). Bytes, reads and arithmetic are the real model's, the text is not. "
     "`cap_share`: the cgroup's limit, page cache included, as a share of the model's size; empty "
-    "where there was none. Slow systems stop after 12 seconds of decode (`tokens`). "
+    "where there was none. Slow systems stop after 12 seconds of decode, 4 for olmoe-quarter (`tokens`). "
     "`flashmoe_speedup`: FlashMoE's token/s at the same cap over the row's, median of the rounds "
     "with their range. `bytes_per_token` by the engine's count, `device_bytes_per_token` by the "
     "kernel's. `hit_rate` of fiddler and daop is the share in their pinned tier. Roofline: 1 / "
