@@ -150,7 +150,7 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
     """Where a token's time goes at each budget, with the roofline's time beside it."""
     rows = rows[rows.wait_ms.notna()].sort_values(["system", "slots"], ascending=[False, True])
     labels = [
-        f"{row.system}\n{row.slots:.0f} slots\n{row.hit_rate:.0%} hits" for row in rows.itertuples()
+        f"{row.system}\n{row.slots:.3g} slots\n{row.hit_rate:.0%} hits" for row in rows.itertuples()
     ]
     figure, axis = plt.subplots(figsize=(max(7.0, 1.6 * len(rows)), 4.5))
     bottom = pd.Series(0.0, index=rows.index)
