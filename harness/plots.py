@@ -168,10 +168,38 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
 
 
 def speedups(rows: pd.DataFrame, folder: Path, name: str) -> None:
-    """Tokens a second against the cap, a line a system, with the range of the rounds."""
+    """Tokens a second against the cap, a line a system; at one cap only, a bar a system."""
     done = rows[rows.outcome == "ok"]
-    figure, axis = plt.subplots(figsize=(7.5, 4.5))
-    for system, line in done[done.cap_share.notna()].groupby("system", sort=False):
+    capped, free = done[done.cap_share.notna()], done[done.cap_share.isna()]
+    caps = sorted(capped.cap_share.unique())
+    figure, axis = plt.subplots(figsize=(7.5, 4.5 if len(caps) > 1 else 3.2))
+    model = rows.model.iloc[0]
+    title = f"{model}'s shapes, synthetic weights, recorded routing"
+    if len(caps) == 1:
+        _bars(axis, pd.concat([capped, free]))
+        title += f", cap {caps[0]:.0%} of the model"
+    else:
+        _lines(axis, capped, free)
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    _save(figure, folder, name)
+
+
+def _bars(axis: plt.Axes, rows: pd.DataFrame) -> None:
+    labels = [
+        row.system if pd.notna(row.cap_share) else f"{row.system}, no cap"
+        for row in rows.itertuples()
+    ]
+    bars = axis.barh(labels, rows.tokens_per_second, color="#4c72b0")
+    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axis.plot(rows.roofline_tokens_per_second, labels, "k|", markersize=16, label="roofline")
+    axis.invert_yaxis()
+    axis.set_xlabel("decode, token/s")
+    axis.legend(fontsize=8)
+
+
+def _lines(axis: plt.Axes, capped: pd.DataFrame, free: pd.DataFrame) -> None:
+    for system, line in capped.groupby("system", sort=False):
         spread = [
             line.tokens_per_second - line.tokens_per_second_min,
             line.tokens_per_second_max - line.tokens_per_second,
@@ -184,14 +212,10 @@ def speedups(rows: pd.DataFrame, folder: Path, name: str) -> None:
         if ours:
             roofline = line.roofline_tokens_per_second
             axis.plot(line.cap_share * 100, roofline, "k_", markersize=18, label="its roofline")
-    for rate in done[done.cap_share.isna()].tokens_per_second:
+    for rate in free.tokens_per_second:
         axis.axhline(rate, color="grey", linestyle=":", label="in-memory, no cap")
     axis.set(xlabel="memory cap, % of the model's size", ylabel="decode, token/s", ylim=(0, None))
-    model = rows.model.iloc[0]
-    axis.set_title(f"{model}'s shapes, synthetic weights, recorded routing", fontsize=10)
     axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    _save(figure, folder, name)
 
 
 SPANS = {
