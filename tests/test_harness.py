@@ -209,6 +209,38 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     assert len(kept.read_text().splitlines()) == noted + 1
 
 
+def test_a_token_s_reads_and_computations_are_drawn(generation, tmp_path):
+    _, base, _ = generation
+    job = replace(base, memory_bytes=speedups.budget_for(base.store, 16), timeline=True)
+    run = speedups.run_alone(job)
+    kinds = {what for what, _, _ in run["timeline"]}
+    assert {"experts", "layer", "demand"} <= kinds
+    layers = [(start, end) for what, start, end in run["timeline"] if what == "layer"]
+    assert len(layers) == 16
+    assert all(start < end for start, end in layers)
+    frame = pd.DataFrame(
+        {"system": "flashmoe", "what": what, "start_ms": 1e3 * start, "end_ms": 1e3 * end}
+        for what, start, end in run["timeline"]
+    )
+    both = pd.concat([frame, frame.assign(system="flashmoe-no-prefetch")])
+    plots.timeline(both, tmp_path, "timeline-demo")
+    assert (tmp_path / "timeline-demo.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("caps", [(0.4,), (0.25, 0.4)])
+def test_speedups_are_drawn_for_one_cap_and_for_several(tmp_path, caps):
+    rows = [
+        {"model": "m", "system": system, "outcome": outcome, "cap_share": cap,
+         "tokens_per_second": rate, "tokens_per_second_min": rate, "tokens_per_second_max": rate,
+         "roofline_tokens_per_second": rate + 1 if system == "flashmoe" else np.nan}
+        for cap in (*caps, None)
+        for system, rate, outcome in (("flashmoe", 3.0, "ok"), ("daop", 1.0, "ok"),
+                                      ("fiddler", np.nan, speedups.OUT_OF_MEMORY))
+    ]  # fmt: skip
+    plots.speedups(pd.DataFrame(rows), tmp_path, "speedups-m")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+
+
 def test_a_drive_can_be_made_slower(tmp_path):
     path = tmp_path / "blocks"
     path.write_bytes(bytes(24 << 20))
