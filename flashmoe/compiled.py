@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +26,9 @@ from numba.extending import overload, register_jitable
 
 from flashmoe.locations import cache_folder
 
+# Where numba keeps code is one setting of the process: two threads that set it at once have left a
+# folder of compiled code in the working directory.
+_compiling = threading.Lock()
 helper = register_jitable  # a function that policies may call, compiled or not
 
 
@@ -72,15 +76,16 @@ def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., An
     """`function` compiled for one class of policies (its first argument, frozen)."""
     folder = cache_folder() / "compiled" / f"{policy_class.__name__}-{_digest(policy_class)}"
     config: Any = numba.config
-    before = config.CACHE_DIR
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.CACHE_DIR = str(folder)
-        return numba.njit(nogil=True, cache=True)(function)
-    except (OSError, RuntimeError):  # no place to write to: compile anew in every process
-        return numba.njit(nogil=True)(function)
-    finally:
-        config.CACHE_DIR = before
+    with _compiling:
+        before = config.CACHE_DIR
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.CACHE_DIR = str(folder)
+            return numba.njit(nogil=True, cache=True)(function)
+        except (OSError, RuntimeError):  # no place to write to: compile anew in every process
+            return numba.njit(nogil=True)(function)
+        finally:
+            config.CACHE_DIR = before
 
 
 def _digest(policy_class: type) -> str:
