@@ -59,7 +59,7 @@ class Fiddler(LayeredSystem):
         chosen = popularity.most_popular(uses, max(0, min(room, uses.size)))
         self.mapped = MappedTier(setting.store, self.manifest)
         self.pinned = PinnedTier(setting.store, self.manifest, chosen)
-        self.staging = [Arena(spec, 1) for spec in self.manifest.layers[:1]]
+        self.staging = Arena(self.manifest.layers[0], 1)
         self.latencies = self.measure()
         self.reset_counts()
 
@@ -90,11 +90,8 @@ class Fiddler(LayeredSystem):
 
     def copy(self, layer: int, expert: int) -> arithmetic.Parameters:
         """The expert's parameters in A's staging slot."""
-        staging = self.staging[0]
-        torch.frombuffer(staging.slots[0], dtype=torch.uint8).copy_(
-            self.mapped.extent(layer, expert)
-        )
-        return staging.parameters[0]
+        self.mapped.copy(layer, expert, self.staging.slots[0])
+        return self.staging.parameters[0]
 
     def measure(self) -> Latencies:
         """On one expert, as if H were all in DRAM, which the original assumes."""
@@ -119,8 +116,7 @@ class Fiddler(LayeredSystem):
 
     def close(self) -> None:
         self.pinned.close()
-        for arena in self.staging:
-            arena.close()
+        self.staging.close()
 
 
 def _seconds(work: Callable[[], object]) -> float:

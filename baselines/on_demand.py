@@ -35,7 +35,5 @@ class OnDemand(FlashMoELRU):
         manifest = manifests.load(setting.store)
         one_token = manifest.top_k * max(layer.extent_bytes for layer in manifest.layers)
         model = super().load(replace(setting, memory_bytes=one_token))
-        self.engine.caches = [_Forgetful(cache.policy) for cache in self.engine.caches]
-        for layer in self.engine.layers:
-            layer.cache = self.engine.caches[0 if self.engine.slots.shared else layer.number]
+        self.engine.use([_Forgetful(cache.policy) for cache in self.engine.caches])
         return model

@@ -22,10 +22,7 @@ def counts(profile: Trace | None, manifest: Manifest) -> np.ndarray:
             f"the calibration trace is {profile.n_layers} layers x {profile.n_experts} experts, "
             f"the model {shape[0]} x {shape[1]}"
         )
-    found = [
-        np.bincount(profile.experts[:, n].ravel(), minlength=shape[1]) for n in range(shape[0])
-    ]
-    return np.stack(found)
+    return profile.uses()
 
 
 def most_popular(uses: np.ndarray, n: int) -> list[list[int]]:

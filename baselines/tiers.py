@@ -48,6 +48,10 @@ class MappedTier:
             self._parameters[key] = views(self.extent(layer, expert), self.manifest.layers[layer])
         return self._parameters[key]
 
+    def copy(self, layer: int, expert: int, slot: memoryview) -> None:
+        """Copy the expert's bytes into an arena's slot."""
+        torch.frombuffer(slot, dtype=torch.uint8).copy_(self.extent(layer, expert))
+
     def advise(self, advice: int, layer: int | None = None, expert: int = 0) -> None:
         """madvise on one expert, or on all of them."""
         if layer is None:
@@ -86,8 +90,7 @@ class PinnedTier:
         """Copy `new` over `old`, which stays in the mapping."""
         slot = self.slot_of[layer].pop(old)
         self.slot_of[layer][new] = slot
-        view = self.arenas[layer].slots[slot]
-        torch.frombuffer(view, dtype=torch.uint8).copy_(mapped.extent(layer, new))
+        mapped.copy(layer, new, self.arenas[layer].slots[slot])
 
     def close(self) -> None:
         for arena in self.arenas:

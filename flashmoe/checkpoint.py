@@ -55,11 +55,7 @@ class Checkpoint:
                 f"dispatches: FlashMoE streams Mixture-of-Experts models only"
             )
         self.parameters = self.model.state_dict()
-        self.expert_names = {
-            f"{module_name}.{name}": (module_name, name)
-            for module_name, module in self.experts.items()
-            for name in skeleton.expert_parameters(module)
-        }
+        self.expert_names = skeleton.expert_parameter_names(self.model)
         self._shards: list[Shard] = []
         self._shard_of: dict[str, Shard] = {}
         try:

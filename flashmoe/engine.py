@@ -67,7 +67,7 @@ class Engine:
             self.prefetcher = Prefetcher(Lookahead(model), spares, self.reader)
         self.layers: list[experts.StreamedExperts] = []
         for number, module in enumerate(self.modules.values()):
-            place = 0 if self.slots.shared else number
+            place = self._place(number)
             streamed = experts.StreamedExperts(
                 number,
                 number * self.manifest.layers[0].n_experts if self.slots.shared else 0,
@@ -84,15 +84,27 @@ class Engine:
             self.layers.append(streamed)
         self._peak_resident_bytes = 0
 
+    def _place(self, number: int) -> int:
+        """Which of the caches and arenas serves a layer."""
+        return 0 if self.slots.shared else number
+
     def _new_caches(self) -> list[ExpertCache]:
         """One a layer, or one."""
-        layers, top_k = self.manifest.layers, self.manifest.top_k
-        depth, n_slots = len(layers), self.slots.n_slots
+        layers, top_k, depth = self.manifest.layers, self.manifest.top_k, len(self.manifest.layers)
         if self.slots.shared:
-            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth)
-            return [ExpertCache(self.policy(scope, min(n_slots, scope.n_keys)))]
-        scopes = [Scope(layer.n_experts, top_k, 1, n, depth) for n, layer in enumerate(layers)]
-        return [ExpertCache(self.policy(scope, min(n_slots, scope.n_keys))) for scope in scopes]
+            scopes = [Scope(layers[0].n_experts, top_k, depth, 0, depth)]
+        else:
+            scopes = [Scope(layer.n_experts, top_k, 1, n, depth) for n, layer in enumerate(layers)]
+        return [
+            ExpertCache(self.policy(scope, min(self.slots.n_slots, scope.n_keys)))
+            for scope in scopes
+        ]
+
+    def use(self, caches: list[ExpertCache]) -> None:
+        """Let `caches`, as many as there are and as large, decide from now on; slots are empty."""
+        self.caches = caches
+        for layer in self.layers:
+            layer.cache = caches[self._place(layer.number)]
 
     @property
     def slots_per_layer(self) -> float:
@@ -160,9 +172,7 @@ class Engine:
         """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
         if self.prefetcher:
             self.prefetcher.clear()
-        self.caches = self._new_caches()
-        for number, layer in enumerate(self.layers):
-            layer.cache = self.caches[0 if self.slots.shared else number]
+        self.use(self._new_caches())
         self.reset_counts()
 
     def reset_counts(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flashmoe import arithmetic
+from flashmoe import arithmetic, skeleton
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
@@ -47,11 +47,12 @@ class Timings:
     compute_seconds: float = 0.0  # expert arithmetic
     spans: list[Span] | None = None  # set to a list, it gets every computation and layer
 
-    def computed(self, started: float) -> None:
+    def since(self, started: float, what: str) -> float:
+        """Seconds since `started`, which were spent on `what`."""
         ended = time.perf_counter()
-        self.compute_seconds += ended - started
         if self.spans is not None:
-            self.spans.append(("experts", started, ended))
+            self.spans.append((what, started, ended))
+        return ended - started
 
 
 class Routing:
@@ -99,14 +100,11 @@ class StreamedExperts:
     ) -> torch.Tensor:
         started = time.perf_counter()
         rows = index.numpy()
-        known = self.routing.note(self.number, rows, module.num_experts)  # type: ignore[arg-type]
+        known = self.routing.note(self.number, rows, skeleton.n_experts(module))
         event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
         serve = partial(self._serve, event, hidden)
         result = arithmetic.run(module, hidden, index, weights, serve)
-        ended = time.perf_counter()
-        self.timings.total_seconds += ended - started
-        if self.timings.spans is not None:
-            self.timings.spans.append(("layer", started, ended))
+        self.timings.total_seconds += self.timings.since(started, "layer")
         return result
 
     def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
@@ -126,14 +124,14 @@ class StreamedExperts:
                 started = clock()
                 for key, slot in wave.hits:
                     compute(key - self.first_key, self.arena.parameters[slot])
-                timings.computed(started)
+                timings.compute_seconds += timings.since(started, "experts")
                 for key, read in reads.items():
                     started = clock()
                     read.result()
                     arrived = clock()
                     compute(key - self.first_key, self.arena.parameters[pending.pop(key)])
                     timings.wait_seconds += arrived - started
-                    timings.computed(arrived)
+                    timings.compute_seconds += timings.since(arrived, "experts")
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
                 wait(reads.values())
                 for key in pending:

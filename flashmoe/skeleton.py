@@ -122,6 +122,15 @@ def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def expert_parameter_names(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Full name of every parameter of experts -> (module's name, parameter's name)."""
+    return {
+        f"{module_name}.{name}": (module_name, name)
+        for module_name, module in expert_modules(model).items()
+        for name in expert_parameters(module)
+    }
+
+
 def top_k(config: transformers.PretrainedConfig) -> int:
     """Experts per token, under whichever name the family's configuration has for it."""
     text = config.get_text_config()

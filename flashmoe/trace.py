@@ -71,6 +71,11 @@ class Trace:
             given[number] if number < len(given) else str(number) for number, _ in self.sequences()
         ]
 
+    def uses(self) -> np.ndarray:
+        """How many tokens chose each expert, int64 [layers, experts]."""
+        layers = np.moveaxis(self.experts, 1, 0).reshape(self.n_layers, -1)
+        return np.stack([np.bincount(chosen, minlength=self.n_experts) for chosen in layers])
+
     def first(self, tokens: int) -> Trace:
         """The first tokens only."""
         parts = {n: a[:tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}

@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     full.add_argument("--systems", nargs="+", help="see baselines/")
     full.add_argument("--rounds", type=int, default=2)
     full.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
+    full.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
+    full.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
+    full.add_argument("--label", default="", help="goes into the table's name")
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -72,14 +75,19 @@ def main() -> None:
         case "speedups":
             steps.run_speedups(folder, command)
         case "full-scale":
-            from harness.full_scale import full_scale
+            from harness.full_scale import Model, full_scale
 
+            if (arguments.routing is None) != (arguments.sequence is None):
+                raise FlashMoEError("--routing and --sequence go together: give both or neither")
+            routing = arguments.routing and Model(arguments.routing, arguments.sequence)
             given = {k: v for k in ("caps", "systems") if (v := getattr(arguments, k))}
             limit = arguments.read_limit and parse_bytes(arguments.read_limit)
             command += (
                 f" {arguments.model}"
                 + "".join(f" --{key} {' '.join(map(str, value))}" for key, value in given.items())
                 + (f" --read-limit {arguments.read_limit}" if limit else "")
+                + (f" --routing TRACE --sequence {arguments.sequence}" if routing else "")
+                + (f" --label {arguments.label}" if arguments.label else "")
             )
             full_scale(
                 steps.folder_for("full-scale"),
@@ -88,6 +96,8 @@ def main() -> None:
                 rounds=arguments.rounds,
                 read_bytes_per_second=limit,
                 stores=arguments.stores,
+                model=routing,
+                label=arguments.label,
                 **given,
             )
         case "reproduce":

@@ -22,9 +22,10 @@ def forced_routing(
 ) -> Iterator[None]:
     """Within, the n-th token of a model's life takes the n-th token's experts of `trace`.
 
+    And their weights, where the trace has them, as float32: policies look at those too.
     `lookahead` then guesses as the recorded routers did, or not at all where the trace has no
-    guesses: those of random weights would be right by chance only. The hidden states and the
-    routers' weights stay the model's own. Works for every system whose experts are
+    guesses: those of random weights would be right by chance only. The hidden states
+    stay the model's own. Works for every system whose experts are
     transformers' experts modules. Raises FlashMoEError when the geometry differs, and when the
     trace is used up.
     """
@@ -36,6 +37,7 @@ def forced_routing(
             f"{len(modules)} x {sorted(counts)}: routing cannot be replayed"
         )
     experts = trace.experts.astype(np.int64)
+    shares = None if trace.weights is None else trace.weights.astype(np.float32)
     used = [0] * len(modules)
 
     def hook_for(number: int):  # type: ignore[no-untyped-def]
@@ -48,6 +50,8 @@ def forced_routing(
             rows = experts[first : used[number], number]
             if rows.shape != tuple(index.shape):
                 raise FlashMoEError("the recorded routing is used up: ask for fewer tokens")
+            if shares is not None:
+                weights = torch.from_numpy(shares[first : used[number], number])
             return hidden, torch.from_numpy(rows), weights
 
         return hook

@@ -20,14 +20,14 @@ from flashmoe.store.manifest import Manifest
 from flashmoe.synth import synthesise, synthesise_store, total_bytes
 from harness import plots, provenance, report, speedups
 from harness.page_cache import cached_bytes
-from harness.reproduce import say, scratch
 from harness.run import Job
+from harness.say import say
 
 ROUTING = Path(flashmoe.__file__).parent / "routing"
 
 
 class Model(NamedTuple):
-    """What is run, and by whose routing."""
+    """By whose routing a model is run."""
 
     routing: Path
     sequence: str
@@ -38,6 +38,7 @@ MODELS = {
     "olmoe-1b-7b": Model(flashmoe.demo_routing_path(), "python-1"),
     "deepseek-v2-lite": Model(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
 }
+SHIPPED = "shipped"  # what a row says of routing that comes with the project
 CAPS = (0.15, 0.25, 0.4, 0.6, 1.2)  # as far as the machine has the memory
 SYSTEMS = (
     "flashmoe",
@@ -73,14 +74,19 @@ def full_scale(
     decode_seconds: float = DECODE_SECONDS,
     read_bytes_per_second: int | None = None,
     stores: Path | None = None,
+    model: Model | None = None,
+    label: str = "",
 ) -> None:
     """Write checkpoint and store (given back afterwards), run, write the tables.
 
-    `stores` keeps them: a directory with `checkpoint` and `store`, made there if absent.
+    `stores` keeps them: a directory with `checkpoint` and `store`, made there if absent. `model`
+    names other routing than the shipped; `label` goes into the table's name.
     """
     if name not in MODELS:
         raise FlashMoEError(f"no routing is shipped for {name!r}: choose from {', '.join(MODELS)}")
-    with scratch(stores or folder) as work:
+    shipped = model is None
+    model = model or MODELS[name]
+    with report.scratch(stores or folder) as work:
         home = stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
@@ -90,7 +96,7 @@ def full_scale(
                     synthesise(name, checkpoint)
                 say("packing it")
                 report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
-            else:  # then no system here needs the checkpoint, and the disk is spared it
+            else:  # no reference run then; `accelerate-disk` alone would need the checkpoint
                 synthesise_store(name, store)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
@@ -101,8 +107,8 @@ def full_scale(
             0,
             "",
             TOKENS,
-            routing=MODELS[name].routing,
-            sequence=MODELS[name].sequence,
+            routing=model.routing,
+            sequence=model.sequence,
             prompt_tokens=PROMPT_TOKENS,
             warm_up_tokens=WARM_UP_TOKENS,
             read_bytes_per_second=read_bytes_per_second,
@@ -116,14 +122,16 @@ def full_scale(
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
         drive = speedups.drive_of(store, FIO_SECONDS)
-        title = f"speedups-{name}" + ("-throttled" if read_bytes_per_second else "")
+        title = f"speedups-{name}" + (f"-{label}" if label else "")
         kept = folder / f".{title}.runs.jsonl"
         rows = speedups.table(jobs, rounds, drive, say, kept)
         if "flashmoe-no-prefetch" in systems:
             _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2]))
+    routing = f"{SHIPPED if shipped else model.routing.stem}: {model.sequence}"
+    shares = [r["cap_bytes"] and round(r["cap_bytes"] / total, 3) for r in rows]
     rows = [
-        {"model": name, "cap_share": r["cap_bytes"] and round(r["cap_bytes"] / total, 3)} | r
-        for r in rows
+        {"model": name, "routing": routing, "cap_share": share} | row
+        for share, row in zip(shares, rows, strict=True)
     ]
     plots.speedups(report.write(folder, title, rows), folder, title)
     report.provenance(folder, title, provenance.gather(command, folder, seed=0))

@@ -23,8 +23,6 @@ _VERSIONS = (
     ),
 )
 _SWAP_OFF = (("memory.swap.max", "0"), ("memory.swappiness", "0"))
-
-
 _BLKIO = Path("/sys/fs/cgroup/blkio")  # version 1's controller of block devices
 
 
@@ -107,8 +105,12 @@ def _limit_reading(cap: Cap | None, limit: ReadLimit) -> list[Path]:
             return []
         folder = _BLKIO / f"flashmoe-{uuid4().hex[:8]}"
         folder.mkdir()
-        rule = f"{limit.device} {limit.bytes_per_second}"
-        (folder / "blkio.throttle.read_bps_device").write_text(rule)
+        try:
+            rule = f"{limit.device} {limit.bytes_per_second}"
+            (folder / "blkio.throttle.read_bps_device").write_text(rule)
+        except BaseException:
+            _remove(folder)
+            raise
         return [folder]
     except OSError as error:
         raise FlashMoEError(f"reading from {limit.path} cannot be limited here ({error})") from None

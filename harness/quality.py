@@ -32,6 +32,7 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
     ids = tokenizer(inspect.getsource(textwrap), return_tensors="pt")["input_ids"]
     ids = ids[:, : PROMPT_TOKENS + TOKENS]
     plain = _logits(AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager"), ids)
+    perplexity = _perplexity(plain, ids)
     profile = trace.load(flashmoe.demo_routing_path())
     rows = []
     for name, kind in baselines.available().items():
@@ -44,7 +45,7 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
                     "system": name,
                     "slots": slots,
                     "perplexity": _perplexity(given, ids),
-                    "perplexity_of_the_model": _perplexity(plain, ids),
+                    "perplexity_of_the_model": perplexity,
                     "tokens_differing": float(
                         (given.argmax(-1) != plain.argmax(-1)).float().mean()
                     ),

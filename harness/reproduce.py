@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import flashmoe
 from flashmoe.progress import count_bar
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
-from harness import hit_rates, plots, provenance, quality, report, speedups, ssd, texts
+from harness import (
+    full_scale,
+    hit_rates,
+    plots,
+    provenance,
+    quality,
+    report,
+    speedups,
+    ssd,
+    texts,
+)
 from harness.run import Job
+from harness.say import say
 
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
 COMPARED_SLOTS = [24, 32]
 QUICK_TOKENS = 48
 QUICK_ROUNDS = 2
 FIO_SECONDS = 0.5
-_started = time.monotonic()
-
-
-def say(text: str) -> None:
-    """One line of progress, with the minutes since the start."""
-    print(f"[{(time.monotonic() - _started) / 60:4.1f} min] {text}", file=sys.stderr, flush=True)
 
 
 def folder_for(profile: str) -> Path:
     return report.RESULTS / f"{provenance.machine_slug()}-{profile}"
 
 
-@contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """A directory on the results' file system, removed afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".scratch-", dir=folder) as made:
-        yield Path(made)
-
-
 def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
     say("measuring the drive")
-    with scratch(folder) as work:
+    with report.scratch(folder) as work:
         tables = ssd.measure(work, say, seconds=seconds)
     reader = report.write(folder, "reader", tables["reader"])
     if tables["ssd"]:
@@ -75,7 +67,7 @@ def demo_expert_bytes() -> int:
 
 
 def run_generation(folder: Path, command: str) -> None:
-    with scratch(folder) as work:
+    with report.scratch(folder) as work:
         say("packing the demo model")
         store = work / "demo.store"
         pack(flashmoe.demo_path(), store)
@@ -101,16 +93,14 @@ def run_generation(folder: Path, command: str) -> None:
 
 def run_speedups(folder: Path, command: str) -> None:
     """Every system under caps, on a model small enough for it to take minutes."""
-    from harness import full_scale as scale
-
-    scale.full_scale(
+    full_scale.full_scale(
         folder,
         command,
         "olmoe-quarter",
-        caps=scale.QUICK_CAPS,
-        systems=scale.QUICK_SYSTEMS,
+        caps=full_scale.QUICK_CAPS,
+        systems=full_scale.QUICK_SYSTEMS,
         rounds=1,
-        decode_seconds=scale.QUICK_DECODE_SECONDS,
+        decode_seconds=full_scale.QUICK_DECODE_SECONDS,
     )
 
 
@@ -124,9 +114,7 @@ def reproduce(profile: str) -> Path:
     run_generation(folder, command)
     run_speedups(folder, command)
     if profile == "desktop":
-        from harness.full_scale import full_scale
-
-        full_scale(folder, command, "deepseek-v2-lite", rounds=1)
+        full_scale.full_scale(folder, command, "deepseek-v2-lite", rounds=1)
     report.readme()
     say(f"done: {folder}")
     return folder

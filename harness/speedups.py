@@ -107,9 +107,7 @@ def table(
                 _keep(kept, name, run)
             mine.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
-    known = [
-        [_arithmetic_seconds(run) for run in mine if _arithmetic_seconds(run)] for mine in results
-    ]
+    known = [[s for run in mine if (s := _arithmetic_seconds(run))] for mine in results]
     compute = min(statistics.median(seconds) for seconds in known if seconds)
     rows = [_row(mine, compute) for mine in results]
     _compare(rows, results)
@@ -225,6 +223,10 @@ def _roofline(runs: list[Run], compute: float) -> dict[str, Any]:
     }
 
 
+def _limits(run: Run) -> tuple[int | None, int | None]:
+    return run["cap_bytes"], run["read_limit_bytes_per_second"]
+
+
 def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
     """Fill in whose tokens are the reference's, and how much faster FlashMoE is at the same limits.
 
@@ -235,13 +237,9 @@ def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
     by_name = {runs[0]["system"]: runs for runs in reversed(finished)}
     reference = by_name.get(REFERENCE) or by_name.get(OURS)
     ours = {
-        (
-            runs[0]["cap_bytes"],
-            runs[0]["read_limit_bytes_per_second"],
-            runs[0]["memory_bytes"],
-        ): runs
+        _limits(runs[0]): runs
         for runs in finished
-        if runs[0]["system"] == OURS
+        if runs[0]["system"] == OURS and runs[0]["cap_bytes"]
     }
     for row, runs in zip(rows, results, strict=True):
         if row["outcome"] != "ok":
@@ -252,12 +250,10 @@ def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
             differing = sum(a != b for a, b in new) / len(new)
             row["tokens_differing"] = differing
             row["same_output"] = not differing if baselines.get(row["system"]).exact else None
-        limits = runs[0]["cap_bytes"], runs[0]["read_limit_bytes_per_second"]
-        rivals = [mine for key, mine in ours.items() if key[:2] == limits and limits[0]]
-        if rivals:
+        if rivals := ours.get(_limits(runs[0])):
             ratios = [
                 mine["tokens_per_second"] / run["tokens_per_second"]
-                for mine, run in zip(rivals[0], runs, strict=True)
+                for mine, run in zip(rivals, runs, strict=True)
             ]
             row["flashmoe_speedup"] = statistics.median(ratios)
             row["flashmoe_speedup_min"] = min(ratios)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from flashmoe.store import reader
+from flashmoe.store import manifest, reader
 from flashmoe.store.pack import pack
 
 FAMILIES = {
@@ -24,21 +24,17 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    config = transformers.AutoConfig.for_model(
-        family,
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **FAMILIES[family],
-    )
+SIZES = dict(
+    vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def make_checkpoint(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, **sizes: int
+) -> Path:
+    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family] | sizes)
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # larger than the default spread, so that routing varies
@@ -48,6 +44,24 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float3
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size="100KB")
     return folder
+
+
+def budget(store: Path, slots: int, spares: int = 0) -> int:
+    """Bytes for so many slots of every layer, and so many spare ones."""
+    layers = manifest.load(store).layers
+    return slots * sum(layer.extent_bytes for layer in layers) + spares * layers[0].extent_bytes
+
+
+def prompt(tokens: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+@torch.inference_mode()
+def generate(model: transformers.PreTrainedModel, ids: torch.Tensor, new: int) -> list[list[int]]:
+    """Greedy tokens, the prompts' included."""
+    mask = torch.ones_like(ids)
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    return tokens.tolist()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
+from conftest import FAMILIES, budget, prompt
 
 import flashmoe
 from flashmoe import policies, simulate
@@ -20,18 +20,14 @@ from flashmoe.store import manifest
 ONLINE = [name for name, policy in policies.available().items() if not policy.offline]
 
 
-def budget(store: Path, slots: int) -> int:
-    return slots * sum(layer.extent_bytes for layer in manifest.load(store).layers)
-
-
 def eager(checkpoint: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    """Its weights at addresses as torch aligns them, not as a file's header does (`dense`)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint, experts_implementation="eager"
     )
-
-
-def prompt(tokens: int, batch: int = 1) -> torch.Tensor:
-    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @torch.inference_mode()

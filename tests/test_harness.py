@@ -25,7 +25,18 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.record import record
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
-from harness import hit_rates, plots, provenance, report, speedups, splits, ssd, texts
+from harness import (
+    check,
+    full_scale,
+    hit_rates,
+    plots,
+    provenance,
+    report,
+    speedups,
+    splits,
+    ssd,
+    texts,
+)
 from harness.forced_routing import forced_routing
 from harness.memory_cap import ReadLimit, memory_cap
 from harness.run import Job
@@ -270,9 +281,8 @@ def test_forced_routing_is_the_recorded_one(generation):
     try:
         with forced_routing(model, recorded):
             again = record(model, [torch.arange(20) + 50], max_new_tokens=10)
-        np.testing.assert_array_equal(
-            np.sort(again.experts), np.sort(recorded.experts[: len(again.experts)])
-        )
+        np.testing.assert_array_equal(again.experts, recorded.experts[: len(again.experts)])
+        np.testing.assert_array_equal(again.weights, recorded.weights[: len(again.experts)])
         few = Trace(recorded.experts[:5], recorded.sequence[:5], recorded.n_experts)
         with forced_routing(model, few), pytest.raises(FlashMoEError, match="used up"):
             model(torch.arange(20)[None])
@@ -313,6 +323,21 @@ def test_the_committed_results_carry_provenance():
         for entry in records.values():
             assert entry["commit"]
             assert entry["versions"]["torch"]
+
+
+@pytest.mark.parametrize("policy", ["lru", "learned"])
+def test_the_check_fails_when_a_policy_is_broken(tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    system = {"lru": "flashmoe-lru", "learned": "flashmoe"}[policy]
+    row = {"model": "olmoe-quarter", "routing": "shipped: python-1", "system": system,
+           "slots": 16, "shared": False, "tokens": full_scale.TOKENS}  # fmt: skip
+    rate = check._decode_hit_rate("olmoe-quarter", policy, 16, False)
+    report.write(tmp_path / "here-quick", "speedups-olmoe-quarter", [row | {"hit_rate": rate}])
+    assert list(check._full_scale()) == []
+    known = policies.available() | {policy: policies.available()["fifo"]}
+    monkeypatch.setattr(policies, "available", lambda: known)
+    (said,) = check._full_scale()
+    assert said.startswith("here-quick/speedups-olmoe-quarter.csv: " + system)
 
 
 def test_medians_are_of_the_rounds():

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
+from conftest import make_checkpoint
 
 from flashmoe.store.pack import pack
 from harness.memory_cap import memory_cap
@@ -42,13 +41,10 @@ print(json.dumps({
 def store(tmp_path_factory) -> Path:
     """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""
     folder = tmp_path_factory.mktemp("larger")
-    config = transformers.OlmoeConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=2, num_experts=32, num_experts_per_tok=4,
-        eos_token_id=None, pad_token_id=0,
+    make_checkpoint(
+        "olmoe", folder / "checkpoint", vocab_size=256, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
     )  # fmt: skip
-    torch.manual_seed(3)
-    transformers.OlmoeForCausalLM(config).save_pretrained(folder / "checkpoint")
     pack(folder / "checkpoint", folder / "store")
     return folder / "store"
 

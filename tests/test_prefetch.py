@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,29 +27,24 @@ def small_guesses(monkeypatch):
     monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
 
 
-def bytes_for(store, slots: int, spares: int) -> int:
-    layers = manifest.load(store).layers
-    return slots * sum(layer.extent_bytes for layer in layers) + spares * layers[0].extent_bytes
-
-
-@torch.inference_mode()
-def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[int], dict]:
-    mask = torch.ones_like(ids)
-    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[list[int]], dict]:
+    """Tokens, and the counts once no guess is on its way."""
+    tokens = conftest.generate(model, ids, new)
     if model.flashmoe.prefetcher:
         model.flashmoe.prefetcher.clear()
-    return tokens.tolist(), model.flashmoe.stats()
+    return tokens, model.flashmoe.stats()
 
 
 @pytest.mark.parametrize("more", [None, 0, 3])  # than top_k slots a layer; None: less, so shared
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", conftest.FAMILIES)
 def test_only_the_time_changes(stores, small_guesses, reading, family, more):
     store = stores(family)
     top_k, shared = manifest.load(store).top_k, more is None
     ids = torch.arange(3, 90).reshape(3, 29)
     outcomes = []
     for prefetch, spares in ((False, 0), (True, 2)):
-        memory = bytes_for(store, top_k, -1) if shared else bytes_for(store, top_k + more, spares)
+        slots, extra = (top_k, -1) if shared else (top_k + more, spares)
+        memory = conftest.budget(store, slots, extra)
         model = flashmoe.load(store, memory=memory, policy="lru", prefetch=prefetch)
         assert model.flashmoe.slots.shared == shared
         assert shared or model.flashmoe.slots.spares == spares
@@ -69,7 +64,7 @@ def test_only_the_time_changes(stores, small_guesses, reading, family, more):
 
 def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_guesses):
     """Every expert that the run does not use is damaged, and guessed all the time."""
-    memory = bytes_for(own_store, 3, 2)
+    memory = conftest.budget(own_store, 3, 2)
     model = flashmoe.load(own_store, memory=memory, policy="lru", prefetch=False)
     ids = torch.tensor([[5]])
     recorded = record(model, [ids[0]], max_new_tokens=2)

@@ -37,12 +37,7 @@ class Static(Policy):
 
     @classmethod
     def options(cls, argument: str) -> dict[str, object]:
-        profile = trace.load(Path(argument))
-        counts = [
-            np.bincount(profile.experts[:, layer].ravel(), minlength=profile.n_experts)
-            for layer in range(profile.n_layers)
-        ]
-        return {"profile": np.stack(counts)}
+        return {"profile": trace.load(Path(argument)).uses()}
 
     def foresee(self, events: Events) -> None:
         if not self.popularity.any():

@@ -64,15 +64,14 @@ def ngram_perplexities(training: np.ndarray, held_out: np.ndarray) -> tuple[floa
     return float(np.exp(-np.log(base).mean())), best
 
 
-def load_balance(experts: np.ndarray, n_experts: int) -> dict[str, float]:
+def load_balance(routing: Trace) -> dict[str, float]:
     """How evenly a trace's requests spread over a layer's experts; means over layers."""
     peaks, entropies, idle = [], [], []
-    for layer in range(experts.shape[1]):
-        load = np.bincount(experts[:, layer].ravel(), minlength=n_experts)
+    for load in routing.uses():
         share = load / load.sum()
-        peaks.append(share.max() * n_experts)
+        peaks.append(share.max() * routing.n_experts)
         used = share[share > 0]
-        entropies.append(-(used * np.log(used)).sum() / math.log(n_experts))
+        entropies.append(-(used * np.log(used)).sum() / math.log(routing.n_experts))
         idle.append(float((share == 0).mean()))
     return {
         "busiest_over_mean": float(np.mean(peaks)),
@@ -104,7 +103,7 @@ def describe(out: Path, cache: Path) -> None:
     model.generation_config.save_pretrained(target)
     samples = {kind: _continue(model, tokenizer, prompt) for kind, prompt in PROMPTS.items()}
     routing = ship_routing(model, tokenizer, held_out_texts)
-    balance = load_balance(routing.experts, routing.n_experts)
+    balance = load_balance(routing)
     (DEMO / "README.md").write_text(card(model, progress, rows, balance, samples))
 
 

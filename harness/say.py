@@ -1,0 +1,13 @@
+"""Progress of long commands, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+_started = time.monotonic()
+
+
+def say(text: str) -> None:
+    """One line, with the minutes since the start."""
+    print(f"[{(time.monotonic() - _started) / 60:4.1f} min] {text}", file=sys.stderr, flush=True)
