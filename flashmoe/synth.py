@@ -23,7 +23,7 @@ from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
-from flashmoe.store.pack import write_store
+from flashmoe.store.pack import Source, write_store
 
 # The published config.json of each model, as far as it differs from transformers' defaults.
 MODELS: dict[str, dict[str, Any]] = {
@@ -186,16 +186,18 @@ def synthesise_store(
     dtype: str = "bf16",
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    weights: Callable[[transformers.PretrainedConfig, int], Source] | None = None,
 ) -> None:
     """Write a store at once, for disks that do not hold the checkpoint beside it.
 
+    weights: makes them of configuration and seed (default: RandomWeights).
     Raises FlashMoEError as `synthesise` and `pack` do.
     """
     _refuse_occupied(store)
     config = _config(name, dtype)
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        write_store(_RandomWeights(config, seed), Path(folder), store, progress)
+        write_store((weights or RandomWeights)(config, seed), Path(folder), store, progress)
 
 
 def total_bytes(name: str, dtype: str = "bf16") -> int:
@@ -218,8 +220,8 @@ def _config(name: str, dtype: str) -> transformers.PretrainedConfig:
     return config
 
 
-class _RandomWeights:
-    """A source for `write_store`: every tensor is drawn when it is asked for."""
+class RandomWeights:
+    """A source for `write_store`: every tensor is drawn when it is asked for, always the same."""
 
     def __init__(self, config: transformers.PretrainedConfig, seed: int) -> None:
         self.config = config

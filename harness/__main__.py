@@ -34,6 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     full.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
     full.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
     full.add_argument("--label", default="", help="goes into the table's name")
+    against = commands.add_parser("peers", help="the table against llama.cpp")
+    against.add_argument("model", nargs="?", default="olmoe-1b-7b")
+    against.add_argument("--stores", type=Path, help="keep store and GGUF file in this directory")
+    against.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
+    against.add_argument("--rounds", type=int, default=2)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -100,6 +105,19 @@ def main() -> None:
                 label=arguments.label,
                 **given,
             )
+        case "peers":
+            from harness.full_scale import CAPS
+            from harness.peer_table import peer_table
+
+            command += f" {arguments.model}"
+            peer_table(
+                steps.folder_for("full-scale"),
+                command,
+                arguments.model,
+                caps=arguments.caps or CAPS,
+                rounds=arguments.rounds,
+                stores=arguments.stores,
+            )
         case "reproduce":
             steps.reproduce(arguments.profile)
     report.readme()
@@ -109,13 +127,11 @@ def _run_one(arguments: argparse.Namespace) -> None:
     import flashmoe
     from flashmoe.engine import store_for
     from flashmoe.sizes import parse_bytes
-    from harness.run import Job, run
+    from harness.job import Job
+    from harness.run import run
 
     if arguments.job:
-        values = json.loads(arguments.job)
-        for key in ("checkpoint", "store", "routing"):
-            values[key] = Path(values[key]) if values[key] else None
-        job = Job(**values)
+        job = Job.from_json(arguments.job)
     else:
         demo = flashmoe.demo_path()
         job = Job(

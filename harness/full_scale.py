@@ -19,8 +19,8 @@ from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
 from flashmoe.synth import synthesise, synthesise_store, total_bytes
 from harness import plots, provenance, report, speedups
+from harness.job import Job
 from harness.page_cache import cached_bytes
-from harness.run import Job
 from harness.say import say
 
 ROUTING = Path(flashmoe.__file__).parent / "routing"
@@ -100,23 +100,14 @@ def full_scale(
                 synthesise_store(name, store)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
-        base = Job(
-            "flashmoe",
-            checkpoint,
-            store,
-            0,
-            "",
-            TOKENS,
-            routing=model.routing,
-            sequence=model.sequence,
-            prompt_tokens=PROMPT_TOKENS,
-            warm_up_tokens=WARM_UP_TOKENS,
+        base = replace(
+            job(model, checkpoint, store),
             read_bytes_per_second=read_bytes_per_second,
             decode_seconds=decode_seconds,
         )
         jobs = [
-            replace(job, system=system)
-            for job in (capped(base, manifest, share) for share in caps if fits(share * total))
+            replace(limited, system=system)
+            for limited in (capped(base, manifest, share) for share in caps if fits(share * total))
             for system in systems
         ]
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
@@ -127,15 +118,39 @@ def full_scale(
         rows = speedups.table(jobs, rounds, drive, say, kept)
         if "flashmoe-no-prefetch" in systems:
             _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2]))
-    routing = f"{SHIPPED if shipped else model.routing.stem}: {model.sequence}"
-    shares = [r["cap_bytes"] and round(r["cap_bytes"] / total, 3) for r in rows]
-    rows = [
-        {"model": name, "routing": routing, "cap_share": share} | row
-        for share, row in zip(shares, rows, strict=True)
-    ]
+    rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(report.write(folder, title, rows), folder, title)
     report.provenance(folder, title, provenance.gather(command, folder, seed=0))
     kept.unlink(missing_ok=True)
+
+
+def job(model: Model, checkpoint: Path, store: Path) -> Job:
+    """FlashMoE on a model of random weights, by its recorded routing; no limits yet."""
+    return Job(
+        "flashmoe",
+        checkpoint,
+        store,
+        0,
+        "",
+        TOKENS,
+        routing=model.routing,
+        sequence=model.sequence,
+        prompt_tokens=PROMPT_TOKENS,
+        warm_up_tokens=WARM_UP_TOKENS,
+        decode_seconds=DECODE_SECONDS,
+    )
+
+
+def named(
+    rows: list[dict[str, Any]], name: str, source: str, model: Model, total_bytes: int
+) -> list[dict[str, Any]]:
+    """Rows that say of which model they are, whose routing it had, and how large the cap was."""
+    routing = f"{source}: {model.sequence}"
+    shares = [row["cap_bytes"] and round(row["cap_bytes"] / total_bytes, 3) for row in rows]
+    return [
+        {"model": name, "routing": routing, "cap_share": share} | row
+        for share, row in zip(shares, rows, strict=True)
+    ]
 
 
 def capped(job: Job, manifest: Manifest, share: float) -> Job:

@@ -55,6 +55,11 @@ NOTES = {
     "own file just before the run (or the read limit), arithmetic the least that any row needed. "
     "`same_output`: tokens are the in-memory run's, or FlashMoE's where that does not fit; daop's "
     "differ on purpose (`tokens_differing`; of random weights, so its size means little).",
+    "peers": "Measured, as the speedup table, but nothing forces the routing: the routers of the "
+    "random weights were solved so that the prompt and what follows it are routed as recorded, "
+    "whoever runs them. The same bf16 weights, as a store for flashmoe and as a memory-mapped GGUF "
+    "file for llama-cpp (llama-cpp-python's, 2 threads). flashmoe guesses as the recorded routers "
+    "did. `tokens_differing` are those that another system's arithmetic chose otherwise.",
     "timeline": "Measured: when, within one decoded token, pieces were read from the drive "
     "(demanded or guessed) and experts computed; `layer` is a whole experts module.",
     "quality": "Measured: what systems that change the model's output cost, on the trained demo "

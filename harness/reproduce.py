@@ -19,7 +19,7 @@ from harness import (
     ssd,
     texts,
 )
-from harness.run import Job
+from harness.job import Job
 from harness.say import say
 
 DEMO_SLOTS = [8, 16, 24, 32, 48, 64]

@@ -38,8 +38,8 @@ from harness import (
     texts,
 )
 from harness.forced_routing import forced_routing
+from harness.job import Job
 from harness.memory_cap import ReadLimit, memory_cap
-from harness.run import Job
 
 ROOT = Path(__file__).parents[1]
 needs_fio = pytest.mark.skipif(ssd.fio_path() is None, reason="fio is not installed")

@@ -1,0 +1,46 @@
+"""What one run is told to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FIRST_TOKEN = 1000  # of a full-scale run's prompt, whose ids count up from it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run. `sequence` makes it a full-scale run: a made-up prompt, recorded experts."""
+
+    system: str
+    checkpoint: Path
+    store: Path
+    memory_bytes: int
+    prompt: str
+    new_tokens: int
+    routing: Path | None = None  # recorded on the model; systems that calibrate do so by it
+    sequence: str = ""  # of `routing`: take the experts from it, and calibrate by the others
+    prompt_tokens: int = 0  # with `sequence`, the prompt's length in place of its text
+    warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
+    cap_bytes: int | None = None  # the kernel's limit on the process, page cache included
+    read_bytes_per_second: int | None = None  # the kernel's limit on its reading
+    timeline: bool = False  # say when, within the last token, what was read and computed
+    decode_seconds: float | None = None  # stop after so many, though tokens are missing
+
+    @property
+    def tokens(self) -> int:
+        """To be generated: prefill gives the first, then come warm-up and what is measured."""
+        return 1 + self.warm_up_tokens + self.new_tokens
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        values = json.loads(text)
+        for key in ("checkpoint", "store", "routing"):
+            values[key] = Path(values[key]) if values[key] else None
+        return cls(**values)

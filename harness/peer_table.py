@@ -1,0 +1,64 @@
+"""The table against engines that are not ours, on the same weights and routing, real caps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from flashmoe import trace
+from flashmoe.errors import FlashMoEError
+from flashmoe.store import manifest as manifests
+from flashmoe.synth import synthesise_store
+from harness import full_scale, peers, plots, provenance, report, speedups
+from harness.say import say
+from harness.steered import SteeredWeights
+
+SYSTEMS = ("flashmoe", "flashmoe-no-prefetch")
+
+
+def peer_table(
+    folder: Path,
+    command: str,
+    name: str,
+    *,
+    caps: Sequence[float] = full_scale.CAPS,
+    rounds: int = 1,
+    stores: Path | None = None,
+) -> None:
+    """Write store and GGUF file (given back afterwards, but for `stores`), run, report."""
+    try:
+        from harness import gguf_file
+    except ImportError as error:
+        raise FlashMoEError(f"{error.name} is missing: run `nox -s peers`") from None
+    model = full_scale.MODELS[name]
+    routing = trace.load(model.routing).named(model.sequence)
+    with report.scratch(stores or folder) as work:
+        home = stores or work
+        store, peer_file = home / "steered-store", home / "steered.gguf"
+        base = full_scale.job(model, peer_file, store)
+        if not peer_file.exists():
+            say(f"writing {name} with random weights and solved routers")
+            seen = routing.first(base.prompt_tokens + base.tokens)
+            synthesise_store(name, store, weights=partial(SteeredWeights, trace=seen))
+            say("writing the same as GGUF")
+            gguf_file.write(store, manifests.load(store), peer_file)
+        manifest = manifests.load(store)
+        total = manifest.experts_bytes + manifest.dense_bytes
+        jobs = [
+            replace(capped, system=system)
+            for share in caps
+            if full_scale.fits(share * total)
+            for capped in [full_scale.capped(base, manifest, share)]
+            for system in (*SYSTEMS, *peers.available())
+        ]
+        title = f"peers-{name}"
+        kept = folder / f".{title}.runs.jsonl"
+        drive = speedups.drive_of(store, full_scale.FIO_SECONDS)
+        rows = full_scale.named(
+            speedups.table(jobs, rounds, drive, say, kept), name, "shipped", model, total
+        )
+    plots.speedups(report.write(folder, title, rows), folder, title)
+    report.provenance(folder, title, provenance.gather(command, folder, seed=0))
+    kept.unlink(missing_ok=True)
