@@ -106,6 +106,13 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def quant(session: nox.Session) -> None:
+    """What int8 and int4 experts bring at full size (25 GB of disk), `-- --texts DIR` cost."""
+    ensure_fio(session)
+    harness(session, "quant")
+
+
+@nox.session
 def check(session: nox.Session) -> None:
     """Do the committed results come out of this code? (What CI runs.)"""
     harness(session, "check")

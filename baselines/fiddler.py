@@ -98,13 +98,12 @@ class Fiddler(LayeredSystem):
         module = self.modules[0]
         mapped = self.mapped.parameters(0, 0)
         pinned = self.copy(0, 0)
-        example = next(iter(mapped.values()))
-        width = self.model.config.get_text_config().hidden_size
+        width, dtype = self.model.config.get_text_config().hidden_size, self.model.dtype
 
         def line(parameters: arithmetic.Parameters) -> tuple[float, float]:
             seconds = []
             for tokens in _MEASURED_TOKENS:
-                x = torch.ones(tokens, width, dtype=example.dtype)
+                x = torch.ones(tokens, width, dtype=dtype)
                 seconds.append(
                     _seconds(lambda x=x: arithmetic.expert_output(module, parameters, x))  # type: ignore[misc]
                 )

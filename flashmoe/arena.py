@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
+from flashmoe import quant
+from flashmoe.arithmetic import Parameters
 from flashmoe.store.direct_io import aligned_memory
 from flashmoe.store.manifest import DTYPES, LayerSpec
 
@@ -41,11 +45,23 @@ class Arena:
         del self.memory  # unmapped when the last tensor view goes
 
 
-def views(extent: torch.Tensor, layer: LayerSpec) -> dict[str, torch.Tensor]:
+def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:
     """An expert's tensors, by the module's parameter names, as views of its bytes (uint8)."""
-    return {
+    tensors = {
         spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
         .view(DTYPES[spec.dtype])
         .view(spec.shape)
         for spec in layer.tensors
     }
+    scheme = quant.get(layer.quantisation)
+    if scheme is None:
+        return dict(tensors)
+    parts: dict[str, quant.Parts] = defaultdict(dict)
+    plain: Parameters = {}
+    for stored, tensor in tensors.items():
+        name, slash, part = stored.partition("/")
+        if slash:
+            parts[name][part] = tensor
+        else:
+            plain[name] = tensor
+    return plain | {name: quant.Weight(scheme, held) for name, held in parts.items()}

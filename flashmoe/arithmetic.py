@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Parameters = dict[str, torch.Tensor]  # an expert's tensors, by the module's parameter names
+from flashmoe.quant import Weight
+
+Parameters = dict[str, torch.Tensor | Weight]  # of an expert, by the module's parameter names
 Compute = Callable[[int, Parameters], None]
 
 
@@ -97,8 +99,11 @@ def expert_output(module: nn.Module, parameters: Parameters, x: torch.Tensor) ->
 
 
 def _linear(module: nn.Module, parameters: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
-    bias = parameters[f"{name}_bias"] if module.has_bias else None
-    if not module.is_transposed:
-        return F.linear(x, parameters[name], bias)
-    out = x @ parameters[name]
-    return out if bias is None else out + bias
+    bias, weight = parameters[f"{name}_bias"] if module.has_bias else None, parameters[name]
+    if isinstance(weight, Weight):
+        out = weight.linear(x)
+    elif module.is_transposed:
+        out = x @ weight
+    else:
+        return F.linear(x, weight, bias)  # type: ignore[arg-type]
+    return out if bias is None else out + bias  # type: ignore[operator]

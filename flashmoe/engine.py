@@ -210,8 +210,12 @@ def _check_fit(
         name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
         for name, module in modules.items()
     }
+    turned = {name for name, module in modules.items() if module.is_transposed}
     held = {
-        layer.module: {t.name: (layer.n_experts, *t.shape) for t in layer.tensors}
+        layer.module: {
+            name: (layer.n_experts, *shape)
+            for name, shape in layer.shapes(transposed=layer.module in turned).items()
+        }
         for layer in manifest.layers
     }
     if wanted != held:

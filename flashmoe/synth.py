@@ -21,6 +21,7 @@ import transformers
 
 from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
+from flashmoe.quant import NONE
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store.pack import Source, write_store
@@ -187,6 +188,7 @@ def synthesise_store(
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
     weights: Callable[[transformers.PretrainedConfig, int], Source] | None = None,
+    quant: str = NONE,
 ) -> None:
     """Write a store at once, for disks that do not hold the checkpoint beside it.
 
@@ -197,7 +199,8 @@ def synthesise_store(
     config = _config(name, dtype)
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        write_store((weights or RandomWeights)(config, seed), Path(folder), store, progress)
+        source = (weights or RandomWeights)(config, seed)
+        write_store(source, Path(folder), store, progress, quant)
 
 
 def total_bytes(name: str, dtype: str = "bf16") -> int:

@@ -39,6 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     against.add_argument("--stores", type=Path, help="keep store and GGUF file in this directory")
     against.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
     against.add_argument("--rounds", type=int, default=2)
+    fewer = commands.add_parser("quant", help="what quantised experts bring and cost")
+    fewer.add_argument("model", nargs="?", default="olmoe-1b-7b")
+    fewer.add_argument("--stores", type=Path, help="keep the stores in this directory")
+    fewer.add_argument("--rounds", type=int, default=2)
+    fewer.add_argument("--texts", type=Path, help="measure quality instead, on texts fetched here")
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -118,6 +123,20 @@ def main() -> None:
                 rounds=arguments.rounds,
                 stores=arguments.stores,
             )
+        case "quant":
+            from harness import quant_table
+
+            folder = steps.folder_for("full-scale")
+            if arguments.texts:
+                quant_table.quality(folder, command + " --texts DIR", arguments.texts)
+            else:
+                quant_table.speed(
+                    folder,
+                    f"{command} {arguments.model}",
+                    arguments.model,
+                    rounds=arguments.rounds,
+                    stores=arguments.stores,
+                )
         case "reproduce":
             steps.reproduce(arguments.profile)
     report.readme()

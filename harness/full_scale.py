@@ -107,7 +107,7 @@ def full_scale(
         )
         jobs = [
             replace(limited, system=system)
-            for limited in (capped(base, manifest, share) for share in caps if fits(share * total))
+            for limited in (capped(base, manifest, s * total) for s in caps if fits(s * total))
             for system in systems
         ]
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
@@ -117,7 +117,7 @@ def full_scale(
         kept = folder / f".{title}.runs.jsonl"
         rows = speedups.table(jobs, rounds, drive, say, kept)
         if "flashmoe-no-prefetch" in systems:
-            _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2]))
+            _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2] * total))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(report.write(folder, title, rows), folder, title)
     report.provenance(folder, title, provenance.gather(command, folder, seed=0))
@@ -153,11 +153,10 @@ def named(
     ]
 
 
-def capped(job: Job, manifest: Manifest, share: float) -> Job:
-    """`job` under a limit of `share` of the model's size; what that leaves for experts."""
-    cap = int(share * (manifest.experts_bytes + manifest.dense_bytes))
-    memory_bytes = cap - manifest.dense_bytes - BESIDE_BYTES
-    return replace(job, cap_bytes=cap, memory_bytes=memory_bytes)
+def capped(job: Job, manifest: Manifest, cap_bytes: float) -> Job:
+    """`job` under a limit; what that leaves for experts."""
+    memory_bytes = int(cap_bytes) - manifest.dense_bytes - BESIDE_BYTES
+    return replace(job, cap_bytes=int(cap_bytes), memory_bytes=memory_bytes)
 
 
 def _timelines(folder: Path, name: str, job: Job) -> None:

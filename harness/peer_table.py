@@ -50,7 +50,7 @@ def peer_table(
             replace(capped, system=system)
             for share in caps
             if full_scale.fits(share * total)
-            for capped in [full_scale.capped(base, manifest, share)]
+            for capped in [full_scale.capped(base, manifest, share * total)]
             for system in (*SYSTEMS, *peers.available())
         ]
         title = f"peers-{name}"

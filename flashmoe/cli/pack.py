@@ -13,7 +13,12 @@ HELP = "turn a checkpoint into a store"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument(
+        "--quant",
+        default="none",
+        metavar="SCHEME",
+        help="fewer bytes an expert: int8 or int4 (default: none)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

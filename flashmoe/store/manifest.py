@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from flashmoe import quant
 from flashmoe.errors import FlashMoEError
+from flashmoe.quant import NONE
 from flashmoe.store.direct_io import ALIGNMENT_BYTES
 
 FORMAT, VERSION = "flashmoe-store", 1
@@ -20,7 +22,7 @@ TENSOR_ALIGNMENT_BYTES = 64  # a cache line; more than any dtype or matrix kerne
 _MAX_MANIFEST_BYTES = 256 << 20
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 }
 
 
@@ -48,6 +50,7 @@ class LayerSpec:
     extent_bytes: int
     tensors: tuple[TensorSpec, ...]
     checksums: tuple[str, ...] = ()  # xxh3-64 of each whole extent, 16 hex digits
+    quantisation: str = NONE  # then a weight's parts are tensors called weight/part
 
     def extent_offset(self, expert: int) -> int:
         return self.offset_bytes + expert * self.extent_bytes
@@ -55,6 +58,19 @@ class LayerSpec:
     @property
     def end_bytes(self) -> int:
         return self.extent_offset(self.n_experts)
+
+    def shapes(self, *, transposed: bool) -> dict[str, tuple[int, ...]]:
+        """Of an expert's parameters, as its module has them: `transposed`, if that is [in, out]."""
+        plain = {t.name: t.shape for t in self.tensors if "/" not in t.name}
+        if (scheme := quant.get(self.quantisation)) is None:
+            return plain
+        parts: dict[str, dict[str, tuple[int, ...]]] = {}
+        for tensor in self.tensors:
+            name, slash, part = tensor.name.partition("/")
+            if slash:
+                parts.setdefault(name, {})[part] = tensor.shape
+        weights = {name: scheme.shape(shapes) for name, shapes in parts.items()}
+        return plain | {n: s[::-1] if transposed else s for n, s in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,8 @@ class Manifest:
     dense_file: str
     dense_bytes: int
     layers: tuple[LayerSpec, ...]
-    quantisation: str = "none"
+    quantisation: str = NONE
+    layout: str = ""  # of the scheme's bytes, where they differ between machines
 
     @property
     def experts_bytes(self) -> int:
@@ -95,7 +112,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def lay_out(
-    module: str, n_experts: int, offset_bytes: int, tensors: list[tuple[str, torch.dtype, Any]]
+    module: str,
+    n_experts: int,
+    offset_bytes: int,
+    tensors: list[tuple[str, torch.dtype, Any]],
+    quantisation: str = NONE,
 ) -> LayerSpec:
     """The extent of one expert, from its parameters (name, dtype, shape) in order.
 
@@ -109,7 +130,8 @@ def lay_out(
         spec = TensorSpec(name, short, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
         specs.append(spec)
         end = spec.offset_bytes + spec.size_bytes
-    return LayerSpec(module, n_experts, offset_bytes, round_up(end, ALIGNMENT_BYTES), tuple(specs))
+    extent_bytes = round_up(end, ALIGNMENT_BYTES)
+    return LayerSpec(module, n_experts, offset_bytes, extent_bytes, tuple(specs), (), quantisation)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -147,6 +169,9 @@ def load(directory: Path) -> Manifest:
         manifest = _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise refuse(f"{FILE_NAME} is damaged ({type(error).__name__}: {error})") from None
+    scheme = quant.get(manifest.quantisation)
+    if scheme and scheme.layout() != manifest.layout:
+        raise refuse(f"its {manifest.quantisation} weights are packed for another processor")
     for name in (manifest.experts_file, manifest.dense_file):
         if Path(name).name != name or name in ("", ".", ".."):
             raise refuse(f"{FILE_NAME} names a file outside the store ({name!r})")
@@ -194,6 +219,6 @@ def _parse(document: dict[str, Any]) -> Manifest:
     manifest = Manifest(**document | {"layers": tuple(layers)})
     if not isinstance(manifest.top_k, int) or not isinstance(manifest.dense_bytes, int):
         raise TypeError("top_k and dense_bytes must be integers")
-    if manifest.quantisation != "none":
-        raise ValueError(f"unknown quantisation {manifest.quantisation!r}")
+    if {layer.quantisation for layer in layers} != {manifest.quantisation}:
+        raise ValueError("layers differ in quantisation")
     return manifest

@@ -24,9 +24,11 @@ import torch
 import transformers
 import xxhash
 
+from flashmoe import quant as schemes
 from flashmoe import skeleton
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
+from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
@@ -53,17 +55,15 @@ Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
 
 def pack(
-    checkpoint: Path, store: Path, *, quant: str = "none", progress: Progress = lambda d, t: None
+    checkpoint: Path, store: Path, *, quant: str = NONE, progress: Progress = lambda d, t: None
 ) -> Manifest:
     """Pack the Hugging Face directory `checkpoint` into the directory `store`.
 
     Raises FlashMoEError when the checkpoint is unusable, the disk full, another pack into
     `store` under way, or `store` of another model; a store that was there stays usable then.
     """
-    if quant != "none":
-        raise FlashMoEError(f"quantisation {quant!r} is not built yet: pack with --quant none")
     with Checkpoint(checkpoint) as source:
-        return write_store(source, checkpoint, store, progress)
+        return write_store(source, checkpoint, store, progress, quant)
 
 
 class Source(Protocol):
@@ -78,8 +78,11 @@ class Source(Protocol):
     def forget_pages(self) -> None: ...
 
 
-def write_store(source: Source, checkpoint: Path, store: Path, progress: Progress) -> Manifest:
+def write_store(
+    source: Source, checkpoint: Path, store: Path, progress: Progress, quant: str = NONE
+) -> Manifest:
     """`pack`, from a source of weights and a directory with the files that go beside them."""
+    scheme = schemes.get(quant)
     if store.exists() and not store.is_dir():
         raise FlashMoEError(f"{store} is a file: name a directory for the store")
     if store.resolve() == checkpoint.resolve():
@@ -89,7 +92,7 @@ def write_store(source: Source, checkpoint: Path, store: Path, progress: Progres
             f"{store} is a store of another model than {checkpoint}: name another directory, "
             "or remove that store first"
         )
-    layers = _layers(source)
+    layers = _layers(source, scheme)
     total = layers[-1].end_bytes
     made = not store.exists()
     try:
@@ -101,7 +104,7 @@ def write_store(source: Source, checkpoint: Path, store: Path, progress: Progres
                     f"{store}: the store needs {format_bytes(total)} and the disk has "
                     f"{format_bytes(free)} free"
                 )
-            layers = _write_experts(source, layers, store / experts_name, progress)
+            layers = _write_experts(source, scheme, layers, store / experts_name, progress)
             dense_bytes = _write_dense(source, store / dense_name)
             for name in _SIDE_FILES:
                 if (checkpoint / name).is_file():
@@ -114,6 +117,8 @@ def write_store(source: Source, checkpoint: Path, store: Path, progress: Progres
                 dense_file=dense_name,
                 dense_bytes=dense_bytes,
                 layers=tuple(layers),
+                quantisation=quant,
+                layout=scheme.layout() if scheme else "",
             )
             manifest.save(store)
             return manifest
@@ -133,16 +138,37 @@ def config_digest(directory: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _layers(source: Source) -> list[LayerSpec]:
+def _layers(source: Source, scheme: Scheme | None) -> list[LayerSpec]:
     layers: list[LayerSpec] = []
     for module_name, module in source.experts.items():
-        tensors = [
-            (name, parameter.dtype, tuple(parameter.shape[1:]))
+        empty = {
+            name: torch.zeros(parameter.shape[1:], dtype=parameter.dtype)
             for name, parameter in skeleton.expert_parameters(module).items()
+        }
+        tensors = [
+            (name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in _quantised(module, empty, scheme).items()
         ]
         offset = layers[-1].end_bytes if layers else 0
-        layers.append(lay_out(module_name, skeleton.n_experts(module), offset, tensors))
+        count, kind = skeleton.n_experts(module), scheme.name if scheme else NONE
+        layers.append(lay_out(module_name, count, offset, tensors, kind))
     return layers
+
+
+def _quantised(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], scheme: Scheme | None
+) -> dict[str, torch.Tensor]:
+    """An expert's tensors as they are stored: weights in parts, always [out, in]; biases as is."""
+    if scheme is None:
+        return tensors
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            weight = tensor.T if module.is_transposed else tensor
+            stored |= {f"{name}/{part}": t for part, t in scheme.parts(weight).items()}
+        else:
+            stored[name] = tensor
+    return stored
 
 
 @contextmanager
@@ -174,7 +200,11 @@ def _data_names(store: Path) -> Iterator[tuple[str, str]]:
 
 
 def _write_experts(
-    source: Source, layers: list[LayerSpec], path: Path, progress: Progress
+    source: Source,
+    scheme: Scheme | None,
+    layers: list[LayerSpec],
+    path: Path,
+    progress: Progress,
 ) -> list[LayerSpec]:
     total = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -186,7 +216,8 @@ def _write_experts(
             extent = aligned_memory(layer.extent_bytes)
             view = memoryview(extent)[: layer.extent_bytes]
             for expert in range(layer.n_experts):
-                _fill(extent, layer, source.expert(layer.module, expert))
+                tensors = source.expert(layer.module, expert)
+                _fill(extent, layer, _quantised(source.experts[layer.module], tensors, scheme))
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
                 _write_all(descriptor, view, layer.extent_offset(expert))
                 progress(layer.extent_offset(expert + 1), total)
@@ -200,7 +231,7 @@ def _write_experts(
 
 def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor]) -> None:
     for spec in layer.tensors:
-        data = tensors[spec.name].view(-1).view(torch.uint8).numpy()
+        data = tensors[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
         extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes] = data.data
 
 

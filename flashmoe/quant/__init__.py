@@ -1,0 +1,29 @@
+"""Ways to hold experts in fewer bytes, one file each. `available()` lists them."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from flashmoe.errors import FlashMoEError
+from flashmoe.quant.base import Parts, Scheme, Weight
+from flashmoe.registry import discover
+
+NONE = "none"
+__all__ = ["NONE", "Parts", "Scheme", "Weight", "available", "get"]
+
+
+@cache
+def available() -> dict[str, type[Scheme]]:
+    """Every scheme by name; `none` is not among them."""
+    return discover(sys.modules[__name__], Scheme)  # type: ignore[type-abstract]
+
+
+def get(name: str) -> Scheme | None:
+    """The scheme called `name`; None for `none`. Raises FlashMoEError when there is no such."""
+    if name == NONE:
+        return None
+    if name not in available():
+        known = ", ".join((NONE, *available()))
+        raise FlashMoEError(f"no quantisation is called {name!r}: choose from {known}")
+    return available()[name]()

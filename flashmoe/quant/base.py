@@ -1,0 +1,46 @@
+"""What a quantisation scheme is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+
+Parts = dict[str, torch.Tensor]
+
+
+class Scheme(ABC):
+    """Turns a weight [out, in] into parts that take fewer bytes, and multiplies by them.
+
+    Weights are quantised when a store is packed and stay so on the SSD and in the slots. What
+    is computed depends on the parts alone, not on where they are or came from.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def parts(self, weight: torch.Tensor) -> Parts:
+        """`weight` [out, in] by named tensors. Raises FlashMoEError for a shape it cannot take."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """x [n, in] -> [n, out], in x's dtype."""
+
+    @abstractmethod
+    def shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        """(out, in) of the weight whose parts have these shapes."""
+
+    def layout(self) -> str:
+        """Names the order of the parts' bytes where that differs between machines."""
+        return ""
+
+
+class Weight(NamedTuple):
+    """A quantised weight, in place of a tensor among an expert's parameters."""
+
+    scheme: Scheme
+    parts: Parts
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scheme.linear(x, self.parts)
