@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -35,6 +37,21 @@ class _Recipe:
 
     converter: WeightConverter | None
     sources: dict[str, list[str]] = field(default_factory=dict)  # by source pattern, in order
+
+
+class _OneExpert:
+    """A model as conversions must see it that look at its shapes: with one expert a layer."""
+
+    def __init__(self, model: nn.Module, expert_names: Collection[str]) -> None:
+        self.model = model
+        self.expert_names = expert_names
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        parameter = self.model.get_parameter(name)
+        return parameter[:1] if name in self.expert_names else parameter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
 
 class Checkpoint:
@@ -154,7 +171,8 @@ class Checkpoint:
         converter = copy.deepcopy(recipe.converter)
         for pattern, tensors in sources.items():
             converter.collected_tensors[pattern] = list(tensors)
-        made = converter.convert(target, model=self.model, config=self.config)
+        one_expert = _OneExpert(self.model, self.expert_names.keys())
+        made = converter.convert(target, model=one_expert, config=self.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

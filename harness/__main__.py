@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     fewer.add_argument("--stores", type=Path, help="keep the stores in this directory")
     fewer.add_argument("--rounds", type=int, default=2)
     fewer.add_argument("--texts", type=Path, help="measure quality instead, on texts fetched here")
+    commands.add_parser("families", help="which MoE families are streamed as they should be")
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -72,6 +73,11 @@ def main() -> None:
             from harness.check import check
 
             check()
+            return
+        case "families":
+            from harness import families, tiny_models
+
+            families.write([families.examine(family) for family in tiny_models.families()])
             return
         case "ssd":
             steps.run_ssd(folder, command)

@@ -1,0 +1,100 @@
+"""Which MoE families of transformers are streamed with transformers' own output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+
+import flashmoe
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.manifest import Manifest
+from flashmoe.store.pack import pack
+from harness import tiny_models
+
+LARGEST_DIFFERENCE = 1e-5  # of float32 logits
+PROMPT_TOKENS = 12
+
+# Those that are refused, and why.
+EXPLAINED = {
+    "diffusion_gemma": "its encoder's and decoder's experts are the same tensors, of which a "
+    "checkpoint holds one copy; a store has no experts that two layers share",
+    "ernie4_5_vl_moe": "its checkpoints number the experts for text and for images in one row, "
+    "which cannot be taken apart expert by expert",
+}
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+def examine(family: str) -> dict[str, Any]:
+    """Save a tiny model, pack it, stream it at the smallest budget, compare it with eager."""
+    model = tiny_models.make(family)
+    row = {"family": family, "architecture": type(model).__name__}
+    ids = torch.randint(3, 120, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    with TemporaryDirectory() as work, torch.inference_mode():
+        checkpoint, store = Path(work) / "checkpoint", Path(work) / "store"
+        model.save_pretrained(checkpoint)
+        eager = type(model).from_pretrained(
+            checkpoint, experts_implementation="eager", dtype=torch.float32
+        )
+        for parameter in eager.parameters():  # aligned as torch does it: see flashmoe.dense
+            parameter.data = parameter.data.clone()
+        expected = _output(eager(input_ids=ids))
+        try:
+            manifest = pack(checkpoint, store)
+        except FlashMoEError as error:
+            return row | {"outcome": EXPLAINED.get(family, str(error))}
+        streamed = _smallest(store, manifest)
+        try:
+            given = _output(streamed(input_ids=ids))
+            stats = streamed.flashmoe.stats()
+        finally:
+            streamed.flashmoe.close()
+    difference = float((given - expected).abs().max())
+    return row | {
+        "moe_layers": len(manifest.layers),
+        "requests": stats["requests"],
+        "misses": stats["misses"],
+        "largest_difference": difference,
+        "outcome": "ok" if difference <= LARGEST_DIFFERENCE else "differs",
+    }
+
+
+def _output(result: Any) -> torch.Tensor:
+    found: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
+    return found
+
+
+def _smallest(store: Path, manifest: Manifest) -> transformers.PreTrainedModel:
+    """Loaded with slots for one event, of one layer if layers can share them, else of each."""
+    sizes = [layer.extent_bytes for layer in manifest.layers]
+    try:
+        return flashmoe.load(store, memory=manifest.top_k * max(sizes), policy="lru")
+    except FlashMoEError:
+        return flashmoe.load(store, memory=manifest.top_k * sum(sizes), policy="lru")
+
+
+def write(rows: list[dict[str, Any]], document: Path = DOCUMENT) -> None:
+    """docs/families.md, in words and numbers."""
+    works = [row for row in rows if row["outcome"] == "ok"]
+    lines = [
+        "# Families",
+        "",
+        "Written by `python -m harness families`; tests/test_families.py holds every line to it. "
+        f"Of the {len(rows)} model types whose experts go through `ExpertsInterface` in "
+        f"transformers {transformers.__version__}, {len(works)} are streamed with transformers' own output: a "
+        "tiny random checkpoint each, in the layout in which transformers saves it, float32, the "
+        "smallest budget that holds one event, compared with `eager`.",
+        "",
+        "| family | architecture | MoE layers | largest difference of logits | |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        numbers = (
+            f"{row['moe_layers']} | {row['largest_difference']:.1g}" if "moe_layers" in row else "|"
+        )
+        said = "" if row["outcome"] == "ok" else row["outcome"]
+        lines.append(f"| {row['family']} | {row['architecture']} | {numbers} | {said} |")
+    document.write_text("\n".join(lines) + "\n")
