@@ -84,9 +84,9 @@ def write(rows: list[dict[str, Any]], document: Path = DOCUMENT) -> None:
         "",
         "Written by `python -m harness families`; tests/test_families.py holds every line to it. "
         f"Of the {len(rows)} model types whose experts go through `ExpertsInterface` in "
-        f"transformers {transformers.__version__}, {len(works)} are streamed with transformers' own output: a "
-        "tiny random checkpoint each, in the layout in which transformers saves it, float32, the "
-        "smallest budget that holds one event, compared with `eager`.",
+        f"transformers {transformers.__version__}, {len(works)} are streamed with transformers' "
+        "own output: a tiny random checkpoint each, in the layout in which transformers saves it, "
+        "float32, the smallest budget that holds one event, compared with `eager`.",
         "",
         "| family | architecture | MoE layers | largest difference of logits | |",
         "|---|---|---|---|---|",
