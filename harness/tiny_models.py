@@ -7,7 +7,6 @@ shrunk by the names of its settings; what a family insists on beside that is in 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ def architecture(family: str) -> Any:
     for ending in _ENDINGS:
         for name in module.__all__:
             found: Any = getattr(module, name)
-            if name.endswith(ending) and inspect.isclass(found) and found.config_class is not None:
+            if name.endswith(ending) and getattr(found, "config_class", None) is not None:
                 return found
     raise FlashMoEError(f"{family}: no architecture of transformers {transformers.__version__}")
 
