@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from flashmoe.lookahead import Lookahead
-from flashmoe.store.read_queue import Span
+from flashmoe.read_queue import Span
 from flashmoe.trace import Trace
 
 

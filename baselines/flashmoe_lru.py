@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import flashmoe
 from baselines.base import Setting, System
-from flashmoe.store.read_queue import Span
+from flashmoe.read_queue import Span
 
 
 class FlashMoELRU(System):

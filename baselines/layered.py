@@ -10,18 +10,20 @@ from transformers import PreTrainedModel
 
 from baselines.base import Setting, System
 from flashmoe import dense, skeleton
+from flashmoe.backends.packed import PackedStore
 from flashmoe.store.manifest import Manifest
-from flashmoe.store.verify import open_manifest
 
 
 class LayeredSystem(System):
     """Loads everything but the experts (pinned), then answers for each layer's experts."""
 
     def load(self, setting: Setting) -> PreTrainedModel:
-        self.manifest: Manifest = open_manifest(setting.store)
+        backend = PackedStore(setting.store)
+        self.manifest: Manifest = backend.manifest
         self.model = skeleton.build(skeleton.read_config(setting.store))
         self.modules = list(skeleton.expert_modules(self.model).values())
-        dense.fill(self.model, setting.store, self.manifest)
+        dense.fill(self.model, backend)
+        backend.close()
         self.prepare(setting)
         for number, module in enumerate(self.modules):
             module.flashmoe_experts = _Layer(self, number)  # type: ignore[assignment]

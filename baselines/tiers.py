@@ -17,8 +17,9 @@ import torch
 
 from flashmoe.arena import Arena, views
 from flashmoe.arithmetic import Parameters
+from flashmoe.backends.packed import PackedStore
+from flashmoe.reader import ExtentReader
 from flashmoe.store.manifest import Manifest
-from flashmoe.store.reader import ExtentReader
 
 
 class MappedTier:
@@ -70,7 +71,7 @@ class PinnedTier:
             Arena(spec, len(experts)) for spec, experts in zip(manifest.layers, chosen, strict=True)
         ]
         self.slot_of = [{expert: slot for slot, expert in enumerate(e)} for e in chosen]
-        reader = ExtentReader(store, manifest)
+        reader = ExtentReader(PackedStore(store, manifest))
         try:
             for layer, slots in enumerate(self.slot_of):
                 memory = self.arenas[layer].slots

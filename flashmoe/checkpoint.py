@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 
 from flashmoe import skeleton
 from flashmoe.errors import FlashMoEError
-from flashmoe.shards import Shard
+from flashmoe.shards import Place, Shard
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
@@ -153,6 +153,29 @@ class Checkpoint:
             for name, tensor in self._convert(full, recipe, sources).items():
                 result[self.expert_names[name][1]] = self._cast(name, tensor)[0].contiguous()
         return result
+
+    def places(self, module_name: str, name: str, expert: int) -> list[Place]:
+        """Where the tensors lie that one parameter of one expert is made of, in order."""
+        count = skeleton.n_experts(self.experts[module_name])
+        recipe = self._recipes[f"{module_name}.{name}"]
+        order = recipe.converter.source_patterns if recipe.converter else recipe.sources
+        patterns = [pattern for pattern in order if pattern in recipe.sources]
+        return [
+            self._shard_of[keys[expert]].place(keys[expert])
+            if len(keys) == count > 1
+            else self._shard_of[keys[0]].place(keys[0], expert)
+            for keys in (recipe.sources[pattern] for pattern in patterns)
+        ]
+
+    def bytes_at(self, place: Place) -> bytearray:
+        """What lies there, through the page cache."""
+        (shard,) = (shard for shard in self._shards if shard.path == place.file)
+        return shard.bytes_at(place)
+
+    def dense_bytes(self) -> int:
+        """Bytes of what `dense` yields, in the model's dtypes."""
+        dense = (p for name, p in self.parameters.items() if name not in self.expert_names)
+        return sum(parameter.numel() * parameter.element_size() for parameter in dense)
 
     def forget_pages(self) -> None:
         """Let the kernel drop the shards' pages, so that a pack does not fill the page cache."""

@@ -1,38 +1,27 @@
-"""Fills a model with everything of a store but its experts."""
+"""Fills a model with everything but its experts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
 from flashmoe import experts, skeleton
+from flashmoe.backends import Backend
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.direct_io import drop_page_cache
-from flashmoe.store.manifest import Manifest
 
 
-def fill(model: transformers.PreTrainedModel, store: Path, manifest: Manifest) -> None:
+def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     """Weights and generation settings; its experts modules then ask their `flashmoe_experts`.
 
-    The weights come into anonymous memory (pread, not a mapping), aligned as torch's own
-    allocator does, and leave no page cache.
-    Raises FlashMoEError when the store's dense file is damaged or of another model.
+    The weights come into anonymous memory, aligned as torch's own allocator does.
+    Raises FlashMoEError when they are damaged or of another model.
     """
-    name = manifest.dense_file
-    try:
-        with safe_open(store / name, framework="pt", backend="pread") as file:
-            tensors = {key: _aligned(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-        with open(store / name, "rb") as read:
-            drop_page_cache(read.fileno())
-    except (SafetensorError, OSError) as error:
-        raise FlashMoEError(f"store {store}: {name} is damaged ({error}); pack it again") from None
+    path = backend.path
+    tensors = {name: _aligned(tensor) for name, tensor in backend.dense().items()}
     try:
         model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
-        raise FlashMoEError(f"store {store}: {name} does not fit the model ({error})") from None
+        raise FlashMoEError(f"{path}: the weights do not fit the model ({error})") from None
     model.tie_weights()
     # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
     # without a gradient, which differs in the last bit
@@ -40,10 +29,10 @@ def fill(model: transformers.PreTrainedModel, store: Path, manifest: Manifest) -
     held = skeleton.expert_parameter_names(model)
     for key, parameter in model.named_parameters():
         if parameter.is_meta and key not in held:
-            raise FlashMoEError(f"store {store}: {name} lacks {key}; pack it again")
+            raise FlashMoEError(f"{path} lacks the tensor {key}; {backend.remedy}")
     model.set_experts_implementation(experts.NAME)
-    if (store / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(store)
+    if (path / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,18 @@ from typing import Any
 import torch
 import transformers
 
-from flashmoe import budget, dense, experts, policies, skeleton
+from flashmoe import backends, budget, dense, experts, policies, skeleton
 from flashmoe.arena import Arena
+from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
-from flashmoe.locations import cache_folder
 from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
+from flashmoe.read_queue import Span
+from flashmoe.reader import ExtentReader
 from flashmoe.sizes import parse_bytes
-from flashmoe.store import manifest as manifests
-from flashmoe.store.pack import pack
-from flashmoe.store.read_queue import Span
-from flashmoe.store.reader import ExtentReader
-from flashmoe.store.verify import open_manifest
-
-logger = logging.getLogger(__name__)
+from flashmoe.store.manifest import Manifest
 
 
 class Engine:
@@ -35,18 +29,18 @@ class Engine:
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        store: Path,
+        backend: Backend,
         memory_bytes: int,
         policy: str,
         prefetch: bool,
     ) -> None:
-        self.store = store
-        self.manifest = open_manifest(store)
+        self.path = backend.path
+        self.manifest = backend.manifest
         self.memory_bytes = memory_bytes
         self.policy_name = policy
         self.policy = policies.get(policy, online=True)
         self.modules = skeleton.expert_modules(model)
-        _check_fit(self.modules, self.manifest, store)
+        _check_fit(self.modules, self.manifest, self.path)
         self.slots = budget.divide(
             self.manifest,
             memory_bytes,
@@ -55,7 +49,7 @@ class Engine:
         )
         self.timings = experts.Timings()
         self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
-        self.reader = ExtentReader(store, self.manifest)
+        self.reader = ExtentReader(backend)
         self.caches = self._new_caches()
         specs = self.manifest.layers[:1] if self.slots.shared else self.manifest.layers
         self.arenas = [
@@ -155,7 +149,7 @@ class Engine:
             "resident_bytes": resident,
             "peak_resident_bytes": self._peak_resident_bytes,
             "memory_bytes": self.memory_bytes,
-            "direct_io": self.reader.direct,
+            "direct_io": self.reader.backend.direct,
         }
 
     def watch(self) -> list[Span]:
@@ -188,7 +182,7 @@ class Engine:
         self._peak_resident_bytes = 0
 
     def close(self) -> None:
-        """Free slots, threads and the store's descriptor. The model cannot run afterwards."""
+        """Free slots, threads and file descriptors. The model cannot run afterwards."""
         self.reader.close()
         for module in self.modules.values():
             if hasattr(module, "flashmoe_experts"):
@@ -203,9 +197,7 @@ class Engine:
             self.prefetcher = None
 
 
-def _check_fit(
-    modules: dict[str, torch.nn.Module], manifest: manifests.Manifest, store: Path
-) -> None:
+def _check_fit(modules: dict[str, torch.nn.Module], manifest: Manifest, path: Path) -> None:
     wanted = {
         name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
         for name, module in modules.items()
@@ -221,7 +213,7 @@ def _check_fit(
     if wanted != held:
         differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
         raise FlashMoEError(
-            f"store {store} is of another model (its experts differ at {differing[0]}); "
+            f"store {path} is of another model (its experts differ at {differing[0]}); "
             "pack it again with `flashmoe pack`"
         )
 
@@ -236,8 +228,7 @@ def load(
 ) -> transformers.PreTrainedModel:
     """A transformers model, ready for `.generate`, whose experts stay on the SSD.
 
-    path: a store, or a Hugging Face directory, which is packed into the user's cache
-        directory the first time (see `store_for`).
+    path: a store, or a Hugging Face directory, whose experts are read in place.
     memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
         (5-7 % of it) comes on top. Output does not depend on it.
     policy: a name from `flashmoe policies`, or name:argument.
@@ -249,36 +240,18 @@ def load(
     if torch.device(device).type != "cpu":
         raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
     memory_bytes = parse_bytes(memory)
-    store = store_for(Path(path))
-    model = skeleton.build(skeleton.read_config(store))
-    engine = Engine(model, store, memory_bytes, policy, prefetch)
+    backend = backends.open_path(Path(path))
     try:
-        dense.fill(model, store, engine.manifest)
+        model = skeleton.build(skeleton.read_config(backend.path))
+        engine = Engine(model, backend, memory_bytes, policy, prefetch)
+    except BaseException:
+        backend.close()
+        raise
+    try:
+        dense.fill(model, backend)
     except BaseException:
         engine.close()
         raise
     model.flashmoe = engine  # type: ignore[assignment]
     model.name_or_path = str(path)
     return model
-
-
-def store_for(path: Path) -> Path:
-    """`path` if it is a store; else the store packed from it, made on first use.
-
-    Stores made here live under $XDG_CACHE_HOME/flashmoe (default ~/.cache/flashmoe), named
-    after the checkpoint and a digest of its files' sizes and times.
-    """
-    if manifests.is_store(path):
-        return path
-    if not path.is_dir():
-        raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
-    stamp = [str(path.resolve())]
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
-        stat = file.stat()
-        stamp.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
-    digest = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:12]
-    store = cache_folder() / f"{path.resolve().name}-{digest}"
-    if not manifests.is_store(store):
-        logger.warning("packing %s into %s (once)", path, store)
-        pack(path, store)
-    return store

@@ -23,8 +23,8 @@ from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.prefetch import Prefetcher
-from flashmoe.store.read_queue import Span
-from flashmoe.store.reader import ExtentReader
+from flashmoe.read_queue import Span
+from flashmoe.reader import ExtentReader
 
 NAME = "flashmoe"
 

@@ -11,7 +11,7 @@ import torch
 
 from flashmoe.arena import Arena
 from flashmoe.lookahead import Lookahead
-from flashmoe.store.reader import Extent, ExtentReader
+from flashmoe.reader import Extent, ExtentReader
 
 # Below, a read is over before the guess is made: see docs/speed.md.
 PAYS_FROM_BYTES = 1 << 20

@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,14 @@ class TensorEntry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+class Place(NamedTuple):
+    """Some bytes of a file."""
+
+    file: Path
     offset_bytes: int
     size_bytes: int
 
@@ -100,27 +108,36 @@ class Shard:
             tensors[name] = TensorEntry(dtype, shape, 8 + length + begin, size)
         return tensors
 
+    def place(self, name: str, row: int | None = None) -> Place:
+        """Where a tensor lies, or one row of it along the first dimension."""
+        entry = self.tensors[name]
+        if row is None:
+            return Place(self.path, entry.offset_bytes, entry.size_bytes)
+        size = entry.size_bytes // entry.shape[0]
+        return Place(self.path, entry.offset_bytes + row * size, size)
+
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """A whole tensor, or with `row` its slice [row : row + 1] along the first dimension."""
         entry = self.tensors[name]
-        shape, offset, size = entry.shape, entry.offset_bytes, entry.size_bytes
-        if row is not None:
-            size //= shape[0]
-            offset += row * size
-            shape = (1, *shape[1:])
+        shape = entry.shape if row is None else (1, *entry.shape[1:])
+        buffer = self.bytes_at(self.place(name, row))
+        if not buffer:
+            return torch.empty(shape, dtype=entry.dtype)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).view(shape)
+
+    def bytes_at(self, place: Place) -> bytearray:
+        offset, size = place.offset_bytes, place.size_bytes
         buffer = bytearray(size)
         view, done = memoryview(buffer), 0
         while done < size:
             try:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
             except OSError as error:
-                raise FlashMoEError(f"{self.path}: reading {name} failed ({error})") from None
+                raise FlashMoEError(f"{self.path}: reading failed ({error})") from None
             if not count:
-                raise FlashMoEError(f"{self.path} ends within {name}: it was cut short")
+                raise FlashMoEError(f"{self.path} ends within a tensor: it was cut short")
             done += count
-        if not size:
-            return torch.empty(shape, dtype=entry.dtype)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).view(shape)
+        return buffer
 
     def forget_pages(self) -> None:
         """Let the kernel drop this file's pages, so that a pack does not fill the page cache."""

@@ -149,25 +149,25 @@ def main() -> None:
 
 
 def _run_one(arguments: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
     import flashmoe
-    from flashmoe.engine import store_for
     from flashmoe.sizes import parse_bytes
+    from flashmoe.store.pack import pack
     from harness.job import Job
     from harness.run import run
 
     if arguments.job:
-        job = Job.from_json(arguments.job)
-    else:
-        demo = flashmoe.demo_path()
-        job = Job(
-            arguments.system,
-            demo,
-            store_for(demo),
-            parse_bytes(arguments.memory),
-            arguments.prompt,
-            arguments.max_new_tokens,
+        print(json.dumps(run(Job.from_json(arguments.job))))
+        return
+    demo, memory_bytes = flashmoe.demo_path(), parse_bytes(arguments.memory)
+    with TemporaryDirectory(prefix="flashmoe-") as folder:
+        store = Path(folder) / "store"
+        pack(demo, store)
+        new = arguments.max_new_tokens
+        print(
+            json.dumps(run(Job(arguments.system, demo, store, memory_bytes, arguments.prompt, new)))
         )
-    print(json.dumps(run(job)))
 
 
 if __name__ == "__main__":

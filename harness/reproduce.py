@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import flashmoe
+from flashmoe import backends
 from flashmoe.progress import count_bar
-from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from harness import (
     full_scale,
@@ -61,9 +61,9 @@ def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> Non
 
 
 def demo_expert_bytes() -> int:
-    from flashmoe.engine import store_for
-
-    return manifests.load(store_for(flashmoe.demo_path())).layers[0].extent_bytes
+    backend = backends.open_path(flashmoe.demo_path())
+    backend.close()
+    return backend.manifest.layers[0].extent_bytes
 
 
 def run_generation(folder: Path, command: str) -> None:

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 import baselines
 from baselines.base import Setting
 from flashmoe import trace
+from flashmoe.read_queue import Span
 from flashmoe.store import manifest as manifests
-from flashmoe.store.read_queue import Span
 from harness.clock import Clock
 from harness.forced_routing import forced_routing
 from harness.job import FIRST_TOKEN, Job

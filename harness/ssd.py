@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import xxhash
 
+from flashmoe.backends.packed import PackedStore
 from flashmoe.errors import FlashMoEError
+from flashmoe.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 from flashmoe.store.direct_io import aligned_memory, drop_page_cache
 from flashmoe.store.manifest import Manifest, lay_out
-from flashmoe.store.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 
 BLOCK_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 4, 16)
@@ -131,7 +132,9 @@ class ReaderBench:
         manifest = Manifest("bench", "", 1, path.name, "", 0, (replace(layer, checksums=sums),))
         # depth counts extents; a large one is read by the engine's own number of threads
         small = extent_bytes < GROUPED_BELOW_BYTES
-        self.reader = ExtentReader(path.parent, manifest, readers=depth if small else READERS)
+        self.reader = ExtentReader(
+            PackedStore(path.parent, manifest), readers=depth if small else READERS
+        )
         self.n_extents = layer.n_experts
         self.extent_bytes = extent_bytes
         self.depth = depth

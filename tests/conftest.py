@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from flashmoe.store import manifest, reader
+from flashmoe import reader
+from flashmoe.store import manifest
 from flashmoe.store.pack import pack
 
 FAMILIES = {

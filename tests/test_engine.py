@@ -233,17 +233,8 @@ def test_two_models_have_budgets_of_their_own(loaded):
     assert torch.equal(run(small, ids)[0], run(large, ids)[0])
     for model, slots in ((small, 2), (large, 8)):
         engine = model.flashmoe
-        assert engine.stats()["resident_bytes"] <= budget(engine.store, slots)
+        assert engine.stats()["resident_bytes"] <= budget(engine.path, slots)
     assert large.flashmoe.resident_bytes > small.flashmoe.resident_bytes
-
-
-def test_a_hugging_face_directory_is_packed_once(checkpoints, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        model = flashmoe.load(checkpoints(), memory="1GiB", policy="lru")
-        model.flashmoe.close()
-    assert caplog.text.count("packing") == 1
-    assert len(list((tmp_path / "flashmoe").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

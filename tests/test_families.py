@@ -14,6 +14,7 @@ def test_a_family_is_streamed_with_its_own_output_or_explained(family):
     if row["outcome"] == "ok":
         assert row["moe_layers"] > 0
         assert row["misses"] > 0
+        assert row["in_place"] is not False
 
 
 def test_the_document_lists_what_there_is():

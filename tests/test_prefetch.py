@@ -15,9 +15,9 @@ import flashmoe
 from flashmoe import budget, engine, trace
 from flashmoe.errors import FlashMoEError
 from flashmoe.lookahead import Guess
+from flashmoe.read_queue import ReadQueue
 from flashmoe.record import record
 from flashmoe.store import manifest
-from flashmoe.store.read_queue import ReadQueue
 
 
 @pytest.fixture

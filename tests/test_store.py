@@ -20,19 +20,20 @@ from safetensors.torch import load_file, save_file
 
 from flashmoe import skeleton
 from flashmoe.arena import Arena
+from flashmoe.backends.packed import PackedStore
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
+from flashmoe.reader import ExtentReader
 from flashmoe.store import direct_io, manifest
 from flashmoe.store.pack import pack
-from flashmoe.store.reader import ExtentReader
-from flashmoe.store.verify import verify
+from flashmoe.verify import verify
 from harness.page_cache import cached_bytes
 
 
 def read_all(store: Path) -> dict[str, torch.Tensor]:
     """Every expert parameter, read through reader and arena, stacked as the module has it."""
     contents = manifest.load(store)
-    reader = ExtentReader(store, contents)
+    reader = ExtentReader(PackedStore(store))
     result = {}
     for number, layer in enumerate(contents.layers):
         arena = Arena(layer, layer.n_experts)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         prefetch=not arguments.no_prefetch,
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.store)
+        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.path)
         inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
         if not inputs["input_ids"].numel():
             raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")

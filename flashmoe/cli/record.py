@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     memory = arguments.memory or 1 << 60
     model = flashmoe.load(arguments.model, memory=memory, policy=arguments.policy)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.store)
+        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.path)
         encoded = [
             tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts.values()
         ]

@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from flashmoe.progress import byte_bar
-    from flashmoe.store.verify import verify
+    from flashmoe.verify import verify
 
     with byte_bar("verifying") as progress:
         manifest = verify(arguments.store, progress)

@@ -92,7 +92,7 @@ def write_store(
             f"{store} is a store of another model than {checkpoint}: name another directory, "
             "or remove that store first"
         )
-    layers = _layers(source, scheme)
+    layers = lay_out_layers(source, scheme)
     total = layers[-1].end_bytes
     made = not store.exists()
     try:
@@ -138,7 +138,8 @@ def config_digest(directory: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _layers(source: Source, scheme: Scheme | None) -> list[LayerSpec]:
+def lay_out_layers(source: Source, scheme: Scheme | None) -> list[LayerSpec]:
+    """Every MoE layer's extents, one after the other; checksums are not known yet."""
     layers: list[LayerSpec] = []
     for module_name, module in source.experts.items():
         empty = {

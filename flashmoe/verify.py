@@ -7,25 +7,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from flashmoe.backends.packed import PackedStore
 from flashmoe.errors import FlashMoEError
+from flashmoe.reader import ExtentReader
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory
-from flashmoe.store.pack import config_digest
-from flashmoe.store.reader import ExtentReader
-
-
-def open_manifest(store: Path) -> manifests.Manifest:
-    """The manifest, checked against the files beside it but not against every byte.
-
-    Raises FlashMoEError when the store is torn, foreign or belongs to another model.
-    """
-    manifest = manifests.load(store)
-    if config_digest(store) != manifest.config_sha256:
-        raise FlashMoEError(
-            f"store {store}: its config.json is not the one it was packed with, so it would be "
-            "a store of another model; pack it again with `flashmoe pack`"
-        )
-    return manifest
 
 
 def verify(
@@ -35,14 +21,16 @@ def verify(
 
     Raises FlashMoEError for the first that fails, naming layer and expert.
     """
-    manifest = open_manifest(store)
+    backend = PackedStore(store)
+    manifest = backend.manifest
     try:
         with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):
             pass
     except (SafetensorError, OSError) as error:
+        backend.close()
         raise FlashMoEError(f"store {store}: {manifest.dense_file} is damaged ({error})") from None
     largest = max(layer.extent_bytes for layer in manifest.layers)
-    reader = ExtentReader(store, manifest)
+    reader = ExtentReader(backend)
     try:
         view = memoryview(aligned_memory(largest * reader.readers))
         for number, layer in enumerate(manifest.layers):

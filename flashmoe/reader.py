@@ -1,20 +1,17 @@
-"""Reads experts from a store into memory: direct, several at a time, checked."""
+"""Reads experts from a backend into memory: several at a time, what is needed first, checked."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 
 import xxhash
 
+from flashmoe.backends import Backend
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import manifest as manifests
-from flashmoe.store.direct_io import drop_page_cache, open_direct
-from flashmoe.store.read_queue import Read, ReadQueue, Span
+from flashmoe.read_queue import Read, ReadQueue, Span
 
 READERS = 8  # threads, each with one read in flight
 # Smaller extents are handed to the threads in groups: a task costs some 40 us, as much as
@@ -24,6 +21,10 @@ GROUPED_BELOW_BYTES = 1 << 20
 # as early as it can. Random reads on a virtio NVMe, in whole extents of 12 MiB by 2 threads and
 # in pieces by 8: 2.7 and 3.0 GB/s; with both cores computing, 2.3 and 2.5.
 PIECE_BYTES = 1 << 20
+
+
+class _WrongBytes(Exception):
+    """A checksum does not match."""
 
 
 class Extent:
@@ -42,20 +43,23 @@ class Extent:
 
 
 class ExtentReader:
-    """Fills caller-owned memory with experts of one open store. Thread-safe.
+    """Fills caller-owned memory with experts of one open backend. Thread-safe.
 
-    The first read of each extent is checked against the manifest's checksum (xxh3-64); later
-    ones are not, since hashing every read took a fifth of the bandwidth beside computing cores.
+    Where the backend knows checksums (xxh3-64), the first read of each extent is checked, or with
+    `check_all` every one: hashing every read took a fifth of the bandwidth beside computing cores.
     """
 
-    def __init__(self, store: Path, manifest: manifests.Manifest, readers: int = READERS) -> None:
-        self.store = store
-        self.manifest = manifest
+    def __init__(
+        self, backend: Backend, readers: int = READERS, *, check_all: bool = False
+    ) -> None:
+        """The backend is closed with the reader."""
+        self.backend = backend
+        self.manifest = backend.manifest
         self.readers = readers
+        self.check_all = check_all
         self.bytes_read = 0
-        self._descriptor, self.direct = open_direct(store / manifest.experts_file, os.O_RDONLY)
         self._queue = ReadQueue(readers)
-        self._checked = [[False] * layer.n_experts for layer in manifest.layers]
+        self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
         self._lock = threading.Lock()
 
     @property
@@ -115,23 +119,17 @@ class ExtentReader:
     def _read_group(
         self, layer: int, group: Sequence[tuple[int, memoryview]], arrived: Future[None]
     ) -> None:
-        spec, checked, direct = self.manifest.layers[layer], self._checked[layer], self.direct
-        descriptor, preadv = self._descriptor, os.preadv
-        start, extent_bytes = spec.offset_bytes, spec.extent_bytes
+        checked, read = self._checked[layer], self.backend.read
         done, expert = 0, -1
         error: BaseException | None = None
         try:
             for expert, memory in group:  # few steps: at 48 KiB each costs 1 % of the bandwidth
-                count = preadv(descriptor, (memory,), start + expert * extent_bytes)
-                if count != extent_bytes or not direct:
-                    self._read_rest(layer, expert, memory, 0, count)
+                read(layer, expert, 0, memory)
                 if not checked[expert]:
                     self._check(layer, expert, memory)
-                done += extent_bytes
-        except OSError as failure:
-            error = self._error(layer, expert, f"the read failed ({failure})")
+                done += len(memory)
         except BaseException as failure:  # whatever it is, its owner waits for it
-            error = failure
+            error = self._error(layer, expert, failure)
         with self._lock:
             self.bytes_read += done
         _tell(arrived, error)
@@ -139,13 +137,10 @@ class ExtentReader:
     def _read_piece(self, extent: Extent, start: int) -> None:
         piece, done = extent.memory[start : start + PIECE_BYTES], 0
         try:
-            self._read_rest(extent.layer, extent.expert, piece, start, 0)
+            self.backend.read(extent.layer, extent.expert, start, piece)
             done = len(piece)
-        except OSError as error:
-            what = f"the read failed ({error})"
-            extent.error = self._error(extent.layer, extent.expert, what)
         except BaseException as error:  # whatever it is, its owner waits for it
-            extent.error = error
+            extent.error = self._error(extent.layer, extent.expert, error)
         with self._lock:
             self.bytes_read += done
             extent.bytes_read += done
@@ -162,40 +157,35 @@ class ExtentReader:
             if extent.wanted and extent.error is None and not self._checked[layer][expert]:
                 self._check(layer, expert, extent.memory)
         except BaseException as error:
-            extent.error = error
+            extent.error = self._error(layer, expert, error)
         _tell(extent.arrived, extent.error)
-
-    def _read_rest(
-        self, layer: int, expert: int, memory: memoryview, start: int, done: int
-    ) -> None:
-        """Fill `memory`, which begins `start` bytes into the extent and holds `done` bytes."""
-        offset = self.manifest.layers[layer].extent_offset(expert) + start
-        while done < len(memory):
-            count = os.preadv(self._descriptor, [memory[done:]], offset + done)
-            if count == 0:
-                raise self._error(layer, expert, "the file ends before it: it was cut short")
-            done += count
-        if not self.direct:
-            drop_page_cache(self._descriptor, offset, len(memory))
 
     def _check(self, layer: int, expert: int, memory: memoryview) -> None:
         if xxhash.xxh3_64_hexdigest(memory) != self.manifest.layers[layer].checksums[expert]:
-            raise self._error(layer, expert, "its bytes are not those that were packed")
-        self._checked[layer][expert] = True
+            raise _WrongBytes
+        self._checked[layer][expert] = not self.check_all
 
-    def _error(self, layer: int, expert: int, what: str) -> FlashMoEError:
+    def _error(self, layer: int, expert: int, error: BaseException) -> BaseException:
+        """A sentence that names layer and expert; what is no fault of the drive as it came."""
+        match error:
+            case _WrongBytes():
+                what = "its bytes are not those that were packed"
+            case EOFError():
+                what = "the file ends before it: it was cut short"
+            case OSError():
+                what = f"the read failed ({error})"
+            case _:
+                return error
         module = self.manifest.layers[layer].module
         return FlashMoEError(
-            f"store {self.store}: expert {expert} of {module} (MoE layer {layer}): {what}; "
-            "run `flashmoe verify`, and pack the store again if it fails"
+            f"{self.backend.path}: expert {expert} of {module} (MoE layer {layer}): {what}; "
+            f"{self.backend.remedy}"
         )
 
     def close(self) -> None:
         """End the threads and close the file, once what was demanded is read."""
         self._queue.close()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self.backend.close()
 
 
 def _tell(arrived: Future[None], error: BaseException | None) -> None:

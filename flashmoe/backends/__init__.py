@@ -1,0 +1,31 @@
+"""Where experts are read from, one file each behind `Backend`. `available()` lists them."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+from flashmoe.backends.base import Backend
+from flashmoe.errors import FlashMoEError
+from flashmoe.registry import discover
+
+__all__ = ["Backend", "available", "open_path"]
+
+
+@cache
+def available() -> dict[str, type[Backend]]:
+    """Every backend by name."""
+    return discover(sys.modules[__name__], Backend)  # type: ignore[type-abstract]
+
+
+def open_path(path: Path) -> Backend:
+    """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
+    if not path.is_dir():
+        raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
+    for backend in available().values():
+        if backend.accepts(path):
+            return backend(path)
+    raise FlashMoEError(
+        f"{path} holds no config.json and no manifest: give a Hugging Face model or a store"
+    )

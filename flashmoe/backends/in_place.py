@@ -1,0 +1,159 @@
+"""A Hugging Face checkpoint as it is: experts are read out of its safetensors shards.
+
+No second copy on disk. An expert's tensors lie in several places and at odd offsets, so the
+enclosing aligned ranges are read past the page cache into a buffer, and copied from there to
+where the extent has them. docs/speed.md says what that costs against a packed store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flashmoe import skeleton
+from flashmoe.backends.base import Backend
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.errors import FlashMoEError
+from flashmoe.store import manifest as manifests
+from flashmoe.store.direct_io import ALIGNMENT_BYTES, aligned_memory, drop_page_cache, open_direct
+from flashmoe.store.manifest import LayerSpec, Manifest
+from flashmoe.store.pack import config_digest, lay_out_layers
+
+_BUFFER_BYTES = (1 << 20) + 2 * ALIGNMENT_BYTES
+
+
+class _Segment(NamedTuple):
+    """Bytes of an extent that lie side by side in a file."""
+
+    start: int  # in the extent
+    size: int
+    file: Path
+    offset: int  # in the file
+
+
+class InPlace(Backend):
+    """The shards of a checkpoint whose experts' tensors are stored as the model uses them."""
+
+    name = "in-place"
+    remedy = "fetch the checkpoint again"
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return (path / "config.json").is_file() and not manifests.is_store(path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._buffers = threading.local()
+        self._checkpoint = Checkpoint(path)
+        try:
+            layers = lay_out_layers(self._checkpoint, None)
+            self._segments = [
+                [self._find(layer, expert) for expert in range(layer.n_experts)] for layer in layers
+            ]
+            for layer in layers:
+                self._check_layout(layer)
+            for segment in itertools.chain.from_iterable(itertools.chain(*self._segments)):
+                if segment.file not in self._files:
+                    self._files[segment.file] = open_direct(segment.file, os.O_RDONLY)
+        except BaseException:
+            self.close()
+            raise
+        self.direct = all(direct for _, direct in self._files.values())
+        self.manifest = Manifest(
+            architecture=type(self._checkpoint.model).__name__,
+            config_sha256=config_digest(path),
+            top_k=skeleton.top_k(self._checkpoint.config),
+            experts_file="",
+            dense_file="",
+            dense_bytes=self._checkpoint.dense_bytes(),
+            layers=tuple(layers),
+        )
+
+    def _find(self, layer: LayerSpec, expert: int) -> list[_Segment]:
+        """Where the extent's bytes are; neighbours in both places are one segment."""
+        found: list[_Segment] = []
+        for spec in layer.tensors:
+            start = spec.offset_bytes
+            for place in self._checkpoint.places(layer.module, spec.name, expert):
+                new = _Segment(start, place.size_bytes, place.file, place.offset_bytes)
+                last = found[-1] if found else None
+                if (
+                    last
+                    and last.file == new.file
+                    and last.offset + last.size == new.offset
+                    and last.start + last.size == new.start
+                ):
+                    new = found.pop()._replace(size=last.size + new.size)
+                found.append(new)
+                start += place.size_bytes
+            if start != spec.offset_bytes + spec.size_bytes:
+                raise self._refusal(f"{layer.module}.{spec.name} has another size or dtype there")
+        return found
+
+    def _check_layout(self, layer: LayerSpec) -> None:
+        """Raises FlashMoEError unless the bytes on disk are those that the model computes with.
+
+        Compares a whole expert as transformers converts it: whatever that does besides putting
+        tensors side by side (turning, interleaving, casting them) shows.
+        """
+        converted = self._checkpoint.expert(layer.module, 0)
+        for spec in layer.tensors:
+            wanted = converted[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
+            places = self._checkpoint.places(layer.module, spec.name, 0)
+            given = b"".join(self._checkpoint.bytes_at(place) for place in places)
+            if not np.array_equal(wanted, np.frombuffer(given, np.uint8)):
+                raise self._refusal(f"{layer.module}.{spec.name} is converted when it is loaded")
+
+    def _refusal(self, why: str) -> FlashMoEError:
+        return FlashMoEError(
+            f"{self.path} cannot be read in place ({why}): run `flashmoe pack {self.path} STORE` "
+            "and use the store"
+        )
+
+    def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
+        end = start + len(memory)
+        for segment in self._segments[layer][expert]:
+            first, last = max(segment.start, start), min(segment.start + segment.size, end)
+            while first < last:
+                size = min(last - first, _BUFFER_BYTES - 2 * ALIGNMENT_BYTES)
+                offset = segment.offset + first - segment.start
+                self._copy(segment.file, offset, memory[first - start : first - start + size])
+                first += size
+
+    def _copy(self, file: Path, offset: int, target: memoryview) -> None:
+        """Read what encloses `target`'s bytes, then copy them: numpy lets other threads run."""
+        descriptor, direct = self._files[file]
+        if not hasattr(self._buffers, "view"):
+            self._buffers.view = memoryview(aligned_memory(_BUFFER_BYTES))
+        begin = offset // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        skipped = offset - begin
+        needed = skipped + len(target)
+        whole = -(-needed // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer, done = self._buffers.view[:whole], 0
+        while done < needed:
+            aligned = done // ALIGNMENT_BYTES * ALIGNMENT_BYTES  # a short read may end anywhere
+            count = os.preadv(descriptor, [buffer[aligned:]], begin + aligned)
+            if aligned + count <= done:
+                raise EOFError
+            done = aligned + count
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer, np.uint8)[skipped:needed])
+        if not direct:
+            drop_page_cache(descriptor, begin, whole)
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        tensors = dict(self._checkpoint.dense())
+        self._checkpoint.forget_pages()
+        return tensors
+
+    def close(self) -> None:
+        self._checkpoint.close()
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
