@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,37 +15,80 @@ from flashmoe.store.direct_io import aligned_memory
 from flashmoe.store.manifest import DTYPES, LayerSpec
 
 
+class _Slot(NamedTuple):
+    """Room for one extent, somewhere in a piece of memory."""
+
+    memory: mmap.mmap
+    start: int
+    view: memoryview
+    parameters: Parameters
+
+
 class Arena:
-    """`n_slots` extents of one layer, side by side, each filled by one read.
+    """`n_slots` extents of one layer, each filled by one read.
 
     `parameters[slot]` are the expert's tensors as views of the slot's bytes (no copy), by
     the module's parameter names. Memory is resident only where a slot was filled.
     """
 
     def __init__(self, layer: LayerSpec, n_slots: int) -> None:
-        self.n_slots = n_slots
+        self.layer = layer
         self.extent_bytes = layer.extent_bytes
-        self.memory = aligned_memory(n_slots * layer.extent_bytes)
-        whole = torch.frombuffer(self.memory, dtype=torch.uint8)
-        size = layer.extent_bytes
-        ends = [(slot * size, (slot + 1) * size) for slot in range(n_slots)]
-        self.slots = [memoryview(self.memory)[start:end] for start, end in ends]
-        self.parameters = [views(whole[start:end], layer) for start, end in ends]
+        self._own = self._made(n_slots)
+        self._given_back: list[_Slot] = []  # address space without memory, to be used again
+        self._show()
+
+    def _made(self, n_slots: int) -> list[_Slot]:
+        """New slots side by side."""
+        if not n_slots:
+            return []
+        size = self.extent_bytes
+        memory = aligned_memory(n_slots * size)
+        whole, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
+        return [
+            _Slot(memory, at, view[at : at + size], views(whole[at : at + size], self.layer))
+            for at in range(0, n_slots * size, size)
+        ]
+
+    def _show(self) -> None:
+        self.slots = [slot.view for slot in self._own]
+        self.parameters = [slot.parameters for slot in self._own]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self._own)
 
     def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
         """Two slots' memory changes places, of arenas of layers laid out alike."""
-        mine, theirs = self.slots, other.slots
-        mine[slot], theirs[other_slot] = theirs[other_slot], mine[slot]
-        own, others = self.parameters, other.parameters
-        own[slot], others[other_slot] = others[other_slot], own[slot]
+        self._own[slot], other._own[other_slot] = other._own[other_slot], self._own[slot]
+        for arena, place in ((self, slot), (other, other_slot)):
+            arena.slots[place] = arena._own[place].view
+            arena.parameters[place] = arena._own[place].parameters
+
+    def resize(self, kept: Sequence[int], n_slots: int) -> None:
+        """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed."""
+        chosen = set(kept)
+        rest = [slot for number, slot in enumerate(self._own) if number not in chosen]
+        own = [self._own[number] for number in kept] + rest
+        for slot in own[n_slots:]:
+            slot.memory.madvise(mmap.MADV_DONTNEED, slot.start, self.extent_bytes)
+        self._given_back += own[n_slots:]
+        own = own[:n_slots]
+        while len(own) < n_slots and self._given_back:
+            own.append(self._given_back.pop())
+        self._own = own + self._made(n_slots - len(own))
+        self._show()
 
     def close(self) -> None:
         """Give the memory back. Tensors handed out must not be used afterwards."""
         self.parameters.clear()
-        for view in self.slots:
-            view.release()
         self.slots.clear()
-        del self.memory  # unmapped when the last tensor view goes
+        for slot in (*self._own, *self._given_back):
+            # exchanged slots may lie in memory that another arena goes on using
+            slot.memory.madvise(mmap.MADV_DONTNEED, slot.start, self.extent_bytes)
+            slot.view.release()
+        self._own.clear()  # unmapped when the last tensor view goes
+        self._given_back.clear()
 
 
 def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:

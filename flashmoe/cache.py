@@ -8,13 +8,14 @@ simulator gives the hits and misses that the engine counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from flashmoe.compiled import freeze, helper, kernel, touch, victim
 from flashmoe.events import Event, Events
+from flashmoe.policies import state
 from flashmoe.policies.base import Policy
 
 
@@ -112,6 +113,14 @@ def _remove(cache, key):  # type: ignore[no-untyped-def]
 
 
 @helper
+def _shrink(policy, cache, n_slots):  # type: ignore[no-untyped-def]
+    """Evict, as the policy says, until no more than `n_slots` are resident."""
+    while cache.sizes[0] > n_slots:
+        residents = cache.residents[: cache.sizes[0]].copy()
+        _remove(cache, victim(policy, residents))
+
+
+@helper
 def _replay(policy, cache, events, now):  # type: ignore[no-untyped-def]
     """Serve every event, waves included; (requests, hits, tokens served)."""
     members = np.empty(len(cache.slot_of), np.int64)
@@ -193,6 +202,33 @@ class ExpertCache:
         self.requests += requests
         self.hits += hits
         self.policy_seconds += time.perf_counter() - started
+
+    def resized(self, policy: Policy) -> tuple[ExpertCache, list[int]]:
+        """A cache under a fresh `policy` of the same kind, with this one's experts and state.
+
+        As many as it has slots stay resident, as this policy chooses. Also returns, for each
+        slot of the new cache from 0 on, the slot here that its expert is in. This cache is not
+        to be used afterwards.
+        """
+        kernel(_shrink, type(self.policy))(self._state, self.residency, policy.n_slots)
+        keys = self.resident
+        kept = [int(self.residency.slot_of[key]) for key in keys]
+        known = state.arrays(self.policy)
+        if state.fits(policy, known):
+            state.take(policy, known)
+        new = ExpertCache(policy)
+        new.place(keys)
+        new.tokens, new.requests, new.hits = self.tokens, self.requests, self.hits
+        new.policy_seconds = self.policy_seconds
+        return new, kept
+
+    def place(self, keys: Sequence[int]) -> None:
+        """Make `keys` resident in slots 0, 1, ... of an empty cache; the policy is not told."""
+        residency, count = self.residency, len(keys)
+        residency.slot_of[list(keys)] = np.arange(count)
+        residency.residents[:count] = keys
+        residency.sizes[:] = count, self.n_slots - count
+        residency.free[: self.n_slots - count] = np.arange(count, self.n_slots)[::-1]
 
     def forget(self, key: int) -> None:
         """Free the key's slot: its bytes never arrived."""

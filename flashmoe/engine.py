@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from flashmoe import backends, budget, dense, experts, policies, skeleton
+from flashmoe import backends, budget, dense, experts, free_memory, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.lookahead import Lookahead
-from flashmoe.policies.base import Scope
+from flashmoe.policies.base import Policy, Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
 from flashmoe.read_queue import Span
 from flashmoe.reader import ExtentReader
@@ -33,44 +34,38 @@ class Engine:
         memory_bytes: int,
         policy: str,
         prefetch: bool,
+        check_reads: bool,
     ) -> None:
         self.path = backend.path
         self.manifest = backend.manifest
         self.memory_bytes = memory_bytes
         self.policy_name = policy
         self.policy = policies.get(policy, online=True)
+        self.guesses = prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES
         self.modules = skeleton.expert_modules(model)
         _check_fit(self.modules, self.manifest, self.path)
-        self.slots = budget.divide(
-            self.manifest,
-            memory_bytes,
-            pools=self.policy.policy_class.pools,
-            guesses=prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES,
-        )
+        self.slots = self._divide(memory_bytes)
+        self.lock = threading.RLock()  # a layer at a time, whichever thread asks
         self.timings = experts.Timings()
         self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
-        self.reader = ExtentReader(backend)
+        self.reader = ExtentReader(backend, check_all=check_reads)
         self.caches = self._new_caches()
-        specs = self.manifest.layers[:1] if self.slots.shared else self.manifest.layers
-        self.arenas = [
-            Arena(spec, cache.n_slots) for spec, cache in zip(specs, self.caches, strict=True)
-        ]
-        self.prefetcher: Prefetcher | None = None
-        if self.slots.spares:
-            spares = Arena(self.manifest.layers[0], self.slots.spares)
-            self.prefetcher = Prefetcher(Lookahead(model), spares, self.reader)
+        self.arenas = self._new_arenas(self.caches)
+        self.lookahead = Lookahead(model)
+        self.prefetcher = self._new_prefetcher()
         self.layers: list[experts.StreamedExperts] = []
         for number, module in enumerate(self.modules.values()):
             place = self._place(number)
             streamed = experts.StreamedExperts(
                 number,
-                number * self.manifest.layers[0].n_experts if self.slots.shared else 0,
+                self._first_key(number),
                 self.arenas[place],
                 self.caches[place],
                 self.reader,
                 self.timings,
                 self.routing,
                 self.prefetcher,
+                self.lock,
             )
             module.flashmoe_experts = streamed  # type: ignore[assignment]
             if self.layers:
@@ -78,21 +73,41 @@ class Engine:
             self.layers.append(streamed)
         self._peak_resident_bytes = 0
 
+    def _divide(self, memory_bytes: int) -> budget.Slots:
+        pools = self.policy.policy_class.pools
+        return budget.divide(self.manifest, memory_bytes, pools=pools, guesses=self.guesses)
+
     def _place(self, number: int) -> int:
         """Which of the caches and arenas serves a layer."""
         return 0 if self.slots.shared else number
 
-    def _new_caches(self) -> list[ExpertCache]:
-        """One a layer, or one."""
+    def _first_key(self, number: int) -> int:
+        """The key of a layer's expert 0 in the cache that serves the layer."""
+        return number * self.manifest.layers[0].n_experts if self.slots.shared else 0
+
+    def new_policy(self, number: int, n_slots: int) -> Policy:
+        """A fresh policy for one of the caches."""
         layers, top_k, depth = self.manifest.layers, self.manifest.top_k, len(self.manifest.layers)
         if self.slots.shared:
-            scopes = [Scope(layers[0].n_experts, top_k, depth, 0, depth)]
+            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth)
         else:
-            scopes = [Scope(layer.n_experts, top_k, 1, n, depth) for n, layer in enumerate(layers)]
-        return [
-            ExpertCache(self.policy(scope, min(self.slots.n_slots, scope.n_keys)))
-            for scope in scopes
-        ]
+            scope = Scope(layers[number].n_experts, top_k, 1, number, depth)
+        return self.policy(scope, min(n_slots, scope.n_keys))
+
+    def _new_caches(self) -> list[ExpertCache]:
+        """One a layer, or one."""
+        count = 1 if self.slots.shared else len(self.manifest.layers)
+        return [ExpertCache(self.new_policy(n, self.slots.n_slots)) for n in range(count)]
+
+    def _new_arenas(self, caches: list[ExpertCache]) -> list[Arena]:
+        specs = self.manifest.layers[:1] if self.slots.shared else self.manifest.layers
+        return [Arena(spec, cache.n_slots) for spec, cache in zip(specs, caches, strict=True)]
+
+    def _new_prefetcher(self) -> Prefetcher | None:
+        if not self.slots.spares:
+            return None
+        spares = Arena(self.manifest.layers[0], self.slots.spares)
+        return Prefetcher(self.lookahead, spares, self.reader)
 
     def use(self, caches: list[ExpertCache]) -> None:
         """Let `caches`, as many as there are and as large, decide from now on; slots are empty."""
@@ -114,6 +129,39 @@ class Engine:
             for cache, arena in zip(self.caches, self.arenas, strict=True)
         )
         return held + self.slots.spares * self.manifest.layers[0].extent_bytes
+
+    def resize(self, memory: int | str) -> None:
+        """Give experts another budget from now on; output does not change. Not during generation.
+
+        What fits stays resident, as the policy chooses, and memory is given back at once; where
+        layers begin or cease to share one cache, it starts cold. Raises FlashMoEError when the
+        budget is too small, and leaves all as it was.
+        """
+        memory_bytes = parse_bytes(memory)
+        slots = self._divide(memory_bytes)
+        with self.lock:
+            if self.prefetcher:
+                self.prefetcher.clear()
+            same = slots.shared == self.slots.shared
+            before, self.slots, self.memory_bytes = self.caches, slots, memory_bytes
+            fresh = self._new_caches()
+            if same:
+                pairs = [old.resized(new.policy) for old, new in zip(before, fresh, strict=True)]
+                for arena, (cache, kept) in zip(self.arenas, pairs, strict=True):
+                    arena.resize(kept, cache.n_slots)
+                self.use([cache for cache, _ in pairs])
+            else:
+                for arena in self.arenas:
+                    arena.close()
+                self.arenas = self._new_arenas(fresh)
+                self.use(fresh)
+            if self.prefetcher:
+                self.prefetcher.close()
+            self.prefetcher = self._new_prefetcher()
+            for layer in self.layers:
+                layer.arena = self.arenas[self._place(layer.number)]
+                layer.first_key = self._first_key(layer.number)
+                layer.prefetcher = self.prefetcher
 
     def stats(self) -> dict[str, Any]:
         """Counts since load or the last reset, in experts, bytes and seconds.
@@ -225,25 +273,31 @@ def load(
     policy: str = "learned",
     device: str = "cpu",
     prefetch: bool = True,
+    check_reads: bool = False,
 ) -> transformers.PreTrainedModel:
     """A transformers model, ready for `.generate`, whose experts stay on the SSD.
 
     path: a store, or a Hugging Face directory, whose experts are read in place.
     memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
-        (5-7 % of it) comes on top. Output does not depend on it.
+        (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
+        (see `free_memory`). Output does not depend on it.
     policy: a name from `flashmoe policies`, or name:argument.
     prefetch: while a layer computes, read what the next one is guessed to need (where that
         pays: experts of a MiB or more). Output does not depend on it either.
+    check_reads: compare every read with its checksum, not only the first of each expert: for
+        drives that are not trusted, where cores are idle (see docs/speed.md).
     Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
     small for one token. `model.flashmoe` is the Engine.
     """
     if torch.device(device).type != "cpu":
         raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
-    memory_bytes = parse_bytes(memory)
+    memory_bytes = None if memory == "auto" else parse_bytes(memory)
     backend = backends.open_path(Path(path))
     try:
         model = skeleton.build(skeleton.read_config(backend.path))
-        engine = Engine(model, backend, memory_bytes, policy, prefetch)
+        if memory_bytes is None:
+            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes)
+        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads)
     except BaseException:
         backend.close()
         raise

@@ -6,6 +6,7 @@ there works without model code of ours.
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class StreamedExperts:
         timings: Timings,
         routing: Routing,
         prefetcher: Prefetcher | None,
+        lock: threading.RLock,
     ) -> None:
         self.number = number
         self.first_key = first_key  # of expert 0; above 0 in a cache that layers share
@@ -93,19 +95,21 @@ class StreamedExperts:
         self.timings = timings
         self.routing = routing
         self.prefetcher = prefetcher
+        self.lock = lock
         self.above: StreamedExperts | None = None  # whose experts are guessed here
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        started = time.perf_counter()
-        rows = index.numpy()
-        known = self.routing.note(self.number, rows, skeleton.n_experts(module))
-        event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
-        serve = partial(self._serve, event, hidden)
-        result = arithmetic.run(module, hidden, index, weights, serve)
-        self.timings.total_seconds += self.timings.since(started, "layer")
-        return result
+        with self.lock:  # threads that generate at once are served in turn
+            started = time.perf_counter()
+            rows = index.numpy()
+            known = self.routing.note(self.number, rows, skeleton.n_experts(module))
+            event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
+            serve = partial(self._serve, event, hidden)
+            result = arithmetic.run(module, hidden, index, weights, serve)
+            self.timings.total_seconds += self.timings.since(started, "layer")
+            return result
 
     def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
         """Compute every member of `event`: resident ones first, while the others are read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe import plain_npz
 from flashmoe.errors import FlashMoEError
 
 _OPTIONAL = ("weights", "probabilities", "step", "guesses")
@@ -143,13 +143,9 @@ def load(path: str | os.PathLike[str]) -> Trace:
         return FlashMoEError(f"trace {path}: {what}; record it anew with `flashmoe record`")
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            arrays = {n: archive[n] for n in ("experts", "sequence", *_OPTIONAL) if n in names}
-    except FileNotFoundError:
-        raise FlashMoEError(f"trace {path}: no such file") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
-        raise refuse(f"cannot be read as a plain .npz without pickled objects ({error})") from None
+        arrays = plain_npz.read(path, ("experts", "sequence", *_OPTIONAL))
+    except plain_npz.UnreadableError as error:
+        raise refuse(str(error)) from None
     if not {"experts", "sequence"} <= arrays.keys():
         raise refuse("lacks the arrays 'experts' and 'sequence'")
     experts, sequence = arrays["experts"], arrays["sequence"]

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import flashmoe
 
@@ -18,18 +19,52 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, help="Hugging Face directory or store (default: the demo)"
     )
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--memory", default="12MiB", help="budget for experts (default: 12MiB)")
+    parser.add_argument(
+        "--memory",
+        default="12MiB",
+        help="budget for experts, or auto: what the machine has free (default: 12MiB)",
+    )
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
         "--no-prefetch", action="store_true", help="read an expert only when it is surely needed"
     )
+    parser.add_argument(
+        "--warm", type=Path, metavar="FILE", help="begin as the run before ended, and keep this one"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--stats", action="store_true", help="say every second how it goes")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+class _Counting:
+    """A streamer that counts tokens on their way to another, if there is one."""
+
+    def __init__(self, streamer: Any, telemetry: Any) -> None:
+        self.streamer = streamer
+        self.telemetry = telemetry
+        self.prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        self.telemetry.tokens += self.prompt_seen
+        self.prompt_seen = True
+        if self.streamer:
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        if self.streamer:
+            self.streamer.end()
+
+
+def _nothing(second: object) -> None:
+    pass
 
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, TextStreamer
+
+    from flashmoe import warm
+    from flashmoe.telemetry import Telemetry
 
     if arguments.max_new_tokens < 1:
         raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
@@ -45,9 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
         inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
         if not inputs["input_ids"].numel():
             raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")
-        streamer = None if arguments.json else TextStreamer(tokenizer)
+        if arguments.warm and arguments.warm.exists():
+            warm.restore(model.flashmoe, arguments.warm)
+        tell = (lambda second: print(second, file=sys.stderr)) if arguments.stats else _nothing
+        telemetry = Telemetry(model.flashmoe, tell)
+        streamer = _Counting(None if arguments.json else TextStreamer(tokenizer), telemetry)
         started = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), telemetry:
             output = model.generate(
                 **inputs,
                 max_new_tokens=arguments.max_new_tokens,
@@ -57,13 +96,17 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         new = output.shape[1] - inputs["input_ids"].shape[1]
         stats = model.flashmoe.stats()
+        if arguments.warm:
+            warm.save(model.flashmoe, arguments.warm)
     finally:
         model.flashmoe.close()
     if arguments.json:
         text = tokenizer.decode(output[0], skip_special_tokens=True)
         ids = output[0].tolist()
         result = {"text": text, "token_ids": ids, "new_tokens": new, "seconds": seconds}
-        print(json.dumps(result | {"tokens_per_second": new / seconds, "stats": stats}))
+        result |= {"tokens_per_second": new / seconds, "stats": stats}
+        result["each_second"] = [second._asdict() for second in telemetry.seconds]
+        print(json.dumps(result))
     else:
         print(
             f"{new} tokens, {new / seconds:.1f} token/s, hit rate {stats['hit_rate']:.1%}, "

@@ -1,0 +1,215 @@
+"""Budgets that change while a model is loaded, and caches that begin where another ended."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import budget, generate, make_checkpoint, prompt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flashmoe
+from flashmoe import free_memory, policies, warm
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.pack import pack
+
+ONLINE = [name for name, policy in policies.available().items() if not policy.offline]
+
+
+@pytest.fixture
+def loaded(stores):
+    models = []
+
+    def get(slots: int, policy: str = "lru"):
+        models.append(flashmoe.load(stores(), memory=budget(stores(), slots), policy=policy))
+        return models[-1]
+
+    yield get
+    for model in models:
+        model.flashmoe.close()
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+def test_output_does_not_change_when_the_budget_does(loaded, stores, policy):
+    expected = generate(loaded(8), prompt(9), 12)
+    model = loaded(6, policy)
+    for slots in (6, 2, 8, 3, 5):
+        size = budget(stores(), slots)
+        model.flashmoe.resize(size)
+        assert model.flashmoe.resident_bytes <= size
+        assert generate(model, prompt(9), 12) == expected
+        assert model.flashmoe.resident_bytes <= size
+
+
+def test_what_fits_stays_resident(loaded, stores):
+    model = loaded(8)
+    generate(model, prompt(40), 4)
+    before = [set(cache.resident) for cache in model.flashmoe.caches]
+    model.flashmoe.resize(budget(stores(), 4))
+    after = [set(cache.resident) for cache in model.flashmoe.caches]
+    assert all(len(kept) == 4 and kept < whole for kept, whole in zip(after, before, strict=True))
+    model.flashmoe.reset_counts()
+    model.flashmoe.resize(budget(stores(), 8))
+    assert [set(cache.resident) for cache in model.flashmoe.caches] == after
+    generate(model, prompt(40), 1)
+    assert model.flashmoe.stats()["hits"] == sum(map(len, after))
+
+
+def test_from_caches_of_layers_to_one_for_all_and_back(loaded, stores):
+    expected = generate(loaded(8), prompt(9), 12)
+    model = loaded(4, "learned")
+    assert not model.flashmoe.slots.shared
+    for slots, shared in ((2, True), (6, False)):
+        model.flashmoe.resize(budget(stores(), slots))
+        assert model.flashmoe.slots.shared == shared
+        assert generate(model, prompt(9), 12) == expected
+
+
+def test_a_budget_too_small_leaves_all_as_it_was(loaded):
+    model = loaded(4)
+    expected = generate(model, prompt(9), 6)
+    with pytest.raises(FlashMoEError, match="too small"):
+        model.flashmoe.resize(1000)
+    assert model.flashmoe.slots_per_layer == 4
+    assert generate(model, prompt(9), 6) == expected
+
+
+def test_memory_is_given_back_and_taken_again(tmp_path):
+    make_checkpoint(
+        "olmoe", tmp_path / "checkpoint", vocab_size=256, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
+    )  # fmt: skip
+    pack(tmp_path / "checkpoint", tmp_path / "store")  # 192 MiB of experts
+    model = flashmoe.load(tmp_path / "store", memory="190MiB", policy="lru")
+    held = lambda: psutil.Process().memory_info().rss >> 20  # noqa: E731
+    for _ in range(2):
+        generate(model, prompt(120), 2)
+        full = held()
+        model.flashmoe.resize("30MiB")
+        assert full - held() > 120
+        generate(model, prompt(120), 2)
+        assert full - held() > 100
+        model.flashmoe.resize("190MiB")
+    model.flashmoe.close()
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+def test_a_restored_cache_goes_on_as_if_it_had_never_stopped(loaded, tmp_path, policy):
+    file = tmp_path / "kept.npz"
+    one, other = loaded(3, policy), loaded(3, policy)
+    generate(one, prompt(9), 12)
+    warm.save(one.flashmoe, file)
+    restored = warm.restore(other.flashmoe, file)
+    assert restored == sum(len(cache.resident) for cache in one.flashmoe.caches)
+    one.flashmoe.reset_counts()
+    texts = [generate(model, prompt(11), 12) for model in (one, other)]
+    assert texts[0] == texts[1]
+    stats = [model.flashmoe.stats() for model in (one, other)]
+    assert stats[0]["hits"] == stats[1]["hits"] > 0
+    assert stats[0]["bytes_read"] == stats[1]["bytes_read"]
+
+
+@pytest.mark.parametrize("slots", [2, 5, 8])
+def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
+    file = tmp_path / "kept.npz"
+    one, other = loaded(4), loaded(slots)
+    expected = generate(one, prompt(9), 12)
+    warm.save(one.flashmoe, file)
+    warm.restore(other.flashmoe, file)
+    first = other.flashmoe.stats()
+    assert first["requests"] == 0
+    assert generate(other, prompt(9), 12) == expected
+    assert other.flashmoe.stats()["hits"] > 0
+
+
+def test_what_was_kept_of_another_policy_is_refused(loaded, tmp_path):
+    file = tmp_path / "kept.npz"
+    warm.save(loaded(4, "lfu").flashmoe, file)
+    with pytest.raises(FlashMoEError, match="another model, policy"):
+        warm.restore(loaded(4, "lru").flashmoe, file)
+    with pytest.raises(FlashMoEError, match="keeps a cache warm"):
+        warm.restore(loaded(4, "lru").flashmoe, tmp_path / "none.npz")
+
+
+@pytest.fixture
+def kept(loaded, tmp_path):
+    model = loaded(3, "arc")
+    generate(model, prompt(9), 3)
+    warm.save(model.flashmoe, tmp_path / "kept.npz")
+    return model, tmp_path / "kept.npz"
+
+
+@given(st.data())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_file_is_refused_in_a_sentence_or_harmless(kept, data):
+    model, file = kept
+    content = bytearray(file.read_bytes())
+    damaged = file.with_name("damaged.npz")
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    for _ in range(data.draw(st.integers(0, 4))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    damaged.write_bytes(content)
+    try:
+        warm.restore(model.flashmoe, damaged)
+    except FlashMoEError as error:
+        assert str(damaged) in str(error)
+    held = [cache.resident for cache in model.flashmoe.caches]
+    assert all(len(set(keys)) == len(keys) <= 3 for keys in held)
+
+
+def test_auto_is_what_is_free_less_a_reserve(stores, tmp_path):
+    assert 0 < free_memory.available_bytes() <= psutil.virtual_memory().total
+    dense = 1 << 20
+    room = free_memory.available_bytes() - free_memory.budget_bytes(dense)
+    assert room >= free_memory.RESERVE_BYTES + dense - (64 << 20)  # others allocate meanwhile
+    model = flashmoe.load(stores(), memory="auto", policy="lru")
+    assert model.flashmoe.slots_per_layer == 8
+    model.flashmoe.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_auto_sees_the_limits_of_cgroups_above(tmp_path, version):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    base = root if version == 2 else root / "memory"
+    limit, usage, reclaimable = free_memory._FILES[version]
+    for folder, size in ((base / "a" / "b", "max"), (base / "a", str(500 << 20))):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(size)
+        (folder / usage).write_text(str(300 << 20))
+        (folder / "memory.stat").write_text(f"anon 7\n{reclaimable} {100 << 20}\n")
+    own.write_text("0::/a/b\n" if version == 2 else "9:cpu,memory:/a/b\n3:pids:/x\n")
+    assert list(free_memory._cgroups(root, own)) == [300 << 20]
+
+
+@torch.inference_mode()
+def test_threads_that_generate_at_once_are_served(loaded):
+    model = loaded(2)
+    prompts = [prompt(n) for n in (5, 9, 13, 17)]
+    expected = [generate(model, ids, 12) for ids in prompts]
+    given: dict[int, list[list[int]]] = {}
+
+    def work(number: int) -> None:
+        given[number] = generate(model, prompts[number], 12)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [given[number] for number in range(len(prompts))] == expected
+
+
+def test_the_file_is_small_and_holds_no_pickle(kept):
+    _, file = kept
+    assert Path(file).stat().st_size < 100_000
+    with np.load(file, allow_pickle=False) as content:
+        assert "description" in content.files
