@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -170,7 +171,12 @@ def _run_one(arguments: argparse.Namespace) -> None:
         )
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt  # so that cgroups, processes and scratch files go as on Ctrl-C
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     try:
         main()
     except FlashMoEError as error:
