@@ -151,7 +151,7 @@ def test_bad_input_is_one_sentence(capfd, checkpoints, own_store, tmp_path):
     assert "no such directory" in refused(capfd, "generate", tmp_path / "none", *prompt)
     assert "is not a store" in refused(capfd, "verify", tmp_path)
     assert "no config.json" in refused(capfd, "pack", tmp_path, tmp_path / "s")
-    assert "not built yet" in refused(capfd, "pack", checkpoints(), tmp_path / "s", "--quant=int4")
+    assert "--quant int8" in refused(capfd, "pack", checkpoints(), tmp_path / "s", "--quant=int4")
     assert "is a file" in refused(capfd, "pack", checkpoints(), own_store / "config.json")
     assert "no such file" in refused(capfd, "simulate", tmp_path / "t.npz")
     routing = flashmoe.demo_routing_path()
