@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 
 import nox
 
@@ -110,6 +111,31 @@ def quant(session: nox.Session) -> None:
     """What int8 and int4 experts bring at full size (25 GB of disk), `-- --texts DIR` cost."""
     ensure_fio(session)
     harness(session, "quant")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """A thousand faults of every kind, and 500 kills of a pack."""
+    harness(session, "faults")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """An hour of loading, generating, resizing and closing: nothing may grow."""
+    harness(session, "soak")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Every kind of file that may come from anywhere, coverage-guided; `-- SECONDS` of each."""
+    install(session, "harness")
+    session.install("atheris")
+    seconds = session.posargs[0] if session.posargs else "600"
+    listing = "from harness.untrusted import INPUTS; print(*INPUTS, sep='\\n')"
+    names = str(session.run("python", "-c", listing, silent=True)).strip().splitlines()
+    with tempfile.TemporaryDirectory() as findings, session.chdir(findings):
+        for name in names:
+            session.run("python", "-m", "harness.fuzz", name, seconds)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,9 +20,15 @@ class FlashMoELRU(System):
     prefetch = True
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
 
+    def source(self, setting: Setting) -> Path:
+        return setting.store
+
     def load(self, setting: Setting) -> PreTrainedModel:
         self.model = flashmoe.load(
-            setting.store, memory=setting.memory_bytes, policy=self.policy, prefetch=self.prefetch
+            self.source(setting),
+            memory=setting.memory_bytes,
+            policy=self.policy,
+            prefetch=self.prefetch,
         )
         self.engine = self.model.flashmoe
         if self.engine.prefetcher:

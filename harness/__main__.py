@@ -46,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     fewer.add_argument("--rounds", type=int, default=2)
     fewer.add_argument("--texts", type=Path, help="measure quality instead, on texts fetched here")
     commands.add_parser("families", help="which MoE families are streamed as they should be")
+    failing = commands.add_parser("faults", help="failing drives and killed packs, counted")
+    failing.add_argument("--count", type=int, default=1000, help="faults of each kind")
+    failing.add_argument("--kills", type=int, default=500)
+    long = commands.add_parser("soak", help="does anything grow in hours of use?")
+    long.add_argument("--seconds", type=float, default=3600)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
@@ -64,7 +69,7 @@ def main() -> None:
         _run_one(arguments)
         return
     from flashmoe.sizes import parse_bytes
-    from harness import report
+    from harness import provenance, report
     from harness import reproduce as steps
 
     folder = steps.folder_for("quick")
@@ -130,6 +135,18 @@ def main() -> None:
                 rounds=arguments.rounds,
                 stores=arguments.stores,
             )
+        case "soak":
+            from harness.say import say
+            from harness.soak import soak
+
+            report.write(folder, "soak", soak(arguments.seconds, say))
+            report.provenance(folder, "soak", provenance.gather(command, folder, seed=0))
+        case "faults":
+            from harness import faults
+
+            report.write(folder, "faults-reads", faults.reads(arguments.count))
+            report.write(folder, "faults-kills", faults.kills(arguments.kills))
+            report.provenance(folder, "faults", provenance.gather(command, folder, seed=0))
         case "quant":
             from harness import quant_table
 

@@ -56,7 +56,15 @@ WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
 QUICK_CAPS = (0.4,)  # Python alone is a fifth of the small model's size
 QUICK_DECODE_SECONDS = 4.0
-QUICK_SYSTEMS = ("flashmoe", "flashmoe-lru", "fiddler", "daop", "os-paging", "os-paging-willneed")
+QUICK_SYSTEMS = (
+    "flashmoe",
+    "flashmoe-in-place",
+    "flashmoe-lru",
+    "fiddler",
+    "daop",
+    "os-paging",
+    "os-paging-willneed",
+)
 # Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
 # weights, the code pages of the libraries, and what the allocator keeps.
 BESIDE_BYTES = 640 << 20

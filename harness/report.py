@@ -74,6 +74,17 @@ NOTES = {
     "`slots`: the budget in experts a layer, half of which the system pins.",
     "packing": "Measured: `flashmoe pack` of the full-scale checkpoint in a process of its own; "
     "`page_cache_MB` is what of checkpoint and store lay in the page cache afterwards.",
+    "faults": "Measured. `faults-reads`: a tiny model generates while system calls fail on "
+    "purpose, one in 40: an I/O error, fewer bytes than asked for, a delay, a flipped bit, an "
+    "early end of the file; every read is checked (`check_reads`). A run is right, refused in a "
+    "sentence that names layer and expert, or worse; afterwards the same model must be right "
+    "without faults. `faults-kills`: a pack is killed before one of the calls by which it changes "
+    "the disk, each in turn.",
+    "soak": "Measured: one process that loads, generates with, resizes and closes the demo model "
+    "over and over, at random budgets and two policies.",
+    "warm": "Measured, the demo model, 24 of 64 slots, another prompt of the same kind first, then "
+    "this one: hit rates of the first token after the prompt and of the first 100, cold, and with "
+    "`--warm`, which begins with the experts and the policy's state that the first prompt left.",
     "text": "Measured. Greedy text of the demo model, streamed from the store at three budgets, "
     "cold for each kind: `same_output` says whether every budget gave the tokens of plain "
     "transformers with everything resident; hit rates include the prompt, whose experts are new.",

@@ -18,6 +18,7 @@ from harness import (
     speedups,
     ssd,
     texts,
+    warm_table,
 )
 from harness.job import Job
 from harness.say import say
@@ -82,6 +83,7 @@ def run_generation(folder: Path, command: str) -> None:
         say("generating text from the store, one prompt a kind of text, at several budgets")
         report.write(folder, "text", texts.table(store, say))
         report.write(folder, "quality", quality.table(store, say))
+        report.write(folder, "warm", warm_table.table(store, say))
         drive = speedups.drive_of(store, FIO_SECONDS)
         rows = speedups.table(
             speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS), QUICK_ROUNDS, drive, say

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from flashmoe import quant
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
 from flashmoe.store.direct_io import ALIGNMENT_BYTES
+from flashmoe.store.files import replace_file, sync_directory
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"
@@ -93,22 +93,9 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Publish the store: an atomic rename, after which the old files are unreferenced."""
-        partial = directory / f".{FILE_NAME}.{os.getpid()}"
         document = {"format": FORMAT, "version": VERSION} | asdict(self)
-        with open(partial, "w") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(directory / FILE_NAME)
+        replace_file(directory / FILE_NAME, json.dumps(document, indent=1).encode())
         sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def lay_out(

@@ -33,6 +33,7 @@ from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory, open_direct
+from flashmoe.store.files import replace_file
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
 
 _SIDE_FILES = (  # what from_pretrained, the tokenizer and generate read; nothing executable
@@ -108,7 +109,7 @@ def write_store(
             dense_bytes = _write_dense(source, store / dense_name)
             for name in _SIDE_FILES:
                 if (checkpoint / name).is_file():
-                    _replace_file(store / name, (checkpoint / name).read_bytes())
+                    replace_file(store / name, (checkpoint / name).read_bytes())
             manifest = Manifest(
                 architecture=type(source.model).__name__,
                 config_sha256=config_digest(store),
@@ -175,7 +176,9 @@ def _quantised(
 @contextmanager
 def _exclusive(store: Path) -> Iterator[None]:
     """One pack at a time into a directory; the lock dies with the process."""
-    with open(store / ".lock", "w") as lock:
+    # not followed, should it be a link: whoever made this directory may not be trusted
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(store / ".lock", flags, 0o644), "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -257,12 +260,3 @@ def _write_dense(source: Source, path: Path) -> int:
         os.fsync(file.fileno())
         source.forget_pages()
         return file.tell()
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -1,0 +1,91 @@
+"""What beginning with the experts of the last run is worth, on the demo model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+import flashmoe
+from flashmoe import warm
+from harness import texts
+from harness.speedups import Say, budget_for
+
+SLOTS = 24
+TOKENS = 100
+FIRST_PROMPTS = {  # of the run before; the one measured continues texts.PROMPTS
+    "bible": "Now these are the names of the children of",
+    "dictionary": 'Vessel \\Ves"sel\\, n.',
+    "french-manual": "Les fichiers suivants sont",
+    "german-manual": "Die folgenden Dateien werden",
+    "kernel-docs": "This file describes how to",
+    "python": "class Parser:\n    def __init__(self",
+}
+
+
+class _Marks(BaseStreamer):
+    """Notes the hit rate of the first token decoded, and of all, the prompt's left out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.engine = model.flashmoe
+        self.calls = 0
+        self.first = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the prompt, then the token that prefill gave
+            self.engine.reset_counts()
+        elif self.calls == 3:
+            self.first = self.engine.stats()["hit_rate"]
+
+    def end(self) -> None:
+        self.all = self.engine.stats()["hit_rate"]
+
+
+def table(store: Path, say: Say) -> list[dict[str, Any]]:
+    """A row a kind of text. `store` holds the demo model."""
+    tokenizer = AutoTokenizer.from_pretrained(flashmoe.demo_path())
+    rows = []
+    with TemporaryDirectory() as work:
+        for kind, prompt in texts.PROMPTS.items():
+            kept = Path(work) / f"{kind}.npz"
+            row: dict[str, Any] = {"kind": kind}
+            for start in ("before", "cold", "warm"):
+                model = flashmoe.load(store, memory=budget_for(store, SLOTS))
+                if start == "warm":
+                    began = time.perf_counter()
+                    row["restored"] = warm.restore(model.flashmoe, kept)
+                    row["restore_seconds"] = time.perf_counter() - began
+                given = FIRST_PROMPTS[kind] if start == "before" else prompt
+                marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
+                if start == "before":
+                    warm.save(model.flashmoe, kept)
+                else:
+                    row[f"first_token_{start}"] = marks.first
+                    row[f"first_{TOKENS}_{start}"] = marks.all
+                model.flashmoe.close()
+            rows.append(row)
+            say(
+                f"{kind}: first token {row['first_token_cold']:.1%} cold, "
+                f"{row['first_token_warm']:.1%} warm"
+            )
+    return rows
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor) -> _Marks:
+    marks = _Marks(model)
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+            streamer=marks,
+        )
+    return marks

@@ -1,0 +1,11 @@
+"""Seconds of what `nox -s soak` does for an hour."""
+
+from __future__ import annotations
+
+from harness.soak import soak
+
+
+def test_nothing_grows():
+    rows = soak(12, lambda text: None)
+    assert rows[-1]["rounds"] > 1
+    assert rows[-1]["tokens"] > 0
