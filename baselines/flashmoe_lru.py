@@ -18,6 +18,7 @@ class FlashMoELRU(System):
     name = "flashmoe-lru"
     policy = "lru"
     prefetch = True
+    check_reads = False
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
 
     def source(self, setting: Setting) -> Path:
@@ -29,6 +30,7 @@ class FlashMoELRU(System):
             memory=setting.memory_bytes,
             policy=self.policy,
             prefetch=self.prefetch,
+            check_reads=self.check_reads,
         )
         self.engine = self.model.flashmoe
         if self.engine.prefetcher:

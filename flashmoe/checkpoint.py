@@ -100,12 +100,12 @@ class Checkpoint:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise FlashMoEError(f"{index} is not a shard index ({error!r})") from None
         else:
             names = [SINGLE_NAME]
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
                 raise FlashMoEError(f"{index} names a shard outside the directory ({name!r})")
             shard = Shard(self.directory / name)
             self._shards.append(shard)

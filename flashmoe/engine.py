@@ -1,27 +1,22 @@
-"""Joins a model and a store: `load` returns a transformers model whose experts stream."""
+"""What decides, for a loaded model, which experts are in which slots, and counts."""
 
 from __future__ import annotations
 
-import os
 import threading
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from flashmoe import backends, budget, dense, experts, free_memory, policies, skeleton
+from flashmoe import budget, experts, free_memory, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
-from flashmoe.errors import FlashMoEError
 from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
 from flashmoe.read_queue import Span
 from flashmoe.reader import ExtentReader
 from flashmoe.sizes import parse_bytes
-from flashmoe.store.manifest import Manifest
 
 
 class Engine:
@@ -43,7 +38,6 @@ class Engine:
         self.policy = policies.get(policy, online=True)
         self.guesses = prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES
         self.modules = skeleton.expert_modules(model)
-        _check_fit(self.modules, self.manifest, self.path)
         self.slots = self._divide(memory_bytes)
         self.lock = threading.RLock()  # a layer at a time, whichever thread asks
         self.timings = experts.Timings()
@@ -134,10 +128,13 @@ class Engine:
         """Give experts another budget from now on; output does not change. Not during generation.
 
         What fits stays resident, as the policy chooses, and memory is given back at once; where
-        layers begin or cease to share one cache, it starts cold. Raises FlashMoEError when the
-        budget is too small, and leaves all as it was.
+        layers begin or cease to share one cache, it starts cold. "auto": what is free now, less a
+        reserve. Raises FlashMoEError when the budget is too small, and leaves all as it was.
         """
-        memory_bytes = parse_bytes(memory)
+        if memory == "auto":
+            memory_bytes = free_memory.budget_bytes(0) + self.resident_bytes
+        else:
+            memory_bytes = parse_bytes(memory)
         slots = self._divide(memory_bytes)
         with self.lock:
             if self.prefetcher:
@@ -243,69 +240,3 @@ class Engine:
         if self.prefetcher:
             self.prefetcher.close()
             self.prefetcher = None
-
-
-def _check_fit(modules: dict[str, torch.nn.Module], manifest: Manifest, path: Path) -> None:
-    wanted = {
-        name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
-        for name, module in modules.items()
-    }
-    turned = {name for name, module in modules.items() if module.is_transposed}
-    held = {
-        layer.module: {
-            name: (layer.n_experts, *shape)
-            for name, shape in layer.shapes(transposed=layer.module in turned).items()
-        }
-        for layer in manifest.layers
-    }
-    if wanted != held:
-        differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
-        raise FlashMoEError(
-            f"store {path} is of another model (its experts differ at {differing[0]}); "
-            "pack it again with `flashmoe pack`"
-        )
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    memory: int | str,
-    policy: str = "learned",
-    device: str = "cpu",
-    prefetch: bool = True,
-    check_reads: bool = False,
-) -> transformers.PreTrainedModel:
-    """A transformers model, ready for `.generate`, whose experts stay on the SSD.
-
-    path: a store, or a Hugging Face directory, whose experts are read in place.
-    memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
-        (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
-        (see `free_memory`). Output does not depend on it.
-    policy: a name from `flashmoe policies`, or name:argument.
-    prefetch: while a layer computes, read what the next one is guessed to need (where that
-        pays: experts of a MiB or more). Output does not depend on it either.
-    check_reads: compare every read with its checksum, not only the first of each expert: for
-        drives that are not trusted, where cores are idle (see docs/speed.md).
-    Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
-    small for one token. `model.flashmoe` is the Engine.
-    """
-    if torch.device(device).type != "cpu":
-        raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
-    memory_bytes = None if memory == "auto" else parse_bytes(memory)
-    backend = backends.open_path(Path(path))
-    try:
-        model = skeleton.build(skeleton.read_config(backend.path))
-        if memory_bytes is None:
-            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes)
-        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads)
-    except BaseException:
-        backend.close()
-        raise
-    try:
-        dense.fill(model, backend)
-    except BaseException:
-        engine.close()
-        raise
-    model.flashmoe = engine  # type: ignore[assignment]
-    model.name_or_path = str(path)
-    return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +78,10 @@ class Shard:
         except OSError as error:
             raise FlashMoEError(f"{path} cannot be opened ({error.strerror})") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise ValueError("it is no file")
             self.tensors = self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self.close()
             raise FlashMoEError(
                 f"{path} is cut short or damaged ({error}); fetch the checkpoint again"

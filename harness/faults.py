@@ -65,8 +65,9 @@ class _Faults:
             case "end":
                 return 0
             case "short":
-                half = max(1, int(at * len(view)))
-                return self.read(descriptor, [view[:half]], offset)
+                count = max(1, int(at * self.read(descriptor, buffers, offset)))
+                view[count:] = bytes(len(view) - count)  # which did not come
+                return count
             case "late":
                 time.sleep(0.02 * at)
                 return self.read(descriptor, buffers, offset)

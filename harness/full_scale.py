@@ -59,6 +59,7 @@ QUICK_DECODE_SECONDS = 4.0
 QUICK_SYSTEMS = (
     "flashmoe",
     "flashmoe-in-place",
+    "flashmoe-checked",
     "flashmoe-lru",
     "fiddler",
     "daop",

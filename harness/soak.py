@@ -21,6 +21,7 @@ from harness.speedups import Say, budget_for
 SETTLED_AFTER = 0.2  # share of the time; until then allocators and compiled code still grow
 MOST_GROWTH_BYTES = 32 << 20
 ROWS = 12
+LEAST_ROUNDS = 4
 
 
 def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
@@ -35,7 +36,7 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
         pack(flashmoe.demo_path(), store)
         started = time.monotonic()
         rounds = tokens = 0
-        while (now := time.monotonic() - started) < seconds or not seen:
+        while (now := time.monotonic() - started) < seconds or len(seen) < LEAST_ROUNDS:
             tokens += _round(store, chance)
             rounds += 1
             gc.collect()
@@ -58,7 +59,7 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
         if late > early + allowed:
             raise FlashMoEError(f"soak: {what} grew from {early} to {late} in {seconds:.0f} s")
     say(f"{rounds} rounds, {tokens} tokens, {settled[-1]['rss_bytes'] / 2**20:.0f} MiB resident")
-    return seen[:: max(1, len(seen) // ROWS)]
+    return seen[:: -max(1, len(seen) // ROWS)][::-1]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ import flashmoe
 from flashmoe import policies, trace
 from flashmoe.checkpoint import INDEX_NAME, Checkpoint
 from flashmoe.errors import FlashMoEError
+from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
 from flashmoe.shards import Shard
 from flashmoe.store import manifest as manifests
@@ -51,7 +52,8 @@ def _store(folder: Path) -> Path:
 
 
 def _trace(folder: Path) -> Path:
-    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(8, dtype=np.uint8), (12, 2, 1)), 2)
+    every = np.tile(np.arange(8, dtype=np.uint8), (12, 2, 1))
+    chosen = np.random.default_rng(0).permuted(every, axis=2)
     recorded = Trace(chosen[..., :2], np.repeat(np.arange(3, dtype=np.int32), 4), 8)
     recorded.save(folder / "trace.npz")
     return folder / "trace.npz"
@@ -67,7 +69,7 @@ def _policy(folder: Path) -> Path:
 
 
 def _read_policy(path: Path) -> None:
-    policies.learned.load.cache_clear()
+    learned.load.cache_clear()
     policies.get(f"learned:{path}")(Scope(8, 2), 4)
 
 

@@ -18,12 +18,9 @@ from harness.speedups import Say, budget_for
 
 SLOTS = 24
 TOKENS = 100
-FIRST_PROMPTS = {  # of the run before; the one measured continues texts.PROMPTS
+FIRST_PROMPTS = {  # of the run before; the one that is measured has texts.PROMPTS
     "bible": "Now these are the names of the children of",
-    "dictionary": 'Vessel \\Ves"sel\\, n.',
-    "french-manual": "Les fichiers suivants sont",
     "german-manual": "Die folgenden Dateien werden",
-    "kernel-docs": "This file describes how to",
     "python": "class Parser:\n    def __init__(self",
 }
 
@@ -52,7 +49,7 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(flashmoe.demo_path())
     rows = []
     with TemporaryDirectory() as work:
-        for kind, prompt in texts.PROMPTS.items():
+        for kind, first in FIRST_PROMPTS.items():
             kept = Path(work) / f"{kind}.npz"
             row: dict[str, Any] = {"kind": kind}
             for start in ("before", "cold", "warm"):
@@ -61,7 +58,7 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
                     began = time.perf_counter()
                     row["restored"] = warm.restore(model.flashmoe, kept)
                     row["restore_seconds"] = time.perf_counter() - began
-                given = FIRST_PROMPTS[kind] if start == "before" else prompt
+                given = first if start == "before" else texts.PROMPTS[kind]
                 marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
                 if start == "before":
                     warm.save(model.flashmoe, kept)

@@ -6,6 +6,6 @@ from harness.soak import soak
 
 
 def test_nothing_grows():
-    rows = soak(12, lambda text: None)
+    rows = soak(15, lambda text: None)
     assert rows[-1]["rounds"] > 1
     assert rows[-1]["tokens"] > 0

@@ -21,7 +21,13 @@ from flashmoe.backends.base import Backend
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from flashmoe.store.direct_io import ALIGNMENT_BYTES, aligned_memory, drop_page_cache, open_direct
+from flashmoe.store.direct_io import (
+    ALIGNMENT_BYTES,
+    aligned_memory,
+    drop_page_cache,
+    open_direct,
+    read_all,
+)
 from flashmoe.store.manifest import LayerSpec, Manifest
 from flashmoe.store.pack import config_digest, lay_out_layers
 
@@ -136,13 +142,8 @@ class InPlace(Backend):
         skipped = offset - begin
         needed = skipped + len(target)
         whole = -(-needed // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        buffer, done = self._buffers.view[:whole], 0
-        while done < needed:
-            aligned = done // ALIGNMENT_BYTES * ALIGNMENT_BYTES  # a short read may end anywhere
-            count = os.preadv(descriptor, [buffer[aligned:]], begin + aligned)
-            if aligned + count <= done:
-                raise EOFError
-            done = aligned + count
+        buffer = self._buffers.view[:whole]
+        read_all(descriptor, buffer, needed, begin)
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer, np.uint8)[skipped:needed])
         if not direct:
             drop_page_cache(descriptor, begin, whole)

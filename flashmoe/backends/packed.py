@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from flashmoe.backends.base import Backend
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from flashmoe.store.direct_io import drop_page_cache, open_direct
+from flashmoe.store.direct_io import drop_page_cache, open_direct, read_all
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.pack import config_digest
 
@@ -35,12 +35,8 @@ class PackedStore(Backend):
 
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         offset = self.manifest.layers[layer].extent_offset(expert) + start
-        done = os.preadv(self._descriptor, (memory,), offset)
-        while done < len(memory):
-            count = os.preadv(self._descriptor, [memory[done:]], offset + done)
-            if count == 0:
-                raise EOFError
-            done += count
+        if os.preadv(self._descriptor, (memory,), offset) < len(memory):
+            read_all(self._descriptor, memory, len(memory), offset)
         if not self.direct:
             drop_page_cache(self._descriptor, offset, len(memory))
 

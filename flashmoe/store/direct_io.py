@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MOST_STALLS = 16
 ALIGNMENT_BYTES = 4096  # covers 512-byte and 4 KiB logical blocks, and the page size
 
 
@@ -56,6 +58,24 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
     if hasattr(os, "posix_fadvise"):  # readahead would bring in pages that nobody drops
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor, False
+
+
+def read_all(descriptor: int, memory: memoryview, needed: int, offset: int) -> None:
+    """Fill aligned `memory` from `offset` on, the first `needed` bytes at least.
+
+    A short read may end anywhere, but a direct one can only go on from a block's beginning.
+    Raises EOFError when the file ends before, OSError when the drive fails or stops giving.
+    """
+    done = stalled = 0
+    while done < needed:
+        block = done // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        count = os.preadv(descriptor, [memory[block:]], offset + block)
+        if count == 0:
+            raise EOFError
+        stalled = 0 if block + count > done else stalled + 1
+        if stalled == MOST_STALLS:
+            raise OSError(errno.EIO, "reads end within the same block again and again")
+        done = max(done, block + count)
 
 
 def drop_page_cache(descriptor: int, offset: int = 0, size_bytes: int = 0) -> None:

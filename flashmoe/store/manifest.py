@@ -18,8 +18,13 @@ from flashmoe.store.files import replace_file, sync_directory
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"
+_LONGEST_NAME = 200
 TENSOR_ALIGNMENT_BYTES = 64  # a cache line; more than any dtype or matrix kernel asks for
 _MAX_MANIFEST_BYTES = 256 << 20
+_KINDS = {
+    "top_k": int, "dense_bytes": int, "architecture": str, "config_sha256": str,
+    "experts_file": str, "dense_file": str, "quantisation": str, "layout": str,
+}  # fmt: skip
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -154,13 +159,13 @@ def load(directory: Path) -> Manifest:
         raise refuse(f"format version {version!r} is not {VERSION}, the one this FlashMoE reads")
     try:
         manifest = _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise refuse(f"{FILE_NAME} is damaged ({type(error).__name__}: {error})") from None
     scheme = quant.get(manifest.quantisation)
     if scheme and scheme.layout() != manifest.layout:
         raise refuse(f"its {manifest.quantisation} weights are packed for another processor")
     for name in (manifest.experts_file, manifest.dense_file):
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or len(name) > _LONGEST_NAME:
             raise refuse(f"{FILE_NAME} names a file outside the store ({name!r})")
     for name, expected in (
         (manifest.experts_file, manifest.experts_bytes),
@@ -204,8 +209,15 @@ def _parse(document: dict[str, Any]) -> Manifest:
     if not layers:
         raise ValueError("no layers")
     manifest = Manifest(**document | {"layers": tuple(layers)})
-    if not isinstance(manifest.top_k, int) or not isinstance(manifest.dense_bytes, int):
-        raise TypeError("top_k and dense_bytes must be integers")
+    for name, kind in _KINDS.items():
+        if type(getattr(manifest, name)) is not kind:
+            raise TypeError(f"{name} must be {kind.__name__}")
+    for layer in layers:
+        numbers = [layer.n_experts, layer.offset_bytes, layer.extent_bytes]
+        numbers += [n for tensor in layer.tensors for n in (*tensor.shape, tensor.offset_bytes)]
+        names = [layer.module, *layer.checksums, *(tensor.name for tensor in layer.tensors)]
+        if {type(n) for n in numbers} != {int} or {type(n) for n in names} != {str}:
+            raise TypeError("numbers must be integers, names strings")
     if {layer.quantisation for layer in layers} != {manifest.quantisation}:
         raise ValueError("layers differ in quantisation")
     return manifest

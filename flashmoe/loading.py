@@ -1,0 +1,84 @@
+"""Joins a model and its weights on disk: `load` gives a transformers model whose experts stream."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+
+from flashmoe import backends, dense, free_memory, skeleton
+from flashmoe.backends import Backend
+from flashmoe.engine import Engine
+from flashmoe.errors import FlashMoEError
+from flashmoe.sizes import parse_bytes
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str,
+    policy: str = "learned",
+    device: str = "cpu",
+    prefetch: bool = True,
+    check_reads: bool = False,
+) -> transformers.PreTrainedModel:
+    """A transformers model, ready for `.generate`, whose experts stay on the SSD.
+
+    path: a store, or a Hugging Face directory, whose experts are read in place.
+    memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
+        (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
+        (see `free_memory`). Output does not depend on it.
+    policy: a name from `flashmoe policies`, or name:argument.
+    prefetch: while a layer computes, read what the next one is guessed to need (where that
+        pays: experts of a MiB or more). Output does not depend on it either.
+    check_reads: compare every read with its checksum, not only the first of each expert: for
+        drives that are not trusted, where cores are idle (see docs/speed.md).
+    Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
+    small for one token. `model.flashmoe` is the Engine.
+    """
+    if torch.device(device).type != "cpu":
+        raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
+    memory_bytes = None if memory == "auto" else parse_bytes(memory)
+    backend = backends.open_path(Path(path))
+    try:
+        model = skeleton.build(skeleton.read_config(backend.path))
+        _check_fit(model, backend)
+        if memory_bytes is None:
+            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes)
+        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads)
+    except BaseException:
+        backend.close()
+        raise
+    try:
+        dense.fill(model, backend)
+    except BaseException:
+        engine.close()
+        raise
+    model.flashmoe = engine  # type: ignore[assignment]
+    model.name_or_path = str(path)
+    return model
+
+
+def _check_fit(model: transformers.PreTrainedModel, backend: Backend) -> None:
+    """Raises FlashMoEError when the experts on disk are not of the shapes that the model has."""
+    modules = skeleton.expert_modules(model)
+    wanted = {
+        name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
+        for name, module in modules.items()
+    }
+    turned = {name for name, module in modules.items() if module.is_transposed}
+    held = {
+        layer.module: {
+            name: (layer.n_experts, *shape)
+            for name, shape in layer.shapes(transposed=layer.module in turned).items()
+        }
+        for layer in backend.manifest.layers
+    }
+    if wanted != held:
+        differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
+        raise FlashMoEError(
+            f"store {backend.path} is of another model (its experts differ at {differing[0]}); "
+            "pack it again with `flashmoe pack`"
+        )
