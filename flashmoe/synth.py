@@ -131,7 +131,7 @@ def synthesise(
     Raises FlashMoEError for an unknown name, an occupied directory or a disk too small.
     """
     _refuse_occupied(directory)
-    torch_dtype, config = _DTYPES[dtype], _config(name, dtype)
+    torch_dtype, config = _DTYPES[dtype], config_of(name, dtype)
     model = skeleton.build(config)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     sizes = {key: math.prod(shape) * torch_dtype.itemsize for key, shape in shapes.items()}
@@ -196,7 +196,7 @@ def synthesise_store(
     Raises FlashMoEError as `synthesise` and `pack` do.
     """
     _refuse_occupied(store)
-    config = _config(name, dtype)
+    config = config_of(name, dtype)
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         source = (weights or RandomWeights)(config, seed)
@@ -205,7 +205,7 @@ def synthesise_store(
 
 def total_bytes(name: str, dtype: str = "bf16") -> int:
     """Bytes of all weights of a named model. Raises FlashMoEError for an unknown name."""
-    model = skeleton.build(_config(name, dtype))
+    model = skeleton.build(config_of(name, dtype))
     return sum(p.numel() for p in model.parameters()) * _DTYPES[dtype].itemsize
 
 
@@ -214,7 +214,8 @@ def _refuse_occupied(directory: Path) -> None:
         raise FlashMoEError(f"{directory} is not empty: name a new directory")
 
 
-def _config(name: str, dtype: str) -> transformers.PretrainedConfig:
+def config_of(name: str, dtype: str = "bf16") -> transformers.PretrainedConfig:
+    """A named model's configuration. Raises FlashMoEError for an unknown name."""
     if name not in MODELS:
         raise FlashMoEError(f"no model is called {name!r}: choose from {', '.join(MODELS)}")
     settings = MODELS[name] | {"dtype": str(_DTYPES[dtype]).removeprefix("torch.")}

@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     against.add_argument("--stores", type=Path, help="keep store and GGUF file in this directory")
     against.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
     against.add_argument("--rounds", type=int, default=2)
+    against.add_argument("--quant", default="none", help="int8 or int4: llama.cpp's Q8_0, Q4_0")
     fewer = commands.add_parser("quant", help="what quantised experts bring and cost")
     fewer.add_argument("model", nargs="?", default="olmoe-1b-7b")
     fewer.add_argument("--stores", type=Path, help="keep the stores in this directory")
@@ -126,7 +127,7 @@ def main() -> None:
             from harness.full_scale import CAPS
             from harness.peer_table import peer_table
 
-            command += f" {arguments.model}"
+            command += f" {arguments.model} --quant {arguments.quant}"
             peer_table(
                 steps.folder_for("full-scale"),
                 command,
@@ -134,6 +135,7 @@ def main() -> None:
                 caps=arguments.caps or CAPS,
                 rounds=arguments.rounds,
                 stores=arguments.stores,
+                scheme=arguments.quant,
             )
         case "soak":
             from harness.say import say

@@ -1,75 +1,73 @@
-"""Writes the weights of a store as one GGUF file, which llama.cpp reads."""
+"""Writes a source of weights as one GGUF file, which llama.cpp reads."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
+from gguf import GGMLQuantizationType as Kind
 
+from flashmoe import quant, skeleton
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.direct_io import drop_page_cache
-from flashmoe.store.manifest import Manifest
+from flashmoe.store.pack import Source
 
 _ARCHITECTURES = {"olmoe": gguf.MODEL_ARCH.OLMOE, "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE}
+# Of experts; what comes nearest to our schemes in bits a weight (8.5 to 8, 4.5 to 5).
+_KINDS = {quant.NONE: Kind.BF16, "int8": Kind.Q8_0, "int4": Kind.Q4_0}
 
 
-class _Tensor(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    bf16: bool  # else float32, which llama.cpp wants of norms and routers
-    read: Callable[[], np.ndarray]  # bytes of bf16, or float32
+def write(source: Source, path: Path, scheme: str = quant.NONE) -> None:
+    """Experts as `scheme` says, norms and routers float32, the rest bf16, as llama.cpp has it.
 
-
-def write(store: Path, manifest: Manifest, path: Path) -> None:
-    """bf16 as in the store, tensor after tensor; memory is bounded by the largest.
-
-    Raises FlashMoEError for a family whose tensors have no names here.
+    Memory is bounded by a layer's experts of one kind. Raises FlashMoEError for a family or a
+    scheme that has no counterpart.
     """
-    config = json.loads((store / "config.json").read_text())
+    config = source.config.to_dict()
     architecture = _ARCHITECTURES.get(config["model_type"])
-    if architecture is None or manifest.layers[0].tensors[0].dtype != "bfloat16":
+    if architecture is None or scheme not in _KINDS:
         raise FlashMoEError(
-            f"{store}: {config['model_type']} is not written as GGUF here: only bfloat16 of "
-            + ", ".join(_ARCHITECTURES)
+            f"{config['model_type']}, {scheme} is not written as GGUF here: only "
+            f"{', '.join(_ARCHITECTURES)}, and {', '.join(_KINDS)}"
         )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _describe(writer, config)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    tensors = [*_dense(store / manifest.dense_file, names), *_experts(store, manifest, names)]
-    for tensor in tensors:
-        size = int(np.prod(tensor.shape)) * (2 if tensor.bf16 else 4)
-        kind = gguf.GGMLQuantizationType.BF16 if tensor.bf16 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
+    for key, shape in _shapes(source).items():
+        kind = _kind(key, shape, _KINDS[scheme])
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = math.prod(shape) // block * block_bytes
+        found = names.get_name(key, try_suffixes=(".weight",))
+        if found is None:
+            raise FlashMoEError(f"GGUF has no name for {key}")
+        writer.add_tensor_info(found, shape, np.dtype(np.float32), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(tensor.read())
+    for key, tensor in _tensors(source):
+        writer.write_tensor_data(_bytes(tensor, _kind(key, tuple(tensor.shape), _KINDS[scheme])))
     writer.close()
-    for written in (path, store / manifest.experts_file):
-        with open(written, "rb") as file:
-            drop_page_cache(file.fileno())
+    with open(path, "rb") as file:
+        drop_page_cache(file.fileno())
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
-    heads = config["num_attention_heads"]
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
+    writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if "head_dim" in config:
+    if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     if "moe_intermediate_size" in config:
@@ -77,47 +75,42 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
     writer.add_tokenizer_model("none")  # prompts are token ids
 
 
-def _dense(path: Path, names: gguf.TensorNameMap) -> Iterator[_Tensor]:
-    with safe_open(path, framework="pt", backend="pread") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    for key, shape in shapes.items():
-        bf16 = len(shape) > 1 and not key.endswith(".gate.weight")
-        yield _Tensor(_name(names, key), shape, bf16, _reader(path, key, bf16))
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, in the order of `_tensors`."""
+    held = skeleton.expert_parameter_names(source.model)
+    state = source.model.state_dict()
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in held}
+    for module_name, module in source.experts.items():
+        parameters = skeleton.expert_parameters(module)
+        count, twice, width = parameters["gate_up_proj"].shape
+        for part in ("gate_proj", "up_proj"):
+            shapes[f"{module_name}.{part}.weight"] = (count, twice // 2, width)
+        shapes[f"{module_name}.down_proj.weight"] = tuple(parameters["down_proj"].shape)
+    return shapes
 
 
-def _reader(path: Path, key: str, bf16: bool) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            tensor = file.get_tensor(key)
-        return tensor.contiguous().view(torch.uint8).numpy() if bf16 else tensor.float().numpy()
-
-    return read
-
-
-def _experts(store: Path, manifest: Manifest, names: gguf.TensorNameMap) -> Iterator[_Tensor]:
-    """Every layer's gate, up and down: all experts of one kind side by side, as GGUF has them."""
-    data = np.memmap(store / manifest.experts_file, np.uint16, "r")
-    for layer in manifest.layers:
-        gate_up, down = sorted(layer.tensors, key=lambda spec: spec.name, reverse=True)
-        (twice, width), height = gate_up.shape, gate_up.shape[0] // 2
-        assert (gate_up.name, down.name, twice) == ("gate_up_proj", "down_proj", 2 * height)
-        start, stride = layer.offset_bytes // 2, layer.extent_bytes // 2
-        whole = data[start : start + layer.n_experts * stride].reshape(layer.n_experts, stride)
-        half, first = height * width, gate_up.offset_bytes // 2
-        parts = {
-            "gate_proj": (first, (height, width)),
-            "up_proj": (first + half, (height, width)),
-            "down_proj": (down.offset_bytes // 2, down.shape),
-        }
-        for kind, (offset, shape) in parts.items():
-            name = _name(names, f"{layer.module}.{kind}.weight")
-            part = whole[:, offset : offset + shape[0] * shape[1]]
-            read = lambda part=part: np.ascontiguousarray(part)  # noqa: E731
-            yield _Tensor(name, (layer.n_experts, *shape), True, read)
+def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything but the experts, then every layer's gate, up and down, experts side by side."""
+    yield from source.dense()
+    for module_name, module in source.experts.items():
+        experts = [source.expert(module_name, e) for e in range(skeleton.n_experts(module))]
+        both = torch.stack([expert["gate_up_proj"] for expert in experts])
+        half = both.shape[1] // 2
+        yield f"{module_name}.gate_proj.weight", both[:, :half]
+        yield f"{module_name}.up_proj.weight", both[:, half:]
+        del both
+        down = torch.stack([expert["down_proj"] for expert in experts])
+        yield f"{module_name}.down_proj.weight", down
 
 
-def _name(names: gguf.TensorNameMap, key: str) -> str:
-    found = names.get_name(key, try_suffixes=(".weight",))
-    if found is None:
-        raise FlashMoEError(f"GGUF has no name for {key}")
-    return str(found)
+def _kind(key: str, shape: tuple[int, ...], of_experts: Kind) -> Kind:
+    if ".experts." in key:
+        return of_experts
+    return Kind.F32 if len(shape) == 1 or key.endswith(".gate.weight") else Kind.BF16
+
+
+def _bytes(tensor: torch.Tensor, kind: Kind) -> np.ndarray:
+    if kind == Kind.BF16:
+        return tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    values = tensor.float().contiguous().numpy()
+    return values if kind == Kind.F32 else np.asarray(gguf.quants.quantize(values, kind))

@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flashmoe import trace
+from flashmoe import quant, trace
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from flashmoe.synth import synthesise_store
+from flashmoe.synth import config_of, synthesise_store, total_bytes
 from harness import full_scale, peers, plots, provenance, report, speedups
 from harness.say import say
 from harness.steered import SteeredWeights
@@ -26,6 +26,7 @@ def peer_table(
     caps: Sequence[float] = full_scale.CAPS,
     rounds: int = 1,
     stores: Path | None = None,
+    scheme: str = quant.NONE,
 ) -> None:
     """Write store and GGUF file (given back afterwards, but for `stores`), run, report."""
     try:
@@ -41,11 +42,12 @@ def peer_table(
         if not peer_file.exists():
             say(f"writing {name} with random weights and solved routers")
             seen = routing.first(base.prompt_tokens + base.tokens)
-            synthesise_store(name, store, weights=partial(SteeredWeights, trace=seen))
+            weights = partial(SteeredWeights, trace=seen)
+            synthesise_store(name, store, weights=weights, quant=scheme)
             say("writing the same as GGUF")
-            gguf_file.write(store, manifests.load(store), peer_file)
+            gguf_file.write(weights(config_of(name), 0), peer_file, scheme)
         manifest = manifests.load(store)
-        total = manifest.experts_bytes + manifest.dense_bytes
+        total = total_bytes(name)  # of bf16, whatever the scheme: caps are bytes
         jobs = [
             replace(capped, system=system)
             for share in caps
@@ -53,7 +55,7 @@ def peer_table(
             for capped in [full_scale.capped(base, manifest, share * total)]
             for system in (*SYSTEMS, *peers.available())
         ]
-        title = f"peers-{name}"
+        title = f"peers-{name}" + ("" if scheme == quant.NONE else f"-{scheme}")
         kept = folder / f".{title}.runs.jsonl"
         drive = speedups.drive_of(store, full_scale.FIO_SECONDS)
         rows = full_scale.named(

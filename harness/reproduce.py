@@ -23,8 +23,8 @@ from harness import (
 from harness.job import Job
 from harness.say import say
 
-DEMO_SLOTS = [8, 16, 24, 32, 48, 64]
-COMPARED_SLOTS = [24, 32]
+DEMO_SLOTS = [8, 24, 32, 64]
+COMPARED_SLOTS = [32]
 QUICK_TOKENS = 48
 QUICK_ROUNDS = 2
 FIO_SECONDS = 0.5
