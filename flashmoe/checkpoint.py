@@ -167,8 +167,8 @@ class Checkpoint:
             for keys in (recipe.sources[pattern] for pattern in patterns)
         ]
 
-    def bytes_at(self, place: Place) -> bytearray:
-        """What lies there, through the page cache."""
+    def bytes_at(self, place: Place) -> torch.Tensor:
+        """What lies there, uint8, through the page cache."""
         (shard,) = (shard for shard in self._shards if shard.path == place.file)
         return shard.bytes_at(place)
 

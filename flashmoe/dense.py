@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import transformers
 
 from flashmoe import experts, skeleton
@@ -13,13 +12,11 @@ from flashmoe.errors import FlashMoEError
 def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     """Weights and generation settings; its experts modules then ask their `flashmoe_experts`.
 
-    The weights come into anonymous memory, aligned as torch's own allocator does.
     Raises FlashMoEError when they are damaged or of another model.
     """
     path = backend.path
-    tensors = {name: _aligned(tensor) for name, tensor in backend.dense().items()}
     try:
-        model.load_state_dict(tensors, strict=False, assign=True)
+        model.load_state_dict(backend.dense(), strict=False, assign=True)
     except RuntimeError as error:
         raise FlashMoEError(f"{path}: the weights do not fit the model ({error})") from None
     model.tie_weights()
@@ -33,12 +30,3 @@ def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     model.set_experts_implementation(experts.NAME)
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same at an address of torch's alignment, 64 bytes.
-
-    On AMD processors the last bit of a matrix product depends on where the weights lie: plain
-    transformers differs there from itself, by up to 3e-6, when its mapped weights are copied.
-    """
-    return tensor.clone() if tensor.data_ptr() % 64 else tensor

@@ -111,10 +111,10 @@ class InPlace(Backend):
         """
         converted = self._checkpoint.expert(layer.module, 0)
         for spec in layer.tensors:
-            wanted = converted[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
+            wanted = converted[spec.name].contiguous().view(-1).view(torch.uint8)
             places = self._checkpoint.places(layer.module, spec.name, 0)
-            given = b"".join(self._checkpoint.bytes_at(place) for place in places)
-            if not np.array_equal(wanted, np.frombuffer(given, np.uint8)):
+            given = [self._checkpoint.bytes_at(place) for place in places]
+            if not torch.equal(torch.cat(given), wanted):
                 raise self._refusal(f"{layer.module}.{spec.name} is converted when it is loaded")
 
     def _refusal(self, why: str) -> FlashMoEError:

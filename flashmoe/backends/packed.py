@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from flashmoe.backends.base import Backend
 from flashmoe.errors import FlashMoEError
+from flashmoe.shards import Shard
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import drop_page_cache, open_direct, read_all
 from flashmoe.store.manifest import Manifest
@@ -41,18 +41,15 @@ class PackedStore(Backend):
             drop_page_cache(self._descriptor, offset, len(memory))
 
     def dense(self) -> dict[str, torch.Tensor]:
-        name = self.manifest.dense_file
         try:
-            # pread, not a mapping: whose pages would be this process's and the cache's
-            with safe_open(self.path / name, framework="pt", backend="pread") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            with open(self.path / name, "rb") as read:
-                drop_page_cache(read.fileno())
-        except (SafetensorError, OSError) as error:
-            raise FlashMoEError(
-                f"store {self.path}: {name} is damaged ({error}); pack it again"
-            ) from None
-        return tensors
+            shard = Shard(self.path / self.manifest.dense_file)
+        except FlashMoEError as error:
+            raise FlashMoEError(f"store {self.path}: {error}; {self.remedy}") from None
+        try:
+            return {name: shard.read(name) for name in shard.tensors}
+        finally:
+            shard.forget_pages()
+            shard.close()
 
     def close(self) -> None:
         if self._descriptor >= 0:

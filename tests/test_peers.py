@@ -1,0 +1,82 @@
+"""Weights that route as recorded by themselves, for engines whose routing cannot be forced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import flashmoe
+from flashmoe.errors import FlashMoEError
+from flashmoe.record import record
+from flashmoe.store.pack import write_store
+from flashmoe.trace import Trace
+from harness import peers
+from harness.job import FIRST_TOKEN, Job
+from harness.steered import SteeredWeights
+
+TOKENS, PROMPT = 40, 30
+
+
+@pytest.fixture
+def steered():
+    config = transformers.OlmoeConfig(
+        vocab_size=FIRST_TOKEN + TOKENS + 5, hidden_size=64, intermediate_size=32,
+        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, num_experts=8,
+        num_experts_per_tok=2, eos_token_id=None, pad_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    every = np.tile(np.arange(8, dtype=np.uint8), (TOKENS, 3, 1))
+    chosen = np.random.default_rng(0).permuted(every, axis=2)[..., :2]
+    trace = Trace(chosen, np.zeros(TOKENS, np.int32), 8)
+    return config, trace, SteeredWeights(config, 0, trace)
+
+
+def test_steered_weights_route_as_recorded_and_count_up(tmp_path, steered):
+    config, trace, weights = steered
+    config.save_pretrained(tmp_path)
+    write_store(weights, tmp_path, tmp_path / "store", lambda done, total: None)
+    model = flashmoe.load(tmp_path / "store", memory="1GiB", policy="lru")
+    ids = torch.arange(PROMPT) + FIRST_TOKEN
+    again = record(model, [ids], max_new_tokens=TOKENS - PROMPT)
+    np.testing.assert_array_equal(again.experts, trace.experts[: len(again.experts)])
+    mask = torch.ones_like(ids)[None]
+    text = model.generate(ids[None], attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert text[0].tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 8))
+    model.flashmoe.close()
+
+
+def test_a_model_laid_out_otherwise_is_refused(steered):
+    _, trace, _ = steered
+    config = transformers.GptOssConfig(num_hidden_layers=1, hidden_size=64, num_local_experts=8)
+    with pytest.raises(FlashMoEError, match="cannot be steered"):
+        SteeredWeights(config, 0, trace)
+
+
+def test_a_peer_is_a_file():
+    assert peers.available()["llama-cpp"] == "harness.peers.llama_cpp"
+
+
+def test_a_job_goes_to_another_process_and_back():
+    job = Job("llama-cpp", Path("a.gguf"), Path("b"), 5, "", 3, routing=Path("c"), cap_bytes=7)
+    assert Job.from_json(job.to_json()) == job
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
+def test_llama_cpp_says_what_flashmoe_says(tmp_path, steered, scheme):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    from harness import gguf_file
+    from harness.peers import llama_cpp
+
+    _, _, weights = steered
+    gguf_file.write(weights, tmp_path / "a.gguf", scheme)
+    job = Job(
+        "llama-cpp", tmp_path / "a.gguf", tmp_path, 0, "", 4, prompt_tokens=PROMPT,
+        warm_up_tokens=2,
+    )  # fmt: skip
+    found = llama_cpp.run(job)
+    assert found["token_ids"] == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 7))
+    assert found["tokens"] == 4
