@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 # Left to everything but weights: a prompt's activations, the allocator, the libraries' pages
-# (640 MiB hold them at OLMoE's size: docs/speed.md); a tenth where there is plenty, for others.
-RESERVE_BYTES, RESERVE_SHARE = 640 << 20, 0.1
+# (768 MiB hold them at OLMoE's size: docs/speed.md); a tenth where there is plenty, for others.
+RESERVE_BYTES, RESERVE_SHARE = 768 << 20, 0.1
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _FILES = {  # of each version: limit, usage, the statistic of what the kernel would give up
