@@ -126,7 +126,7 @@ def full_scale(
         title = f"speedups-{name}" + (f"-{label}" if label else "")
         kept = folder / f".{title}.runs.jsonl"
         rows = speedups.table(jobs, rounds, drive, say, kept)
-        if "flashmoe-no-prefetch" in systems:
+        if speedups.OURS in systems and not label:
             _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2] * total))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(report.write(folder, title, rows), folder, title)

@@ -15,7 +15,7 @@ from harness import full_scale, peers, plots, provenance, report, speedups
 from harness.say import say
 from harness.steered import SteeredWeights
 
-SYSTEMS = ("flashmoe", "flashmoe-no-prefetch")
+SYSTEMS = (speedups.OURS,)
 
 
 def peer_table(

@@ -128,6 +128,7 @@ def _recall(kept: Path | None, name: str) -> Run | None:
 
 def _keep(kept: Path | None, name: str, run: Run) -> None:
     if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
         with open(kept, "a") as file:
             file.write(json.dumps({"name": name, "run": run}) + "\n")
 
