@@ -234,3 +234,29 @@ def test_simulate_refuses_before_it_starts(capfd, monkeypatch):
     monkeypatch.setattr(simulate, "replay", lambda *_: pytest.fail("started"))
     routing = flashmoe.demo_routing_path()
     assert "no policy" in refused(capfd, "simulate", routing, "--policy", "lru", "mru")
+
+
+def test_generate_says_how_it_goes_and_begins_where_it_ended(capfd, demo_store, tmp_path):
+    command = ["generate", demo_store, "--prompt", PROMPT, "--memory", "12MiB", "--stats", "--json",
+               "--max-new-tokens", 40, "--warm", tmp_path / "kept.npz"]  # fmt: skip
+    results = []
+    for _ in range(2):
+        status, out, err = run(capfd, *command)
+        assert status == 0
+        results.append(json.loads(out))
+        seconds = results[-1]["each_second"]
+        assert seconds[-1]["resident_bytes"] <= 12 << 20
+        assert sum(second["tokens_per_second"] for second in seconds) > 0
+        assert err.count("token/s") == len(seconds) - 1  # the last is no whole second
+    cold, warm = results
+    assert cold["token_ids"] == warm["token_ids"]
+    assert warm["stats"]["hits"] > cold["stats"]["hits"]
+
+
+def test_generate_takes_what_memory_is_free(capfd, demo_store):
+    status, out, _ = run(
+        capfd, "generate", demo_store, "--prompt", PROMPT, "--memory", "auto", "--json",
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert status == 0
+    assert json.loads(out)["stats"]["slots_per_layer"] == 64
