@@ -106,7 +106,7 @@ def main() -> None:
             given = {k: v for k in ("caps", "systems") if (v := getattr(arguments, k))}
             limit = arguments.read_limit and parse_bytes(arguments.read_limit)
             command += (
-                f" {arguments.model}"
+                f" {arguments.model} --rounds {arguments.rounds}"
                 + "".join(f" --{key} {' '.join(map(str, value))}" for key, value in given.items())
                 + (f" --read-limit {arguments.read_limit}" if limit else "")
                 + (f" --routing TRACE --sequence {arguments.sequence}" if routing else "")
@@ -127,12 +127,16 @@ def main() -> None:
             from harness.full_scale import CAPS
             from harness.peer_table import peer_table
 
-            command += f" {arguments.model} --quant {arguments.quant}"
+            caps = arguments.caps or CAPS
+            command += (
+                f" {arguments.model} --quant {arguments.quant} --caps {' '.join(map(str, caps))}"
+                f" --rounds {arguments.rounds}"
+            )
             peer_table(
                 steps.folder_for("full-scale"),
                 command,
                 arguments.model,
-                caps=arguments.caps or CAPS,
+                caps=caps,
                 rounds=arguments.rounds,
                 stores=arguments.stores,
                 scheme=arguments.quant,
