@@ -162,7 +162,7 @@ def main() -> None:
             else:
                 quant_table.speed(
                     folder,
-                    f"{command} {arguments.model}",
+                    f"{command} {arguments.model} --rounds {arguments.rounds}",
                     arguments.model,
                     rounds=arguments.rounds,
                     stores=arguments.stores,
