@@ -18,7 +18,14 @@ class InMemory(System):
         model = AutoModelForCausalLM.from_pretrained(
             setting.checkpoint, experts_implementation="eager"
         )
-        # transformers maps the file; a copy makes the pages this process's own
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        return model
+        return with_own_memory(model)
+
+
+def with_own_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, its weights copied out of the files that transformers mapped.
+
+    Then the pages are this process's own, and lie as torch aligns them: see `Shard.read`.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,15 +98,8 @@ def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:
         .view(spec.shape)
         for spec in layer.tensors
     }
+    plain, weights = quant.by_weight(tensors)
     scheme = quant.get(layer.quantisation)
     if scheme is None:
-        return dict(tensors)
-    parts: dict[str, quant.Parts] = defaultdict(dict)
-    plain: Parameters = {}
-    for stored, tensor in tensors.items():
-        name, slash, part = stored.partition("/")
-        if slash:
-            parts[name][part] = tensor
-        else:
-            plain[name] = tensor
-    return plain | {name: quant.Weight(scheme, held) for name, held in parts.items()}
+        return dict(plain)
+    return plain | {name: quant.Weight(scheme, parts) for name, parts in weights.items()}

@@ -137,35 +137,34 @@ class Checkpoint:
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
         """All parameters of one expert, without the expert dimension, contiguous."""
-        count = skeleton.n_experts(self.experts[module_name])
         result = {}
         for full, (module, _) in self.expert_names.items():
             if module != module_name:
                 continue
-            recipe = self._recipes[full]
-            sources = {
-                # one tensor an expert on disk, or one tensor with an expert dimension
-                pattern: [self._read(keys[expert])]
-                if len(keys) == count > 1
-                else [self._read(keys[0], expert)]
-                for pattern, keys in recipe.sources.items()
-            }
-            for name, tensor in self._convert(full, recipe, sources).items():
+            tensors = self._tensors_of(full, expert)
+            sources = {pattern: [self._read(*tensor)] for pattern, tensor in tensors.items()}
+            for name, tensor in self._convert(full, self._recipes[full], sources).items():
                 result[self.expert_names[name][1]] = self._cast(name, tensor)[0].contiguous()
         return result
 
     def places(self, module_name: str, name: str, expert: int) -> list[Place]:
         """Where the tensors lie that one parameter of one expert is made of, in order."""
-        count = skeleton.n_experts(self.experts[module_name])
-        recipe = self._recipes[f"{module_name}.{name}"]
-        order = recipe.converter.source_patterns if recipe.converter else recipe.sources
-        patterns = [pattern for pattern in order if pattern in recipe.sources]
-        return [
-            self._shard_of[keys[expert]].place(keys[expert])
-            if len(keys) == count > 1
-            else self._shard_of[keys[0]].place(keys[0], expert)
-            for keys in (recipe.sources[pattern] for pattern in patterns)
-        ]
+        full = f"{module_name}.{name}"
+        converter, tensors = self._recipes[full].converter, self._tensors_of(full, expert)
+        order = converter.source_patterns if converter else tensors
+        chosen = [tensors[pattern] for pattern in order if pattern in tensors]
+        return [self._shard_of[key].place(key, row) for key, row in chosen]
+
+    def _tensors_of(self, full: str, expert: int) -> dict[str, tuple[str, int | None]]:
+        """By source pattern, the tensor on disk that holds one expert, and its row there.
+
+        No row: the tensor is that expert's alone.
+        """
+        count = skeleton.n_experts(self.experts[self.expert_names[full][0]])
+        return {
+            pattern: (keys[expert], None) if len(keys) == count > 1 else (keys[0], expert)
+            for pattern, keys in self._recipes[full].sources.items()
+        }
 
     def bytes_at(self, place: Place) -> torch.Tensor:
         """What lies there, uint8, through the page cache."""

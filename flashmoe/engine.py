@@ -140,18 +140,20 @@ class Engine:
             if self.prefetcher:
                 self.prefetcher.clear()
             same = slots.shared == self.slots.shared
-            before, self.slots, self.memory_bytes = self.caches, slots, memory_bytes
-            fresh = self._new_caches()
+            self.slots, self.memory_bytes = slots, memory_bytes
             if same:
-                pairs = [old.resized(new.policy) for old, new in zip(before, fresh, strict=True)]
+                pairs = [
+                    cache.resized(self.new_policy(number, slots.n_slots))
+                    for number, cache in enumerate(self.caches)
+                ]
                 for arena, (cache, kept) in zip(self.arenas, pairs, strict=True):
                     arena.resize(kept, cache.n_slots)
                 self.use([cache for cache, _ in pairs])
             else:
                 for arena in self.arenas:
                     arena.close()
-                self.arenas = self._new_arenas(fresh)
-                self.use(fresh)
+                self.use(self._new_caches())
+                self.arenas = self._new_arenas(self.caches)
             if self.prefetcher:
                 self.prefetcher.close()
             self.prefetcher = self._new_prefetcher()

@@ -1,4 +1,4 @@
-"""Reads arrays from .npz files that may come from anywhere: no pickles, no absurd sizes."""
+"""Arrays in .npz files, which may come from anywhere: no pickles, no absurd sizes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class UnreadableError(FlashMoEError):
     """Not such a file, or damaged."""
 
 
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Compressed, atomically."""
+    partial = path.with_name(path.name + ".partial.npz")
+    np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    partial.replace(path)
+
+
 def read(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of `path` by name, or those of them that are `wanted`.
 
@@ -37,9 +44,7 @@ def read(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndar
             return {name: file[name] for name in names if wanted is None or name in wanted}
     except FileNotFoundError:
         raise UnreadableError("no such file") from None
-    except (
-        Exception
-    ) as error:  # numpy and zipfile raise a dozen kinds for bytes that are no archive
+    except Exception as error:  # numpy and zipfile raise a dozen kinds
         raise UnreadableError(
             f"cannot be read as a plain .npz without pickled objects ({error})"
         ) from None

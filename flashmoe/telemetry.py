@@ -35,7 +35,7 @@ class Second(NamedTuple):
 class Telemetry:
     """Watches an engine while it is used as a context manager; `seconds` are what it saw."""
 
-    def __init__(self, engine: Engine, tell: Callable[[Second], object] = lambda second: None):
+    def __init__(self, engine: Engine, tell: Callable[[Second], object] | None):
         self.engine = engine
         self.tell = tell
         self.seconds: list[Second] = []
@@ -56,7 +56,9 @@ class Telemetry:
 
     def _watch(self) -> None:
         while not self._ended.wait(INTERVAL_SECONDS):
-            self.tell(self._take())
+            second = self._take()
+            if self.tell:
+                self.tell(second)
         self._take()
 
     def _take(self) -> Second:

@@ -116,9 +116,7 @@ class Trace:
             "tokens": len(self.experts),
             "sequences": len(list(self.sequences())),
         } | {k: v for k, v in self.info.items() if k != "model"}
-        partial = target.with_name(target.name + ".partial.npz")
-        np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-        partial.replace(target)
+        plain_npz.write(target, arrays)
         partial = target.with_name(target.name + ".partial.json")
         partial.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
         partial.replace(target.with_suffix(".json"))

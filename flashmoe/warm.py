@@ -27,9 +27,7 @@ def save(engine: Engine, path: Path) -> None:
         arrays[f"{number}/served"] = np.array([cache.n_slots, cache.tokens])
         for name, array in state.arrays(cache.policy).items():
             arrays[f"{number}/state/{name}"] = array
-    partial = path.with_name(path.name + ".partial.npz")
-    np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+    plain_npz.write(path, arrays)
 
 
 def restore(engine: Engine, path: Path) -> int:

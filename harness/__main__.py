@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     long.add_argument("--seconds", type=float, default=3600)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
-    run.add_argument("--job", help="a harness.run.Job as JSON (default: the demo model)")
+    run.add_argument("--job", help="a harness.job.Job as JSON (default: the demo model)")
     run.add_argument("--memory", default="12MiB")
     run.add_argument("--prompt", default="And it came to pass")
     run.add_argument("--max-new-tokens", type=int, default=48)

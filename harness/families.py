@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import flashmoe
+from baselines.in_memory import with_own_memory
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.pack import pack
@@ -36,11 +37,11 @@ def examine(family: str) -> dict[str, Any]:
     with TemporaryDirectory() as work, torch.inference_mode():
         checkpoint, store = Path(work) / "checkpoint", Path(work) / "store"
         model.save_pretrained(checkpoint)
-        eager = type(model).from_pretrained(
-            checkpoint, experts_implementation="eager", dtype=torch.float32
+        eager = with_own_memory(
+            type(model).from_pretrained(
+                checkpoint, experts_implementation="eager", dtype=torch.float32
+            )
         )
-        for parameter in eager.parameters():  # aligned as torch does it: see flashmoe.dense
-            parameter.data = parameter.data.clone()
         expected = _output(eager(input_ids=ids))
         try:
             manifest = pack(checkpoint, store)

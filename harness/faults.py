@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,7 @@ from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from flashmoe.verify import verify
 from harness import tiny_models
+from harness.speedups import budget_for
 
 FAMILY = "olmoe"
 KINDS = ("error", "short", "late", "wrong", "end")
@@ -79,7 +80,8 @@ class _Faults:
 def reads(faults: int, seed: int = 0) -> list[dict[str, Any]]:
     """A row a kind of fault, of at least `faults` of each: what the runs gave."""
     rows = []
-    with TemporaryDirectory() as work, _store(Path(work)) as store, torch.inference_mode():
+    with TemporaryDirectory() as work, torch.inference_mode():
+        store = _store(Path(work))
         ids = torch.arange(9)[None] + 3
         model = _load(store)
         expected = _generate(model, ids)
@@ -104,18 +106,15 @@ def reads(faults: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-@contextmanager
-def _store(work: Path) -> Iterator[Path]:
+def _store(work: Path) -> Path:
     tiny_models.make(FAMILY).save_pretrained(work / "checkpoint")
     pack(work / "checkpoint", work / "store")
-    yield work / "store"
+    return work / "store"
 
 
 def _load(store: Path) -> transformers.PreTrainedModel:
     """With slots for two experts a layer, so that it reads all the time, and checks every read."""
-    layers = manifests.load(store).layers
-    memory = 2 * sum(layer.extent_bytes for layer in layers)
-    return flashmoe.load(store, memory=memory, policy="lru", check_reads=True)
+    return flashmoe.load(store, memory=budget_for(store, 2), policy="lru", check_reads=True)
 
 
 def _generate(model: transformers.PreTrainedModel, ids: torch.Tensor) -> list[int]:
@@ -167,7 +166,7 @@ def kills(count: int, seed: int = 0) -> list[dict[str, Any]]:
                 outcomes[_state(store)] += 1
                 if not there and store.exists():
                     pack(checkpoint, store)  # whatever lies there, packing again mends it
-                    _remove(store)
+                    shutil.rmtree(store)
             rows.append(
                 {
                     "before": "a store" if there else "nothing",
@@ -234,9 +233,3 @@ def _state(store: Path) -> str:
     except FlashMoEError:
         return "damaged"
     return "whole store"
-
-
-def _remove(store: Path) -> None:
-    for file in store.iterdir():
-        file.unlink()
-    store.rmdir()

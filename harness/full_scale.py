@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import psutil
 
 import flashmoe
@@ -122,16 +123,30 @@ def full_scale(
         ]
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
-        drive = speedups.drive_of(store, FIO_SECONDS)
         title = f"speedups-{name}" + (f"-{label}" if label else "")
-        kept = folder / f".{title}.runs.jsonl"
-        rows = speedups.table(jobs, rounds, drive, say, kept)
+        rows = measured(folder, title, jobs, rounds)
         if speedups.OURS in systems and not label:
             _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2] * total))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
-    plots.speedups(report.write(folder, title, rows), folder, title)
+    plots.speedups(published(folder, title, rows, command), folder, title)
+
+
+def measured(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
+    """Rows of the jobs; an interrupted table goes on where it was, until it is published."""
+    drive = speedups.drive_of(jobs[0].store, FIO_SECONDS)
+    return speedups.table(jobs, rounds, drive, say, _kept(folder, title))
+
+
+def published(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> pd.DataFrame:
+    """Write the table and where it came from."""
+    frame = report.write(folder, title, rows)
     report.provenance(folder, title, provenance.gather(command, folder, seed=0))
-    kept.unlink(missing_ok=True)
+    _kept(folder, title).unlink(missing_ok=True)
+    return frame
+
+
+def _kept(folder: Path, title: str) -> Path:
+    return folder / f".{title}.runs.jsonl"
 
 
 def job(model: Model, checkpoint: Path, store: Path) -> Job:

@@ -11,7 +11,7 @@ from flashmoe import quant, trace
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.synth import config_of, synthesise_store, total_bytes
-from harness import full_scale, peers, plots, provenance, report, speedups
+from harness import full_scale, peers, plots, report, speedups
 from harness.say import say
 from harness.steered import SteeredWeights
 
@@ -56,11 +56,6 @@ def peer_table(
             for system in (*SYSTEMS, *peers.available())
         ]
         title = f"peers-{name}" + ("" if scheme == quant.NONE else f"-{scheme}")
-        kept = folder / f".{title}.runs.jsonl"
-        drive = speedups.drive_of(store, full_scale.FIO_SECONDS)
-        rows = full_scale.named(
-            speedups.table(jobs, rounds, drive, say, kept), name, "shipped", model, total
-        )
-    plots.speedups(report.write(folder, title, rows), folder, title)
-    report.provenance(folder, title, provenance.gather(command, folder, seed=0))
-    kept.unlink(missing_ok=True)
+        found = full_scale.measured(folder, title, jobs, rounds)
+    rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
+    plots.speedups(full_scale.published(folder, title, rows, command), folder, title)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -52,9 +51,7 @@ def speed(
             for share, scheme in cases
         ]
         title = f"quant-{name}"
-        kept = folder / f".{title}.runs.jsonl"
-        drive = speedups.drive_of(paths[quant.NONE], full_scale.FIO_SECONDS)
-        found = speedups.table(jobs, rounds, drive, say, kept)
+        found = full_scale.measured(folder, title, jobs, rounds)
     rows = []
     for (share, scheme), row in zip(cases, found, strict=True):
         plain = found[cases.index((share, quant.NONE))]
@@ -66,9 +63,7 @@ def speed(
         }
         kinds = {"model": name, "cap_share": share, "quant": scheme}
         rows.append(kinds | of_plain | {k: v for k, v in row.items() if not _of_pairs(k)})
-    report.write(folder, title, rows)
-    report.provenance(folder, title, provenance.gather(command, folder, seed=0))
-    kept.unlink(missing_ok=True)
+    full_scale.published(folder, title, rows, command)
 
 
 def _of_pairs(column: str) -> bool:
@@ -90,9 +85,9 @@ def quality(folder: Path, command: str, texts: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     plain = {kind: perplexity(whole, stream) for kind, stream in held_out.items()}
     rows: list[dict[str, Any]] = []
-    with TemporaryDirectory(dir=folder, prefix=".scratch-") as work:
+    with report.scratch(folder) as work:
         for scheme in SCHEMES:
-            store = Path(work) / scheme
+            store = work / scheme
             expert_bytes = pack(path, store, quant=scheme).layers[0].extent_bytes
             model = flashmoe.load(store, memory="1GiB")
             try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 import flashmoe
 from harness.speedups import budget_for
@@ -30,7 +31,7 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = {k: tokenizer(p, return_tensors="pt")["input_ids"] for k, p in PROMPTS.items()}
     resident = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
-    expected = {kind: _continue(resident, ids) for kind, ids in prompts.items()}
+    expected = {kind: greedy(resident, ids, NEW_TOKENS) for kind, ids in prompts.items()}
     rows: dict[str, dict[str, Any]] = {
         kind: {"kind": kind, "same_output": True} for kind in prompts
     }
@@ -39,7 +40,7 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         try:
             for kind, ids in prompts.items():
                 model.flashmoe.reset()
-                if not torch.equal(_continue(model, ids), expected[kind]):
+                if not torch.equal(greedy(model, ids, NEW_TOKENS), expected[kind]):
                     rows[kind]["same_output"] = False
                 rows[kind][f"hit_rate_{slots}_slots"] = model.flashmoe.stats()["hit_rate"]
         finally:
@@ -50,10 +51,13 @@ def table(store: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _continue(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def greedy(
+    model: PreTrainedModel, ids: torch.Tensor, tokens: int, streamer: BaseStreamer | None = None
+) -> torch.Tensor:
+    """The prompt [1, n] and just so many `tokens` after it, [n + tokens]."""
     mask = torch.ones_like(ids)
     output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-        do_sample=False,
+        ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        streamer=streamer,
     )  # fmt: skip
     return output[0]

@@ -76,13 +76,5 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
 
 def _generate(model: PreTrainedModel, ids: torch.Tensor) -> _Marks:
     marks = _Marks(model)
-    with torch.inference_mode():
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
-            streamer=marks,
-        )
+    texts.greedy(model, ids, TOKENS, marks)
     return marks

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import flashmoe
 from flashmoe import reader
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
@@ -89,6 +90,34 @@ def stores(checkpoints, tmp_path_factory):
         return made[family, dtype]
 
     return get
+
+
+@pytest.fixture
+def loaded(stores):
+    """Load from a store at so many slots a layer; closed afterwards."""
+    models = []
+
+    def get(family="olmoe", slots=None, policy="lru", dtype=torch.float32):
+        store = stores(family, dtype)
+        slots = slots or manifest.load(store).top_k
+        models.append(flashmoe.load(store, memory=budget(store, slots), policy=policy))
+        return models[-1]
+
+    yield get
+    for model in models:
+        model.flashmoe.close()
+
+
+@pytest.fixture(scope="session")
+def large_store(tmp_path_factory) -> Path:
+    """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""
+    folder = tmp_path_factory.mktemp("larger")
+    make_checkpoint(
+        "olmoe", folder / "checkpoint", vocab_size=256, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
+    )  # fmt: skip
+    pack(folder / "checkpoint", folder / "store")
+    return folder / "store"
 
 
 @pytest.fixture(params=["in groups", "in pieces"])

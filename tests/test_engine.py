@@ -12,6 +12,7 @@ import transformers
 from conftest import FAMILIES, budget, prompt
 
 import flashmoe
+from baselines.in_memory import with_own_memory
 from flashmoe import policies, simulate
 from flashmoe.errors import FlashMoEError
 from flashmoe.record import record
@@ -21,13 +22,11 @@ ONLINE = [name for name, policy in policies.available().items() if not policy.of
 
 
 def eager(checkpoint: Path) -> transformers.PreTrainedModel:
-    """Its weights at addresses as torch aligns them, not as a file's header does (`dense`)."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, experts_implementation="eager"
+    return with_own_memory(
+        transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, experts_implementation="eager"
+        )
     )
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
 
 
 @torch.inference_mode()
@@ -42,22 +41,6 @@ def run(model: transformers.PreTrainedModel, ids: torch.Tensor, new: int = 12):
         return_dict_in_generate=True,
     )
     return output.sequences, torch.stack(output.logits)
-
-
-@pytest.fixture
-def loaded(stores):
-    """Load from a store at so many slots a layer; closed afterwards."""
-    models = []
-
-    def get(family="olmoe", slots=None, policy="lru", dtype=torch.float32):
-        store = stores(family, dtype)
-        slots = slots or manifest.load(store).top_k
-        models.append(flashmoe.load(store, memory=budget(store, slots), policy=policy))
-        return models[-1]
-
-    yield get
-    for model in models:
-        model.flashmoe.close()
 
 
 @pytest.mark.parametrize("batch", [1, 4])

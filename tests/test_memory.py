@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint
 
-from flashmoe.store.pack import pack
 from harness.memory_cap import memory_cap
 
 MIB = 1 << 20
@@ -37,18 +35,6 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""
-    folder = tmp_path_factory.mktemp("larger")
-    make_checkpoint(
-        "olmoe", folder / "checkpoint", vocab_size=256, hidden_size=256, intermediate_size=512,
-        num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
-    )  # fmt: skip
-    pack(folder / "checkpoint", folder / "store")
-    return folder / "store"
-
-
 def run(store: Path, memory_bytes: int, limit_bytes: int | None):
     with memory_cap(limit_bytes) as cap:
         if cap is None:
@@ -60,17 +46,17 @@ def run(store: Path, memory_bytes: int, limit_bytes: int | None):
         return done, cap.peak_bytes()
 
 
-def test_more_memory_is_used_only_as_given(store):
+def test_more_memory_is_used_only_as_given(large_store):
     least, most = 4 * 6 * MIB, 30 * 6 * MIB  # 4 slots and 30 of 32
-    run(store, least, None)  # fills the page cache with Python's own files
-    done, floor_bytes = run(store, least, None)
+    run(large_store, least, None)  # fills the page cache with Python's own files
+    done, floor_bytes = run(large_store, least, None)
     small = json.loads(done.stdout)
     assert small["resident"] == least
     assert small["cached"] == 0
 
     # exactly as much more as was given, and the kernel kills whoever takes more
     limit = floor_bytes + (most - least) + SLACK_BYTES
-    done, peak_bytes = run(store, most, limit)
+    done, peak_bytes = run(large_store, most, limit)
     assert done.returncode == 0, done.stderr[-500:]
     large = json.loads(done.stdout)
     assert large["tokens"] == small["tokens"]
@@ -80,5 +66,5 @@ def test_more_memory_is_used_only_as_given(store):
     assert peak_bytes <= limit
 
     # and the limit is real: the same run with half of the budget's room is killed
-    tight, _ = run(store, most, floor_bytes + (most - least) // 2 - SLACK_BYTES)
+    tight, _ = run(large_store, most, floor_bytes + (most - least) // 2 - SLACK_BYTES)
     assert tight.returncode != 0

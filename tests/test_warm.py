@@ -9,35 +9,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import budget, generate, make_checkpoint, prompt
+from conftest import budget, generate, prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashmoe
 from flashmoe import free_memory, policies, warm
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import pack
 
 ONLINE = [name for name, policy in policies.available().items() if not policy.offline]
 
 
-@pytest.fixture
-def loaded(stores):
-    models = []
-
-    def get(slots: int, policy: str = "lru"):
-        models.append(flashmoe.load(stores(), memory=budget(stores(), slots), policy=policy))
-        return models[-1]
-
-    yield get
-    for model in models:
-        model.flashmoe.close()
-
-
 @pytest.mark.parametrize("policy", ONLINE)
 def test_output_does_not_change_when_the_budget_does(loaded, stores, policy):
-    expected = generate(loaded(8), prompt(9), 12)
-    model = loaded(6, policy)
+    expected = generate(loaded(slots=8), prompt(9), 12)
+    model = loaded(slots=6, policy=policy)
     for slots in (6, 2, 8, 3, 5):
         size = budget(stores(), slots)
         model.flashmoe.resize(size)
@@ -47,7 +33,7 @@ def test_output_does_not_change_when_the_budget_does(loaded, stores, policy):
 
 
 def test_what_fits_stays_resident(loaded, stores):
-    model = loaded(8)
+    model = loaded(slots=8)
     generate(model, prompt(40), 4)
     before = [set(cache.resident) for cache in model.flashmoe.caches]
     model.flashmoe.resize(budget(stores(), 4))
@@ -61,8 +47,8 @@ def test_what_fits_stays_resident(loaded, stores):
 
 
 def test_from_caches_of_layers_to_one_for_all_and_back(loaded, stores):
-    expected = generate(loaded(8), prompt(9), 12)
-    model = loaded(4, "learned")
+    expected = generate(loaded(slots=8), prompt(9), 12)
+    model = loaded(slots=4, policy="learned")
     assert not model.flashmoe.slots.shared
     for slots, shared in ((2, True), (6, False)):
         model.flashmoe.resize(budget(stores(), slots))
@@ -71,7 +57,7 @@ def test_from_caches_of_layers_to_one_for_all_and_back(loaded, stores):
 
 
 def test_a_budget_too_small_leaves_all_as_it_was(loaded):
-    model = loaded(4)
+    model = loaded(slots=4)
     expected = generate(model, prompt(9), 6)
     with pytest.raises(FlashMoEError, match="too small"):
         model.flashmoe.resize(1000)
@@ -79,13 +65,8 @@ def test_a_budget_too_small_leaves_all_as_it_was(loaded):
     assert generate(model, prompt(9), 6) == expected
 
 
-def test_memory_is_given_back_and_taken_again(tmp_path):
-    make_checkpoint(
-        "olmoe", tmp_path / "checkpoint", vocab_size=256, hidden_size=256, intermediate_size=512,
-        num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
-    )  # fmt: skip
-    pack(tmp_path / "checkpoint", tmp_path / "store")  # 192 MiB of experts
-    model = flashmoe.load(tmp_path / "store", memory="190MiB", policy="lru")
+def test_memory_is_given_back_and_taken_again(large_store):
+    model = flashmoe.load(large_store, memory="190MiB", policy="lru")
     held = lambda: psutil.Process().memory_info().rss >> 20  # noqa: E731
     for _ in range(2):
         generate(model, prompt(120), 2)
@@ -101,7 +82,7 @@ def test_memory_is_given_back_and_taken_again(tmp_path):
 @pytest.mark.parametrize("policy", ONLINE)
 def test_a_restored_cache_goes_on_as_if_it_had_never_stopped(loaded, tmp_path, policy):
     file = tmp_path / "kept.npz"
-    one, other = loaded(3, policy), loaded(3, policy)
+    one, other = loaded(slots=3, policy=policy), loaded(slots=3, policy=policy)
     generate(one, prompt(9), 12)
     warm.save(one.flashmoe, file)
     restored = warm.restore(other.flashmoe, file)
@@ -117,7 +98,7 @@ def test_a_restored_cache_goes_on_as_if_it_had_never_stopped(loaded, tmp_path, p
 @pytest.mark.parametrize("slots", [2, 5, 8])
 def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
     file = tmp_path / "kept.npz"
-    one, other = loaded(4), loaded(slots)
+    one, other = loaded(slots=4), loaded(slots=slots)
     expected = generate(one, prompt(9), 12)
     warm.save(one.flashmoe, file)
     warm.restore(other.flashmoe, file)
@@ -129,16 +110,16 @@ def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
 
 def test_what_was_kept_of_another_policy_is_refused(loaded, tmp_path):
     file = tmp_path / "kept.npz"
-    warm.save(loaded(4, "lfu").flashmoe, file)
+    warm.save(loaded(slots=4, policy="lfu").flashmoe, file)
     with pytest.raises(FlashMoEError, match="another model, policy"):
-        warm.restore(loaded(4, "lru").flashmoe, file)
+        warm.restore(loaded(slots=4, policy="lru").flashmoe, file)
     with pytest.raises(FlashMoEError, match="keeps a cache warm"):
-        warm.restore(loaded(4, "lru").flashmoe, tmp_path / "none.npz")
+        warm.restore(loaded(slots=4, policy="lru").flashmoe, tmp_path / "none.npz")
 
 
 @pytest.fixture
 def kept(loaded, tmp_path):
-    model = loaded(3, "arc")
+    model = loaded(slots=3, policy="arc")
     generate(model, prompt(9), 3)
     warm.save(model.flashmoe, tmp_path / "kept.npz")
     return model, tmp_path / "kept.npz"
@@ -192,7 +173,7 @@ def test_auto_sees_the_limits_of_cgroups_above(tmp_path, version):
 
 @torch.inference_mode()
 def test_threads_that_generate_at_once_are_served(loaded):
-    model = loaded(2)
+    model = loaded(slots=2)
     prompts = [prompt(n) for n in (5, 9, 13, 17)]
     expected = [generate(model, ids, 12) for ids in prompts]
     given: dict[int, list[list[int]]] = {}

@@ -31,7 +31,8 @@ from flashmoe.store.direct_io import (
 from flashmoe.store.manifest import LayerSpec, Manifest
 from flashmoe.store.pack import config_digest, lay_out_layers
 
-_BUFFER_BYTES = (1 << 20) + 2 * ALIGNMENT_BYTES
+_AT_ONCE_BYTES = 1 << 20
+_BUFFER_BYTES = _AT_ONCE_BYTES + 2 * ALIGNMENT_BYTES  # what encloses so many at any offset
 
 
 class _Segment(NamedTuple):
@@ -128,7 +129,7 @@ class InPlace(Backend):
         for segment in self._segments[layer][expert]:
             first, last = max(segment.start, start), min(segment.start + segment.size, end)
             while first < last:
-                size = min(last - first, _BUFFER_BYTES - 2 * ALIGNMENT_BYTES)
+                size = min(last - first, _AT_ONCE_BYTES)
                 offset = segment.offset + first - segment.start
                 self._copy(segment.file, offset, memory[first - start : first - start + size])
                 first += size

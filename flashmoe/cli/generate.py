@@ -55,8 +55,8 @@ class _Counting:
             self.streamer.end()
 
 
-def _nothing(second: object) -> None:
-    pass
+def _say(second: object) -> None:
+    print(second, file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,8 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")
         if arguments.warm and arguments.warm.exists():
             warm.restore(model.flashmoe, arguments.warm)
-        tell = (lambda second: print(second, file=sys.stderr)) if arguments.stats else _nothing
-        telemetry = Telemetry(model.flashmoe, tell)
+        telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
         streamer = _Counting(None if arguments.json else TextStreamer(tokenizer), telemetry)
         started = time.perf_counter()
         with torch.inference_mode(), telemetry:

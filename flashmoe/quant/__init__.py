@@ -6,11 +6,13 @@ import sys
 from functools import cache
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.quant.base import Parts, Scheme, Weight
+from flashmoe.quant.base import Parts, Scheme, Weight, by_weight, part_name
 from flashmoe.registry import discover
 
 NONE = "none"
-__all__ = ["NONE", "Parts", "Scheme", "Weight", "available", "get"]
+__all__ = [
+    "NONE", "Parts", "Scheme", "Weight", "available", "by_weight", "get", "part_name",
+]  # fmt: skip
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections import defaultdict
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 
 Parts = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 class Scheme(ABC):
@@ -44,3 +46,21 @@ class Weight(NamedTuple):
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         return self.scheme.linear(x, self.parts)
+
+
+def part_name(weight: str, part: str) -> str:
+    """What a store calls a part of a weight."""
+    return f"{weight}/{part}"
+
+
+def by_weight(stored: dict[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
+    """What is stored of an expert, by name: tensors as they are, and each weight's parts."""
+    plain: dict[str, T] = {}
+    parts: dict[str, dict[str, T]] = defaultdict(dict)
+    for name, value in stored.items():
+        weight, slash, part = name.partition("/")
+        if slash:
+            parts[weight][part] = value
+        else:
+            plain[name] = value
+    return plain, parts

@@ -66,14 +66,9 @@ class LayerSpec:
 
     def shapes(self, *, transposed: bool) -> dict[str, tuple[int, ...]]:
         """Of an expert's parameters, as its module has them: `transposed`, if that is [in, out]."""
-        plain = {t.name: t.shape for t in self.tensors if "/" not in t.name}
+        plain, parts = quant.by_weight({tensor.name: tensor.shape for tensor in self.tensors})
         if (scheme := quant.get(self.quantisation)) is None:
             return plain
-        parts: dict[str, dict[str, tuple[int, ...]]] = {}
-        for tensor in self.tensors:
-            name, slash, part = tensor.name.partition("/")
-            if slash:
-                parts.setdefault(name, {})[part] = tensor.shape
         weights = {name: scheme.shape(shapes) for name, shapes in parts.items()}
         return plain | {n: s[::-1] if transposed else s for n, s in weights.items()}
 

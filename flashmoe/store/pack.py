@@ -167,7 +167,9 @@ def _quantised(
     for name, tensor in tensors.items():
         if tensor.dim() == 2:
             weight = tensor.T if module.is_transposed else tensor
-            stored |= {f"{name}/{part}": t for part, t in scheme.parts(weight).items()}
+            stored |= {
+                schemes.part_name(name, part): held for part, held in scheme.parts(weight).items()
+            }
         else:
             stored[name] = tensor
     return stored
