@@ -29,11 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     full.add_argument("model", nargs="?", default="olmoe-1b-7b")
     full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
     full.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
+    full.add_argument("--slots", type=int, nargs="+", help="in their place: experts of each layer")
     full.add_argument("--systems", nargs="+", help="see baselines/")
     full.add_argument("--rounds", type=int, default=2)
     full.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
     full.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
     full.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
+    full.add_argument("--quant", default="none", help="int8 or int4")
     full.add_argument("--label", default="", help="goes into the table's name")
     against = commands.add_parser("peers", help="the table against llama.cpp")
     against.add_argument("model", nargs="?", default="olmoe-1b-7b")
@@ -103,11 +105,12 @@ def main() -> None:
             if (arguments.routing is None) != (arguments.sequence is None):
                 raise FlashMoEError("--routing and --sequence go together: give both or neither")
             routing = arguments.routing and Model(arguments.routing, arguments.sequence)
-            given = {k: v for k in ("caps", "systems") if (v := getattr(arguments, k))}
+            given = {k: v for k in ("caps", "slots", "systems") if (v := getattr(arguments, k))}
             limit = arguments.read_limit and parse_bytes(arguments.read_limit)
             command += (
                 f" {arguments.model} --rounds {arguments.rounds}"
                 + "".join(f" --{key} {' '.join(map(str, value))}" for key, value in given.items())
+                + (f" --quant {arguments.quant}" if arguments.quant != "none" else "")
                 + (f" --read-limit {arguments.read_limit}" if limit else "")
                 + (f" --routing TRACE --sequence {arguments.sequence}" if routing else "")
                 + (f" --label {arguments.label}" if arguments.label else "")
@@ -121,6 +124,7 @@ def main() -> None:
                 stores=arguments.stores,
                 model=routing,
                 label=arguments.label,
+                scheme=arguments.quant,
                 **given,
             )
         case "peers":

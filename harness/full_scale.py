@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import psutil
 
+import baselines
 import flashmoe
+from flashmoe import quant
+from flashmoe.budget import SPARES
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
@@ -38,6 +41,7 @@ MODELS = {
     "olmoe-quarter": Model(flashmoe.demo_routing_path(), "python-1"),
     "olmoe-1b-7b": Model(flashmoe.demo_routing_path(), "python-1"),
     "deepseek-v2-lite": Model(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
+    "qwen3-30b-a3b": Model(ROUTING / "qwen3-30b-a3b.npz", "kernel-docs-0"),
 }
 SHIPPED = "shipped"  # what a row says of routing that comes with the project
 CAPS = (0.15, 0.25, 0.4, 0.6, 1.2)  # as far as the machine has the memory
@@ -80,6 +84,7 @@ def full_scale(
     name: str,
     *,
     caps: Sequence[float] = CAPS,
+    slots: Sequence[int] = (),
     systems: Sequence[str] = SYSTEMS,
     rounds: int = ROUNDS,
     decode_seconds: float = DECODE_SECONDS,
@@ -87,14 +92,18 @@ def full_scale(
     stores: Path | None = None,
     model: Model | None = None,
     label: str = "",
+    scheme: str = quant.NONE,
 ) -> None:
     """Write checkpoint and store (given back afterwards), run, write the tables.
 
-    `stores` keeps them: a directory with `checkpoint` and `store`, made there if absent. `model`
-    names other routing than the shipped; `label` goes into the table's name.
+    `slots` takes the place of `caps`: experts of each layer that FlashMoE shall have room for.
+    `stores` keeps checkpoint and store: a directory, where they are made if absent. `model` names
+    other routing than the shipped; `label` goes into the table's name. `scheme` quantises.
     """
     if name not in MODELS:
         raise FlashMoEError(f"no routing is shipped for {name!r}: choose from {', '.join(MODELS)}")
+    for system in systems:  # before gigabytes are written
+        baselines.get(system)
     shipped = model is None
     model = model or MODELS[name]
     with report.scratch(stores or folder) as work:
@@ -102,15 +111,17 @@ def full_scale(
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
             say(f"writing {name} with random weights")
-            if fits(total_bytes(name)):
+            if fits(total_bytes(name)) and scheme == quant.NONE:
                 if not checkpoint.exists():
                     synthesise(name, checkpoint)
                 say("packing it")
                 report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
             else:  # no reference run then; `accelerate-disk` alone would need the checkpoint
-                synthesise_store(name, store)
+                synthesise_store(name, store, quant=scheme)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
+        sizes: list[float] = [cap_for(manifest, n) for n in slots]
+        sizes = sizes or [share * total for share in caps]
         base = replace(
             job(model, checkpoint, store),
             read_bytes_per_second=read_bytes_per_second,
@@ -118,15 +129,17 @@ def full_scale(
         )
         jobs = [
             replace(limited, system=system)
-            for limited in (capped(base, manifest, s * total) for s in caps if fits(s * total))
+            for limited in (capped(base, manifest, size) for size in sizes if fits(size))
             for system in systems
         ]
+        if not jobs:
+            raise FlashMoEError(f"this machine has not the memory for {name} at any of those caps")
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
-        title = f"speedups-{name}" + (f"-{label}" if label else "")
+        title = "-".join(filter(None, ("speedups", name, scheme.replace(quant.NONE, ""), label)))
         rows = measured(folder, title, jobs, rounds)
         if speedups.OURS in systems and not label:
-            _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2] * total))
+            _timelines(folder, name, capped(base, manifest, sizes[len(sizes) // 2]))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(published(folder, title, rows, command), folder, title)
 
@@ -176,6 +189,13 @@ def named(
         {"model": name, "routing": routing, "cap_share": share} | row
         for share, row in zip(shares, rows, strict=True)
     ]
+
+
+def cap_for(manifest: Manifest, slots: int) -> int:
+    """The cap that leaves FlashMoE `slots` experts of every layer, and its spare ones."""
+    layers = manifest.layers
+    experts = slots * sum(layer.extent_bytes for layer in layers) + SPARES * layers[0].extent_bytes
+    return manifest.dense_bytes + BESIDE_BYTES + experts
 
 
 def capped(job: Job, manifest: Manifest, cap_bytes: float) -> Job:

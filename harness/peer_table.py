@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,6 @@ from harness import full_scale, peers, plots, report, speedups
 from harness.say import say
 from harness.steered import SteeredWeights
 
-SYSTEMS = (speedups.OURS,)
-
 
 def peer_table(
     folder: Path,
@@ -28,34 +27,54 @@ def peer_table(
     stores: Path | None = None,
     scheme: str = quant.NONE,
 ) -> None:
-    """Write store and GGUF file (given back afterwards, but for `stores`), run, report."""
-    try:
-        from harness import gguf_file
-    except ImportError as error:
-        raise FlashMoEError(f"{error.name} is missing: run `nox -s peers`") from None
+    """Write the same weights for every engine (given back but for `stores`), run, report."""
     model = full_scale.MODELS[name]
     routing = trace.load(model.routing).named(model.sequence)
     with report.scratch(stores or folder) as work:
         home = stores or work
-        store, peer_file = home / "steered-store", home / "steered.gguf"
-        base = full_scale.job(model, peer_file, store)
-        if not peer_file.exists():
+        store = home / "steered-store"
+        base = full_scale.job(model, store, store)
+        seen = routing.first(base.prompt_tokens + base.tokens)
+        weights = partial(SteeredWeights, trace=seen)
+        if not manifests.is_store(store):
             say(f"writing {name} with random weights and solved routers")
-            seen = routing.first(base.prompt_tokens + base.tokens)
-            weights = partial(SteeredWeights, trace=seen)
             synthesise_store(name, store, weights=weights, quant=scheme)
-            say("writing the same as GGUF")
-            gguf_file.write(weights(config_of(name), 0), peer_file, scheme)
+        systems = {speedups.OURS: store}
+        for peer in peers.available().values():
+            path = home / f"steered-{peer.name}"
+            if not peer.installed():
+                say(f"{peer.name} is not installed: `nox -s peers` installs it; left out")
+                continue
+            try:
+                if not path.exists():
+                    say(f"writing the same for {peer.name}")
+                    partial_path = path.with_name(f"{path.name}.partial")
+                    _remove(partial_path)
+                    peer.write(weights(config_of(name), 0), partial_path, scheme)
+                    partial_path.rename(path)
+                systems[peer.name] = path
+            except FlashMoEError as error:
+                say(f"{peer.name} is left out: {error}")
+        if len(systems) == 1:
+            raise FlashMoEError("there is no peer to compare with: run `nox -s peers`")
         manifest = manifests.load(store)
         total = total_bytes(name)  # of bf16, whatever the scheme: caps are bytes
         jobs = [
-            replace(capped, system=system)
+            replace(capped, system=system, checkpoint=path)
             for share in caps
             if full_scale.fits(share * total)
             for capped in [full_scale.capped(base, manifest, share * total)]
-            for system in (*SYSTEMS, *peers.available())
+            for system, path in systems.items()
         ]
         title = f"peers-{name}" + ("" if scheme == quant.NONE else f"-{scheme}")
         found = full_scale.measured(folder, title, jobs, rounds)
     rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
     plots.speedups(full_scale.published(folder, title, rows, command), folder, title)
+
+
+def _remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

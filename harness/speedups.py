@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -65,12 +66,15 @@ def run_alone(job: Job) -> Run:
     A run that the limit kills is an outcome, OUT_OF_MEMORY. Raises FlashMoEError with the
     process's last words when it fails otherwise.
     """
-    command = [sys.executable, "-m", *_program(job), job.to_json()]
+    command = [*_program(job), job.to_json()]
+    environment = os.environ | {"PYTHONPATH": str(peers.ROOT)}  # a peer's has no harness installed
     speed = job.read_bytes_per_second
     limit = ReadLimit(job.store, speed) if speed else None
     with memory_cap(job.cap_bytes, limit) as cap:
         enter = cap.enter if cap else None
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
+        done = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=enter, env=environment
+        )
         if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
             result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
         elif done.returncode:
@@ -86,8 +90,8 @@ def run_alone(job: Job) -> Run:
 
 def _program(job: Job) -> list[str]:
     if peer := peers.available().get(job.system):
-        return [peer]
-    return ["harness", "run", job.system, "--job"]
+        return peer.command
+    return [sys.executable, "-m", "harness", "run", job.system, "--job"]
 
 
 def table(

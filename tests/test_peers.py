@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,28 @@ def test_a_model_laid_out_otherwise_is_refused(steered):
         SteeredWeights(config, 0, trace)
 
 
-def test_a_peer_is_a_file():
-    assert peers.available()["llama-cpp"] == "harness.peers.llama_cpp"
+def test_a_peer_is_a_file_and_runs_where_its_library_is(monkeypatch):
+    peer = peers.available()["llama-cpp"]
+    assert peer.command == [sys.executable, "-m", "harness.peers.llama_cpp"]
+    monkeypatch.setenv("FLASHMOE_PYTHON_LLAMA_CPP", "/another/python")
+    assert peer.command[0] == "/another/python"
+    monkeypatch.setenv("FLASHMOE_PYTHON_AIRLLM", shutil.which("false"))
+    assert not peers.available()["airllm"].installed()
+
+
+def test_airllm_is_given_the_same_weights_in_the_hub_s_layout(tmp_path, steered):
+    """Which transformers itself can say: its model routes and decodes as recorded."""
+    _, _, weights = steered
+    peers.available()["airllm"].write(weights, tmp_path / "hub", "none")
+    assert len(list((tmp_path / "hub").glob("*.safetensors"))) == 3 + 3  # layers, and the rest
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    ids = torch.arange(PROMPT)[None] + FIRST_TOKEN
+    text = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+    )
+    assert text[0].tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 8))
+    with pytest.raises(FlashMoEError, match="no int4"):
+        peers.available()["airllm"].write(weights, tmp_path / "none", "int4")
 
 
 def test_a_job_goes_to_another_process_and_back():

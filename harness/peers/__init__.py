@@ -1,15 +1,70 @@
-"""Engines that are not ours, one file each: run as a program with a job, prints its figures.
+"""Engines that are not ours, one file each: writes its weights, runs as a program with a job.
 
-`available()` lists them. A peer's file imports nothing of FlashMoE's engine, so that the memory
-limit holds the peer and little else. The checkpoint of its job is a GGUF file.
+`available()` lists them. A peer's `write` belongs to the harness; its `run` imports nothing of
+FlashMoE's engine, so that the memory limit holds the peer and little else, and happens in the
+environment whose Python FLASHMOE_PYTHON_NAME names, in this one where that is not set. The
+checkpoint of its job is what `write` wrote.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from harness.job import Job
+
+if TYPE_CHECKING:  # the programs do without the engine
+    from flashmoe.store.pack import Source
+
+ROOT = Path(__file__).parents[2]
 
 
-def available() -> dict[str, str]:
-    """Of each peer, the module to run, by the name that its rows bear."""
+@dataclass(frozen=True)
+class Peer:
+    """An engine by the name that its rows bear."""
+
+    name: str
+    module: str
+
+    @property
+    def write(self) -> Callable[[Source, Path, str], None]:
+        """write(source, path, scheme): its weights. FlashMoEError where it cannot take those."""
+        written = importlib.import_module(self.module).write
+        return cast(Callable[["Source", Path, str], None], written)
+
+    @property
+    def command(self) -> list[str]:
+        """What runs it, but for the job."""
+        name = self.name.replace("-", "_").upper()
+        return [os.environ.get(f"FLASHMOE_PYTHON_{name}", sys.executable), "-m", self.module]
+
+    def installed(self) -> bool:
+        """Can its library be imported where it would run?"""
+        command = [*self.command, _IS_IT_THERE]
+        return not subprocess.run(command, cwd=ROOT, capture_output=True).returncode
+
+
+def available() -> dict[str, Peer]:
+    """Every peer, installed or not."""
     names = [info.name for info in pkgutil.iter_modules(__path__)]
-    return {name.replace("_", "-"): f"{__name__}.{name}" for name in names}
+    peers = [Peer(name.replace("_", "-"), f"{__name__}.{name}") for name in names]
+    return {peer.name: peer for peer in peers}
+
+
+_IS_IT_THERE = "--installed"
+
+
+def program(run: Callable[[Job], dict[str, Any]], library: str) -> None:
+    """What a peer's file does when it is run: its figures as the last line, JSON."""
+    if sys.argv[1] == _IS_IT_THERE:
+        importlib.import_module(library)
+    else:
+        print(json.dumps(run(Job.from_json(sys.argv[1]))))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import llama_cpp
-import numpy as np
-
+from harness import peers
 from harness.clock import Clock
 from harness.job import FIRST_TOKEN, Job
+
+if TYPE_CHECKING:
+    from flashmoe.store.pack import Source
+
+
+def write(source: Source, path: Path, scheme: str) -> None:
+    """As `gguf_file.write`."""
+    from harness import gguf_file
+
+    gguf_file.write(source, path, scheme)
 
 
 def run(job: Job) -> dict[str, Any]:
     """Load, prefill, warm up, then decode `new_tokens` under the clock, greedily, batch 1."""
+    import llama_cpp
+    import numpy as np
+
     started = time.perf_counter()
     model = llama_cpp.Llama(
         str(job.checkpoint),
@@ -57,4 +67,4 @@ def run(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Job.from_json(sys.argv[1]))))
+    peers.program(run, "llama_cpp")
