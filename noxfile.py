@@ -164,7 +164,11 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def asv(session: nox.Session) -> None:
-    """Benchmarks over the project's history."""
+    """Benchmarks of this commit, kept beside those of others; pages in .asv/html."""
+    ensure_fio(session)
+    install(session, "harness")
     session.install("-c", "constraints.txt", "asv", "virtualenv")
     session.run("asv", "machine", "--yes")
-    session.run("asv", "run", "--quick", "--show-stderr", *(session.posargs or ["HEAD^!"]))
+    head = str(session.run("git", "rev-parse", "HEAD", external=True, silent=True)).strip()
+    session.run("asv", "run", "--quick", "--show-stderr", "--set-commit-hash", head)
+    session.run("asv", "publish")
