@@ -181,8 +181,9 @@ def test_the_parts_of_a_token_add_up(generation):
 def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
     _, _, rows = generation
     arithmetic = [1 / rows["in-memory"]["tokens_per_second"]]
-    for name in STREAMING:
-        arithmetic.append((rows[name]["experts_ms"] + rows[name]["rest_of_model_ms"]) / 1e3)
+    for row in rows.values():
+        if "experts_ms" in row:
+            arithmetic.append((row["experts_ms"] + row["rest_of_model_ms"]) / 1e3)
     compute = min(arithmetic)
     for name in STREAMING:
         row = rows[name]
