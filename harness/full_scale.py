@@ -63,8 +63,6 @@ QUICK_CAPS = (0.4,)  # Python alone is a fifth of the small model's size
 QUICK_DECODE_SECONDS = 4.0
 QUICK_SYSTEMS = (
     "flashmoe",
-    "flashmoe-in-place",
-    "flashmoe-checked",
     "flashmoe-lru",
     "fiddler",
     "daop",
@@ -93,12 +91,14 @@ def full_scale(
     model: Model | None = None,
     label: str = "",
     scheme: str = quant.NONE,
+    timelines: bool = True,
 ) -> None:
     """Write checkpoint and store (given back afterwards), run, write the tables.
 
     `slots` takes the place of `caps`: experts of each layer that FlashMoE shall have room for.
     `stores` keeps checkpoint and store: a directory, where they are made if absent. `model` names
     other routing than the shipped; `label` goes into the table's name. `scheme` quantises.
+    `timelines` draws one token of it, with and without guesses.
     """
     if name not in MODELS:
         raise FlashMoEError(f"no routing is shipped for {name!r}: choose from {', '.join(MODELS)}")
@@ -138,7 +138,7 @@ def full_scale(
             jobs.append(replace(base, system=speedups.REFERENCE))
         title = "-".join(filter(None, ("speedups", name, scheme.replace(quant.NONE, ""), label)))
         rows = measured(folder, title, jobs, rounds)
-        if speedups.OURS in systems and not label:
+        if timelines and speedups.OURS in systems and not label:
             _timelines(folder, name, capped(base, manifest, sizes[len(sizes) // 2]))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(published(folder, title, rows, command), folder, title)

@@ -16,7 +16,7 @@ from baselines.base import Setting
 from flashmoe import trace
 from harness.speedups import Say, budget_for
 
-SLOTS = (16, 32, 48)  # a layer, of 64
+SLOTS = (16, 32)  # a layer, of 64
 PROMPT_TOKENS, TOKENS = 32, 224
 
 

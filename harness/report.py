@@ -44,7 +44,8 @@ NOTES = {
     "bf16 with random weights, experts (and what is guessed of them) as recorded on the project's "
     "small model of that geometry, decode at batch 1 after a prompt of 160 tokens and a short "
     "warm-up; each row a process of its own, rows interleaved over the rounds, page cache emptied "
-    "before each (`cold`). Bytes, reads and arithmetic are the real model's, the text is not. "
+    "before each that is capped (`cold`). Bytes, reads and arithmetic are the real model's, the "
+    "text is not. "
     "`cap_share`: the cgroup's limit, page cache included, as a share of the model's size; empty "
     "where there was none. Slow systems stop after 12 seconds of decode, 4 for olmoe-quarter "
     "(`tokens`). "
@@ -85,7 +86,7 @@ NOTES = {
     "warm": "Measured, the demo model, 24 of 64 slots, another prompt of the same kind first, then "
     "this one: hit rates of the first token after the prompt and of the first 100, cold, and with "
     "`--warm`, which begins with the experts and the policy's state that the first prompt left.",
-    "text": "Measured. Greedy text of the demo model, streamed from the store at three budgets, "
+    "text": "Measured. Greedy text of the demo model, streamed from the store at two budgets, "
     "cold for each kind: `same_output` says whether every budget gave the tokens of plain "
     "transformers with everything resident; hit rates include the prompt, whose experts are new.",
 }

@@ -23,7 +23,7 @@ from harness import (
 from harness.job import Job
 from harness.say import say
 
-DEMO_SLOTS = [8, 24, 32, 64]
+DEMO_SLOTS = [8, 32, 64]
 COMPARED_SLOTS = [32]
 QUICK_TOKENS = 48
 QUICK_ROUNDS = 2
@@ -103,6 +103,7 @@ def run_speedups(folder: Path, command: str) -> None:
         systems=full_scale.QUICK_SYSTEMS,
         rounds=1,
         decode_seconds=full_scale.QUICK_DECODE_SECONDS,
+        timelines=False,
     )
 
 
@@ -110,7 +111,7 @@ def reproduce(profile: str) -> Path:
     """Everything that the profile has. Returns the folder with the results."""
     command = f"python -m harness reproduce --profile {profile}"
     folder = folder_for(profile)
-    seconds = {"quick": 0.6, "desktop": 5.0}[profile]
+    seconds = {"quick": 0.4, "desktop": 5.0}[profile]
     run_ssd(folder, command, seconds)
     run_hit_rates(folder, command)
     run_generation(folder, command)

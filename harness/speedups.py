@@ -101,8 +101,8 @@ def table(
 
     `drive` gives the bytes a second of random reads of the store's extents. It is asked before
     every run that streams, since a shared drive's speed drifts; None: no roofline from a drive.
-    The page cache is emptied before each run where that is allowed. `kept` is a file in which
-    finished runs are noted, so that an interrupted table goes on where it was.
+    The page cache is emptied before each run under a cap, where that is allowed. `kept` is a file
+    in which finished runs are noted, so that an interrupted table goes on where it was.
     """
     results: list[list[Run]] = [[] for _ in jobs]
     for round_number in range(rounds):
@@ -110,7 +110,8 @@ def table(
             name = f"{round_number} {asdict(job)}"
             run = _recall(kept, name)
             if run is None:
-                dropped = drop_all()
+                # 3 s a run, for Python and torch come from the disk again: only where it matters
+                dropped = job.cap_bytes is not None and drop_all()
                 speed = drive() if drive and job.system != REFERENCE else None
                 run = run_alone(job) | {"drive_bytes_per_second": speed, "cold": dropped}
                 _keep(kept, name, run)

@@ -21,7 +21,7 @@ PROMPTS = {
     "kernel-docs": "The driver must call this function before",
     "python": "def main(argv=None):\n    parser = argparse.",
 }
-SLOTS = (8, 24, 64)
+SLOTS = (8, 24)
 NEW_TOKENS = 48
 
 
