@@ -241,11 +241,12 @@ def _speeds() -> str:
         tight = frame[frame.cap_share <= 0.4].groupby("system").flashmoe_speedup
         ranges = tight.agg(["min", "max"])
         over = ", ".join(
-            f"{name} {ranges.loc[name, 'min']:.1f}-{ranges.loc[name, 'max']:.1f}x"
+            f"{name} " + "-".join(dict.fromkeys(f"{ratio:.1f}" for ratio in ranges.loc[name])) + "x"
             for name in ("fiddler", "daop", "os-paging", "os-paging-willneed")
             if name in ranges.index
         )
-        said.append(f"{path.stem.removeprefix('speedups-')}: {over}")
+        if over:
+            said.append(f"{path.stem.removeprefix('speedups-')}: {over}")
     return "measured at caps up to 40 %: " + "; ".join(said) if said else "not measured yet"
 
 
