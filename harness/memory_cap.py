@@ -117,7 +117,8 @@ def _limit_reading(cap: Cap | None, limit: ReadLimit) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    for _ in range(50):  # a killed child leaves its cgroup a moment later
+    # A killed child leaves when its memory is given back; one that thrashed took more than 5 s.
+    for _ in range(300):
         with suppress(OSError):
             folder.rmdir()
             return
