@@ -136,12 +136,19 @@ def full_scale(
             raise FlashMoEError(f"this machine has not the memory for {name} at any of those caps")
         if fits(total) and checkpoint.exists() and not read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
-        title = "-".join(filter(None, ("speedups", name, scheme.replace(quant.NONE, ""), label)))
+        title = titled("speedups", name, scheme, label)
         rows = measured(folder, title, jobs, rounds)
         if timelines and speedups.OURS in systems and not label:
             _timelines(folder, name, capped(base, manifest, sizes[len(sizes) // 2]))
     rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
     plots.speedups(published(folder, title, rows, command), folder, title)
+
+
+def titled(kind: str, name: str, scheme: str, label: str = "") -> str:
+    """What a table is called; bf16, and no label, go without saying."""
+    return "-".join(
+        [kind, name, *(part for part in (scheme, label) if part not in ("", quant.NONE))]
+    )
 
 
 def measured(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:

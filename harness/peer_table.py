@@ -66,7 +66,7 @@ def peer_table(
             for capped in [full_scale.capped(base, manifest, share * total)]
             for system, path in systems.items()
         ]
-        title = f"peers-{name}" + ("" if scheme == quant.NONE else f"-{scheme}")
+        title = full_scale.titled("peers", name, scheme)
         found = full_scale.measured(folder, title, jobs, rounds)
     rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
     plots.speedups(full_scale.published(folder, title, rows, command), folder, title)

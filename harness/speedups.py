@@ -67,7 +67,9 @@ def run_alone(job: Job) -> Run:
     process's last words when it fails otherwise.
     """
     command = [*_program(job), job.to_json()]
-    environment = os.environ | {"PYTHONPATH": str(peers.ROOT)}  # a peer's has no harness installed
+    # a peer's environment has no harness installed
+    paths = filter(None, (str(peers.ROOT), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     speed = job.read_bytes_per_second
     limit = ReadLimit(job.store, speed) if speed else None
     with memory_cap(job.cap_bytes, limit) as cap:

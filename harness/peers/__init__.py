@@ -14,12 +14,14 @@ import os
 import pkgutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.job import Job
+from harness.clock import Clock
+from harness.job import FIRST_TOKEN, Job
 
 if TYPE_CHECKING:  # the programs do without the engine
     from flashmoe.store.pack import Source
@@ -57,6 +59,33 @@ def available() -> dict[str, Peer]:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     peers = [Peer(name.replace("_", "-"), f"{__name__}.{name}") for name in names]
     return {peer.name: peer for peer in peers}
+
+
+Forward = Callable[[list[int]], int]  # the tokens that are new in, the likeliest next one out
+
+
+def decode(job: Job, load: Callable[[Job], Forward], residency: str) -> dict[str, Any]:
+    """Load, prefill, warm up, then decode `new_tokens` under the clock, greedily, batch 1."""
+    started = time.perf_counter()
+    forward = load(job)
+    load_seconds = time.perf_counter() - started
+    tokens = list(range(FIRST_TOKEN, FIRST_TOKEN + job.prompt_tokens))
+    clock, new = Clock(job), tokens
+    clock.start()
+    while clock.tokens < job.tokens and not clock.enough:
+        new = [forward(new)]
+        tokens += new
+        clock.token()
+    return {
+        "system": job.system,
+        "residency": residency,
+        "memory_bytes": None,
+        "slots": None,
+        "shared": None,
+        "load_seconds": load_seconds,
+        "token_ids": tokens,
+        "prompt_tokens": job.prompt_tokens,
+    } | clock.figures()
 
 
 _IS_IT_THERE = "--installed"

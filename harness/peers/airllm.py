@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import peers
-from harness.clock import Clock
-from harness.job import FIRST_TOKEN, Job
+from harness.job import Job
 
 if TYPE_CHECKING:  # writing happens where the harness is, running where AirLLM is
     import torch
@@ -33,10 +32,11 @@ def write(source: Source, path: Path, scheme: str) -> None:
     import torch
 
     import flashmoe
+    from flashmoe import quant
     from flashmoe.errors import FlashMoEError
     from flashmoe.shards import header
 
-    if scheme != "none":
+    if scheme != quant.NONE:
         raise FlashMoEError(f"AirLLM quantises for GPUs only: no {scheme}")
     path.mkdir()
     groups = itertools.groupby(source.dense(), key=lambda pair: _owner(pair[0]))
@@ -46,11 +46,12 @@ def write(source: Source, path: Path, scheme: str) -> None:
         file_name = f"model-{number:05}-of-{last:05}.safetensors"
         held = dict(dense)
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
-        shapes |= {name: (t.dtype, tuple(t.shape)) for name, t in _experts(source, owner)}
+        outline = _experts(source, owner, partial(_outline, source))
+        shapes |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in outline}
         weight_map |= dict.fromkeys(shapes, file_name)
         with open(path / file_name, "wb") as file:
             file.write(header(shapes))
-            for _, tensor in itertools.chain(held.items(), _experts(source, owner)):
+            for _, tensor in itertools.chain(held.items(), _experts(source, owner, source.expert)):
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -65,7 +66,9 @@ def _owner(key: str) -> str:
     return ".".join(parts[:3]) if parts[:2] == ["model", "layers"] else key.rpartition(".")[0]
 
 
-def _experts(source: Source, owner: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _experts(
+    source: Source, owner: str, tensors_of: Callable[[str, int], dict[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a layer's experts, by their names on the hub."""
     from flashmoe import skeleton
 
@@ -73,7 +76,7 @@ def _experts(source: Source, owner: str) -> Iterator[tuple[str, torch.Tensor]]:
         if not module_name.startswith(f"{owner}."):
             continue
         for expert in range(skeleton.n_experts(module)):
-            tensors = source.expert(module_name, expert)
+            tensors = tensors_of(module_name, expert)
             gate, up = tensors["gate_up_proj"].chunk(2)
             for part, tensor in zip(
                 ("gate_proj", "up_proj", "down_proj"), (gate, up, tensors["down_proj"]), strict=True
@@ -81,34 +84,35 @@ def _experts(source: Source, owner: str) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{module_name}.{expert}.{part}.weight", tensor
 
 
+def _outline(source: Source, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+    """As `source.expert`, on the meta device: shapes without drawing gigabytes for them."""
+    from flashmoe import skeleton
+
+    parameters = skeleton.expert_parameters(source.experts[module_name])
+    return {name: parameter[expert] for name, parameter in parameters.items()}
+
+
 def run(job: Job) -> dict[str, Any]:
-    """Load, prefill, warm up, then decode `new_tokens` under the clock, greedily, batch 1."""
+    return peers.decode(
+        job, _load, "a decoder layer at a time, loaded when it runs, the next one beside it"
+    )
+
+
+def _load(job: Job) -> peers.Forward:
     import airllm
     import torch
 
-    started = time.perf_counter()
     model = airllm.AutoModel.from_pretrained(str(job.checkpoint), device="cpu")
-    load_seconds = time.perf_counter() - started
-    tokens = list(range(FIRST_TOKEN, FIRST_TOKEN + job.prompt_tokens))
-    clock, cache, new = Clock(job), None, tokens
-    clock.start()
-    with torch.inference_mode():
-        while clock.tokens < job.tokens and not clock.enough:
-            output = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            new = [int(output.logits[0, -1].argmax())]
-            tokens += new
-            clock.token()
-    return {
-        "system": job.system,
-        "residency": "a decoder layer at a time, loaded when it runs, the next one beside it",
-        "memory_bytes": None,
-        "slots": None,
-        "shared": None,
-        "load_seconds": load_seconds,
-        "token_ids": tokens,
-        "prompt_tokens": job.prompt_tokens,
-    } | clock.figures()
+    cache = None
+
+    @torch.inference_mode()
+    def forward(tokens: list[int]) -> int:
+        nonlocal cache
+        output = model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        return int(output.logits[0, -1].argmax())
+
+    return forward
 
 
 if __name__ == "__main__":
