@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-from flashmoe import experts, skeleton
+from flashmoe import experts, packed_linear, skeleton
 from flashmoe.backends import Backend
 from flashmoe.errors import FlashMoEError
 
@@ -27,6 +27,7 @@ def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     for key, parameter in model.named_parameters():
         if parameter.is_meta and key not in held:
             raise FlashMoEError(f"{path} lacks the tensor {key}; {backend.remedy}")
+    packed_linear.pack(model)
     model.set_experts_implementation(experts.NAME)
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
