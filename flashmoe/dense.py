@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import transformers
 
-from flashmoe import experts, packed_linear, skeleton
+from flashmoe import experts, skeleton
 from flashmoe.backends import Backend
 from flashmoe.errors import FlashMoEError
+from flashmoe.packed_linear import Packer
 
 
 def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
@@ -15,10 +16,21 @@ def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     Raises FlashMoEError when they are damaged or of another model.
     """
     path = backend.path
-    try:
-        model.load_state_dict(backend.dense(), strict=False, assign=True)
-    except RuntimeError as error:
-        raise FlashMoEError(f"{path}: the weights do not fit the model ({error})") from None
+    packer = Packer(model)
+    for name, tensor in backend.dense():
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:  # such as a layer that this class of model does not have
+            continue
+        try:
+            module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        except RuntimeError as error:
+            raise FlashMoEError(
+                f"{path}: the weights of {owner} do not fit the model ({error})"
+            ) from None
+        del tensor
+        packer.pack(owner)
     model.tie_weights()
     # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
     # without a gradient, which differs in the last bit
@@ -27,7 +39,6 @@ def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
     for key, parameter in model.named_parameters():
         if parameter.is_meta and key not in held:
             raise FlashMoEError(f"{path} lacks the tensor {key}; {backend.remedy}")
-    packed_linear.pack(model)
     model.set_experts_implementation(experts.NAME)
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)

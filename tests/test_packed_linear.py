@@ -27,10 +27,17 @@ def linear(out: int, inside: int, bias: bool = False) -> nn.Linear:
     return nn.Linear(inside, out, bias).bfloat16()
 
 
+def packed(*layers: nn.Module) -> nn.ModuleList:
+    """The layers, packed where that is right."""
+    model = nn.ModuleList(layers)
+    packer = packed_linear.Packer(model)
+    for number in range(len(layers)):
+        packer.pack(str(number))
+    return model
+
+
 def packs() -> bool:
-    model = nn.Sequential(linear(1024, 512))
-    packed_linear.pack(model)
-    return isinstance(model[0], PackedLinear)
+    return isinstance(packed(linear(1024, 600))[0], PackedLinear)
 
 
 needs_kernel = pytest.mark.skipif(not packs(), reason="oneDNN has no such kernel here")
@@ -75,37 +82,33 @@ def test_output_is_transformers_own(tmp_path, family, batch):
 def test_the_same_bits_at_any_shape(rows, out, inside, bias):
     layer = linear(out, inside, bias)
     x = torch.randn(2, rows, inside).bfloat16()
-    model = nn.Sequential(layer)
     with torch.inference_mode():
         wanted = layer(x)
-        packed_linear.pack(model)  # which may find other bits, and leave it alone
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(packed(layer)[0](x), wanted)  # or other bits found, and left alone
 
 
 @needs_kernel
 def test_whoever_reads_the_weight_gets_it():
     layer = linear(1024, 600, bias=True)
-    model = nn.Sequential(layer)
-    packed_linear.pack(model)
-    assert model[0].packed
-    assert torch.equal(model[0].weight, layer.weight)
-    assert not model[0].packed
+    (other,) = packed(layer)
+    assert other.packed
+    assert torch.equal(other.weight, layer.weight)
+    assert not other.packed
     x = torch.randn(3, 600).bfloat16()
-    assert torch.equal(model(x), layer(x))
+    assert torch.equal(other(x), layer(x))
 
 
 def test_small_tied_and_other_weights_are_left_alone():
     tied, head = nn.Embedding(1024, 600).bfloat16(), linear(1024, 600)
     head.weight = tied.weight
-    model = nn.ModuleList([tied, head, linear(64, 600), linear(1024, 600).float()])
-    packed_linear.pack(model)
-    assert not any(isinstance(m, PackedLinear) for m in model)
+    left = packed(
+        tied, head, linear(64, 600), linear(1024, 600).float(), linear(64, 900).to("meta")
+    )
+    assert not any(isinstance(layer, PackedLinear) for layer in left)
 
 
 @needs_kernel
 def test_other_bits_are_noticed(monkeypatch):
     product = packed_linear._product
     monkeypatch.setattr(packed_linear, "_product", lambda *a: product(*a) * 1.01)
-    model = nn.Sequential(linear(1024, 600))
-    packed_linear.pack(model)
-    assert not isinstance(model[0], PackedLinear)
+    assert not isinstance(packed(linear(1024, 600))[0], PackedLinear)

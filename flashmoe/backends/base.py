@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from flashmoe.store.manifest import Manifest
 
 
 class Backend(ABC):
-    """An open model on disk: its experts, extent by extent, and everything else at once."""
+    """An open model on disk: its experts, extent by extent, and everything else."""
 
     name: ClassVar[str]
     remedy: ClassVar[str]  # what to do when an expert cannot be read
@@ -38,8 +39,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def dense(self) -> dict[str, torch.Tensor]:
-        """Every tensor that belongs to no expert, by its name in the model."""
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that belongs to no expert, with its name in the model, one at a time."""
 
     @abstractmethod
     def close(self) -> None:

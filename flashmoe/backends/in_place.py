@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,10 +150,9 @@ class InPlace(Backend):
         if not direct:
             drop_page_cache(descriptor, begin, whole)
 
-    def dense(self) -> dict[str, torch.Tensor]:
-        tensors = dict(self._checkpoint.dense())
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._checkpoint.dense()
         self._checkpoint.forget_pages()
-        return tensors
 
     def close(self) -> None:
         self._checkpoint.close()

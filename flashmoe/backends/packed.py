@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,13 +41,14 @@ class PackedStore(Backend):
         if not self.direct:
             drop_page_cache(self._descriptor, offset, len(memory))
 
-    def dense(self) -> dict[str, torch.Tensor]:
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             shard = Shard(self.path / self.manifest.dense_file)
         except FlashMoEError as error:
             raise FlashMoEError(f"store {self.path}: {error}; {self.remedy}") from None
         try:
-            return {name: shard.read(name) for name in shard.tensors}
+            for name in shard.tensors:
+                yield name, shard.read(name)
         finally:
             shard.forget_pages()
             shard.close()
