@@ -21,6 +21,7 @@ class Clock:
         self.on_start = on_start  # called once, when the warm-up is over
         self.times: list[float] = []  # from the warm-up's last token on
         self.tokens = 0
+        self.warm_up_tokens = 0
         self.usage = Usage()
         self.started = self.first_token = time.perf_counter()
 
@@ -39,6 +40,7 @@ class Clock:
         limit = self.job.decode_seconds
         late = limit is not None and now - self.first_token > limit / 2
         if late or self.tokens == 1 + self.job.warm_up_tokens:
+            self.warm_up_tokens = self.tokens - 1
             self.on_start()
             self.usage.take()
             self.times.append(time.perf_counter())
@@ -63,6 +65,7 @@ class Clock:
         each = sorted(b - a for a, b in zip(self.times, self.times[1:], strict=False))
         return {
             "tokens": tokens,
+            "warm_up_tokens": self.warm_up_tokens,
             "tokens_per_second": tokens / self.seconds,
             "token_median_seconds": each[len(each) // 2],
             "token_p95_seconds": each[int(len(each) * 0.95)],

@@ -209,6 +209,9 @@ def _row(runs: list[Run], compute: float) -> dict[str, Any]:
     row["peak_memory_bytes"] = max(peaks) if None not in peaks else None
     row["cold"] = all(run["cold"] for run in runs)
     row["tokens"] = min(run["tokens"] for run in runs)
+    # where rounds stopped at different tokens, no replay gives their hit rate
+    counted = {(run["tokens"], run.get("warm_up_tokens")) for run in runs}
+    row["warm_up_tokens"] = first.get("warm_up_tokens") if len(counted) == 1 else None
     row["rounds"] = len(runs)
     return row
 

@@ -331,8 +331,9 @@ def test_the_check_fails_when_a_policy_is_broken(tmp_path, monkeypatch, policy):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     system = {"lru": "flashmoe-lru", "learned": "flashmoe"}[policy]
     row = {"model": "olmoe-quarter", "routing": "shipped: python-1", "system": system,
-           "slots": 16, "shared": False, "tokens": full_scale.TOKENS}  # fmt: skip
-    rate = check._decode_hit_rate("olmoe-quarter", policy, 16, False)
+           "slots": 16, "shared": False, "tokens": 11, "warm_up_tokens": 6}  # fmt: skip
+    decoded = slice(full_scale.PROMPT_TOKENS + 6, full_scale.PROMPT_TOKENS + 6 + 11)
+    rate = check._decode_hit_rate("olmoe-quarter", policy, 16, False, decoded)
     report.write(tmp_path / "here-quick", "speedups-olmoe-quarter", [row | {"hit_rate": rate}])
     assert list(check._full_scale()) == []
     known = policies.available() | {policy: policies.available()["fifo"]}
@@ -345,10 +346,12 @@ def test_medians_are_of_the_rounds():
     runs = [
         {"system": "in-memory", "outcome": "ok", "slots": None, "shared": None, "cold": True,
          "memory_bytes": None, "tokens_per_second": rate, "cap_bytes": None, "tokens": 4,
-         "read_limit_bytes_per_second": None, "peak_memory_bytes": 1}
+         "read_limit_bytes_per_second": None, "peak_memory_bytes": 1, "warm_up_tokens": 2}
         for rate in (3.0, 1.0, 2.0)
     ]  # fmt: skip
     row = speedups._row(runs, 0.1)
+    assert row["warm_up_tokens"] == 2
+    assert speedups._row([*runs, runs[0] | {"tokens": 3}], 0.1)["warm_up_tokens"] is None
     assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)
     killed = runs[0] | {"outcome": speedups.OUT_OF_MEMORY}
