@@ -138,10 +138,10 @@ def full_scale(
             jobs.append(replace(base, system=speedups.REFERENCE))
         title = titled("speedups", name, scheme, label)
         rows = measured(folder, title, jobs, rounds)
+        rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
+        plots.speedups(published(folder, title, rows, command), folder, title)
         if timelines and speedups.OURS in systems and not label:
             _timelines(folder, name, capped(base, manifest, sizes[len(sizes) // 2]))
-    rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
-    plots.speedups(published(folder, title, rows, command), folder, title)
 
 
 def titled(kind: str, name: str, scheme: str, label: str = "") -> str:
