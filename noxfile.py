@@ -170,5 +170,7 @@ def asv(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "asv", "virtualenv")
     session.run("asv", "machine", "--yes")
     head = str(session.run("git", "rev-parse", "HEAD", external=True, silent=True)).strip()
-    session.run("asv", "run", "--quick", "--show-stderr", "--set-commit-hash", head)
+    # forked: a new interpreter for each policy and figure takes 4 s, ten minutes in place of 94 s
+    quick = ("--quick", "--show-stderr", "--launch-method", "forkserver")
+    session.run("asv", "run", *quick, "--set-commit-hash", head)
     session.run("asv", "publish")
