@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,12 +26,6 @@ def budget_bytes(dense_bytes: int) -> int:
     """What `memory="auto"` gives the experts, once `dense_bytes` are loaded too."""
     available = available_bytes()
     return available - max(RESERVE_BYTES, int(available * RESERVE_SHARE)) - dense_bytes
-
-
-def give_back() -> None:
-    """Return what was freed within the heap to the system, where the C library can (glibc)."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # 0.2 to 1 ms
 
 
 def _machine() -> int:
