@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterable
 Read = Callable[[], None]
 Span = tuple[str, float, float]  # what was done, from when, until when; perf_counter's seconds
 
+# At SATA's 550 MB/s four guesses of 2 MiB would take 15 ms, as long as three experts' arithmetic:
+# a token took 1230 ms so, 1090 with this limit, and 1090 without any guesses.
+GUESS_SECONDS = 3.2e-3
+
 
 class ReadQueue:
     """Runs reads in threads: demands in order, guesses only while no demand is there.
 
-    A guess that runs when a demand comes delays it, so at most `guesses_at_once` do: 4 pieces of
-    2 MiB take 3 ms of an NVMe drive. With 2 of them a token took 1 to 2 % longer.
-    A read must not raise.
+    A guess that runs when a demand comes delays it, so at most `guesses_at_once` do, and no more
+    than take the drive some GUESS_SECONDS: 4 pieces of 2 MiB on an NVMe drive, where with 2 a
+    token took 1 to 2 % longer, and one of SATA's. A read must not raise.
     """
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
@@ -27,6 +31,7 @@ class ReadQueue:
         self._guesses: deque[Read] = deque()
         self._running = self._guessing = 0
         self._busy_since = 0.0
+        self._each_seconds = 0.0  # that a read takes of the drive, of late
         self._closed = False
         self._changed = threading.Condition()
         self._threads = [
@@ -83,10 +88,13 @@ class ReadQueue:
         """What to run now, and whether it is a guess; None: nothing yet."""
         if self._demands:
             return self._demands.popleft(), False
-        may_guess = self._guessing == self._running and self._guessing < self._guesses_at_once
-        if self._guesses and may_guess:
+        if self._guesses and self._guessing == self._running and self._may_guess():
             return self._guesses.popleft(), True
         return None
+
+    def _may_guess(self) -> bool:
+        few = self._guessing < self._guesses_at_once
+        return few and self._guessing * self._each_seconds < GUESS_SECONDS
 
     def _work(self) -> None:
         while True:
@@ -102,13 +110,15 @@ class ReadQueue:
                 self._guessing += is_guess
             started = time.perf_counter()
             read()
+            ended = time.perf_counter()
             if self.spans is not None:
-                kind = "guess" if is_guess else "demand"
-                self.spans.append((kind, started, time.perf_counter()))
+                self.spans.append(("guess" if is_guess else "demand", started, ended))
             with self._changed:
+                shared_seconds = (ended - started) / self._running  # with the others in flight
+                self._each_seconds += (shared_seconds - self._each_seconds) / 16
                 self._running -= 1
                 self._guessing -= is_guess
                 if not self._running and not self._demands:
-                    self.busy_seconds += time.perf_counter() - self._busy_since
+                    self.busy_seconds += ended - self._busy_since
                 if self._guesses and self._running == self._guessing:
                     self._changed.notify(self._guesses_at_once)

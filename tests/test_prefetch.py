@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import conftest
 import numpy as np
@@ -147,6 +148,20 @@ def test_guesses_wait_for_demands():
     assert queue.busy_seconds > 0
     with pytest.raises(RuntimeError, match="closed"):
         queue.demand([])
+
+
+def test_on_a_slow_drive_guesses_run_one_by_one():
+    queue, slow = ReadQueue(4), Slow()
+    queue.demand([lambda: time.sleep(0.2)])
+    wait_for(lambda: queue.busy_seconds > 0)  # it took more than GUESS_SECONDS
+    queue.guess([slow.read(n) for n in (10, 11)])
+    wait_for(lambda: slow.ran == [10])
+    time.sleep(0.05)
+    assert slow.ran == [10]
+    slow.gates[10].set()
+    wait_for(lambda: slow.ran == [10, 11])
+    slow.gates[11].set()
+    queue.close()
 
 
 @settings(max_examples=50, deadline=None)
