@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.arena import Arena, views
+from flashmoe.arena import Arena, Memory, views
 from flashmoe.arithmetic import Parameters
 from flashmoe.backends.packed import PackedStore
 from flashmoe.reader import ExtentReader
@@ -49,9 +49,11 @@ class MappedTier:
             self._parameters[key] = views(self.extent(layer, expert), self.manifest.layers[layer])
         return self._parameters[key]
 
-    def copy(self, layer: int, expert: int, slot: memoryview) -> None:
+    def copy(self, layer: int, expert: int, slot: Memory) -> None:
         """Copy the expert's bytes into an arena's slot."""
-        torch.frombuffer(slot, dtype=torch.uint8).copy_(self.extent(layer, expert))
+        if not isinstance(slot, torch.Tensor):
+            slot = torch.frombuffer(slot, dtype=torch.uint8)
+        slot.copy_(self.extent(layer, expert))
 
     def advise(self, advice: int, layer: int | None = None, expert: int = 0) -> None:
         """madvise on one expert, or on all of them."""

@@ -1,10 +1,11 @@
-"""The slots: DRAM that holds resident experts, seen as the parameters that the modules expect."""
+"""The slots: memory that holds resident experts, seen as the parameters that the modules expect."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -13,31 +14,34 @@ from flashmoe.arithmetic import Parameters
 from flashmoe.store.direct_io import aligned_memory
 from flashmoe.store.manifest import DTYPES, LayerSpec
 
+Memory = memoryview | torch.Tensor  # an extent's bytes: the host's, or an accelerator's (uint8)
 
-class _Slot(NamedTuple):
-    """Room for one extent, somewhere in a piece of memory."""
 
-    memory: mmap.mmap
-    start: int
-    view: memoryview
+class Slot(NamedTuple):
+    """Room for one extent."""
+
+    memory: Memory
     parameters: Parameters
+    free: Callable[[], None]  # gives the memory back, which may be used again all the same
 
 
 class Arena:
-    """`n_slots` extents of one layer, each filled by one read.
+    """`n_slots` extents of one layer in DRAM, each filled by one read.
 
     `parameters[slot]` are the expert's tensors as views of the slot's bytes (no copy), by
     the module's parameter names. Memory is resident only where a slot was filled.
     """
 
+    resizable: ClassVar[bool] = True
+
     def __init__(self, layer: LayerSpec, n_slots: int) -> None:
         self.layer = layer
         self.extent_bytes = layer.extent_bytes
         self._own = self._made(n_slots)
-        self._given_back: list[_Slot] = []  # address space without memory, to be used again
+        self._given_back: list[Slot] = []  # address space without memory, to be used again
         self._show()
 
-    def _made(self, n_slots: int) -> list[_Slot]:
+    def _made(self, n_slots: int) -> list[Slot]:
         """New slots side by side."""
         if not n_slots:
             return []
@@ -45,23 +49,30 @@ class Arena:
         memory = aligned_memory(n_slots * size)
         whole, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
         return [
-            _Slot(memory, at, view[at : at + size], views(whole[at : at + size], self.layer))
+            Slot(
+                view[at : at + size],
+                views(whole[at : at + size], self.layer),
+                partial(memory.madvise, mmap.MADV_DONTNEED, at, size),
+            )
             for at in range(0, n_slots * size, size)
         ]
 
     def _show(self) -> None:
-        self.slots = [slot.view for slot in self._own]
+        self.slots = [slot.memory for slot in self._own]
         self.parameters = [slot.parameters for slot in self._own]
 
     @property
     def n_slots(self) -> int:
         return len(self._own)
 
+    def settle(self) -> None:
+        """Wait until nothing that was asked for computes from the slots any more."""
+
     def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
         """Two slots' memory changes places, of arenas of layers laid out alike."""
         self._own[slot], other._own[other_slot] = other._own[other_slot], self._own[slot]
         for arena, place in ((self, slot), (other, other_slot)):
-            arena.slots[place] = arena._own[place].view
+            arena.slots[place] = arena._own[place].memory
             arena.parameters[place] = arena._own[place].parameters
 
     def resize(self, kept: Sequence[int], n_slots: int) -> None:
@@ -70,7 +81,7 @@ class Arena:
         rest = [slot for number, slot in enumerate(self._own) if number not in chosen]
         own = [self._own[number] for number in kept] + rest
         for slot in own[n_slots:]:
-            slot.memory.madvise(mmap.MADV_DONTNEED, slot.start, self.extent_bytes)
+            slot.free()
         self._given_back += own[n_slots:]
         own = own[:n_slots]
         while len(own) < n_slots and self._given_back:
@@ -84,8 +95,9 @@ class Arena:
         self.slots.clear()
         for slot in (*self._own, *self._given_back):
             # exchanged slots may lie in memory that another arena goes on using
-            slot.memory.madvise(mmap.MADV_DONTNEED, slot.start, self.extent_bytes)
-            slot.view.release()
+            slot.free()
+            if isinstance(slot.memory, memoryview):
+                slot.memory.release()
         self._own.clear()  # unmapped when the last tensor view goes
         self._given_back.clear()
 

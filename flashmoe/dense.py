@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 
 from flashmoe import experts, skeleton
@@ -10,7 +11,11 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.packed_linear import Packer
 
 
-def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
+def fill(
+    model: transformers.PreTrainedModel,
+    backend: Backend,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+) -> None:
     """Weights and generation settings; its experts modules then ask their `flashmoe_experts`.
 
     Raises FlashMoEError when they are damaged or of another model.
@@ -24,13 +29,16 @@ def fill(model: transformers.PreTrainedModel, backend: Backend) -> None:
         except AttributeError:  # such as a layer that this class of model does not have
             continue
         try:
-            module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+            module.load_state_dict({leaf: tensor.to(device)}, strict=False, assign=True)
         except RuntimeError as error:
             raise FlashMoEError(
                 f"{path}: the weights of {owner} do not fit the model ({error})"
             ) from None
         del tensor
         packer.pack(owner)
+    for module in model.modules():  # such as rotary frequencies, which are in no checkpoint
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     model.tie_weights()
     # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
     # without a gradient, which differs in the last bit

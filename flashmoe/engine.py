@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 import transformers
 
 from flashmoe import budget, experts, free_memory, policies, skeleton
 from flashmoe.arena import Arena
 from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
+from flashmoe.device_arena import arena_on
 from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Prefetcher
@@ -30,10 +32,12 @@ class Engine:
         policy: str,
         prefetch: bool,
         check_reads: bool,
+        device: torch.device,
     ) -> None:
         self.path = backend.path
         self.manifest = backend.manifest
         self.memory_bytes = memory_bytes
+        self.device = device
         self.policy_name = policy
         self.policy = policies.get(policy, online=True)
         self.guesses = prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES
@@ -95,12 +99,13 @@ class Engine:
 
     def _new_arenas(self, caches: list[ExpertCache]) -> list[Arena]:
         specs = self.manifest.layers[:1] if self.slots.shared else self.manifest.layers
-        return [Arena(spec, cache.n_slots) for spec, cache in zip(specs, caches, strict=True)]
+        pairs = zip(specs, caches, strict=True)
+        return [arena_on(self.device, spec, cache.n_slots) for spec, cache in pairs]
 
     def _new_prefetcher(self) -> Prefetcher | None:
         if not self.slots.spares:
             return None
-        spares = Arena(self.manifest.layers[0], self.slots.spares)
+        spares = arena_on(self.device, self.manifest.layers[0], self.slots.spares)
         return Prefetcher(self.lookahead, spares, self.reader)
 
     def use(self, caches: list[ExpertCache]) -> None:
@@ -127,19 +132,23 @@ class Engine:
     def resize(self, memory: int | str) -> None:
         """Give experts another budget from now on; output does not change. Not during generation.
 
-        What fits stays resident, as the policy chooses, and memory is given back at once; where
-        layers begin or cease to share one cache, it starts cold. "auto": what is free now, less a
-        reserve. Raises FlashMoEError when the budget is too small, and leaves all as it was.
+        What fits stays resident, as the policy chooses, and memory is given back at once; on an
+        accelerator, and where layers begin or cease to share one cache, it starts cold. "auto":
+        what is free now, less a reserve. Raises FlashMoEError when the budget is too small, and
+        leaves all as it was.
         """
         if memory == "auto":
-            memory_bytes = free_memory.budget_bytes(0) + self.resident_bytes
+            # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
+            held = self.resident_bytes if self.device.type == "cpu" else self.memory_bytes
+            memory_bytes = free_memory.budget_bytes(0, self.device) + held
         else:
             memory_bytes = parse_bytes(memory)
         slots = self._divide(memory_bytes)
         with self.lock:
             if self.prefetcher:
                 self.prefetcher.clear()
-            same = slots.shared == self.slots.shared
+                self.prefetcher.close()
+            same = slots.shared == self.slots.shared and self.arenas[0].resizable
             self.slots, self.memory_bytes = slots, memory_bytes
             if same:
                 pairs = [
@@ -154,8 +163,6 @@ class Engine:
                     arena.close()
                 self.use(self._new_caches())
                 self.arenas = self._new_arenas(self.caches)
-            if self.prefetcher:
-                self.prefetcher.close()
             self.prefetcher = self._new_prefetcher()
             for layer in self.layers:
                 layer.arena = self.arenas[self._place(layer.number)]

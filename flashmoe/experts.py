@@ -103,9 +103,12 @@ class StreamedExperts:
     ) -> torch.Tensor:
         with self.lock:  # threads that generate at once are served in turn
             started = time.perf_counter()
-            rows = index.numpy()
+            # on an accelerator this waits for all that was computed so far, so that no slot
+            # whose expert is evicted now is still being read
+            rows = index.cpu().numpy()
             known = self.routing.note(self.number, rows, skeleton.n_experts(module))
-            event = Event.of_rows(rows, self.first_key, weights.detach().float().numpy(), known)
+            scores = weights.detach().float().cpu().numpy()
+            event = Event.of_rows(rows, self.first_key, scores, known)
             serve = partial(self._serve, event, hidden)
             result = arithmetic.run(module, hidden, index, weights, serve)
             self.timings.total_seconds += self.timings.since(started, "layer")
@@ -118,6 +121,8 @@ class StreamedExperts:
             self.prefetcher.drop(self.number, event.keys - self.first_key)
         guessed = False
         for wave in self.cache.waves(event):
+            if guessed:  # not the first wave: it takes slots from which the last one computes
+                self.arena.settle()
             pending = dict(wave.loads)
             reads: dict[int, Future[None]] = {}
             try:

@@ -1,10 +1,12 @@
-"""How much memory this process may still take: the machine's, or its cgroup's if that is less."""
+"""How much memory this process may still take: a device's, the machine's, or its cgroup's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 # Left to everything but weights: a prompt's activations, the allocator, the libraries' pages
 # (768 MiB hold them at OLMoE's size: docs/speed.md); a tenth where there is plenty, for others.
@@ -22,9 +24,12 @@ def available_bytes() -> int:
     return min([_machine(), *_cgroups()])
 
 
-def budget_bytes(dense_bytes: int) -> int:
-    """What `memory="auto"` gives the experts, once `dense_bytes` are loaded too."""
-    available = available_bytes()
+def budget_bytes(dense_bytes: int, device: torch.device) -> int:
+    """What `memory="auto"` gives the experts, once `dense_bytes` are on the device too."""
+    if device.type == "cpu":
+        available = available_bytes()
+    else:
+        available, _ = torch.get_device_module(device).mem_get_info(device)
     return available - max(RESERVE_BYTES, int(available * RESERVE_SHARE)) - dense_bytes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from flashmoe import backends, dense, free_memory, skeleton
+from flashmoe import backends, dense, free_memory, quant, skeleton
 from flashmoe.backends import Backend
 from flashmoe.engine import Engine
 from flashmoe.errors import FlashMoEError
@@ -31,34 +31,62 @@ def load(
         (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
         (see `free_memory`). Output does not depend on it.
     policy: a name from `flashmoe policies`, or name:argument.
+    device: where the model computes: "cpu", or an accelerator that torch knows, such as "cuda".
+        There `memory` is the accelerator's; reads pass through 2 MiB of pinned DRAM a thread.
     prefetch: while a layer computes, read what the next one is guessed to need (where that
         pays: experts of a MiB or more). Output does not depend on it either.
     check_reads: compare every read with its checksum, not only the first of each expert: for
         drives that are not trusted, where cores are idle (see docs/speed.md).
-    Raises FlashMoEError when the path is no usable MoE model or store, or the budget is too
-    small for one token. `model.flashmoe` is the Engine.
+    Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
+    for one token, or there is no such device. `model.flashmoe` is the Engine.
     """
-    if torch.device(device).type != "cpu":
-        raise FlashMoEError(f"device {device!r}: this version computes on the CPU only")
+    where = _usable(device)
     memory_bytes = None if memory == "auto" else parse_bytes(memory)
     backend = backends.open_path(Path(path))
     try:
         model = skeleton.build(skeleton.read_config(backend.path))
         _check_fit(model, backend)
+        _check_kernels(backend, where)
         if memory_bytes is None:
-            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes)
-        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads)
+            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes, where)
+        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads, where)
     except BaseException:
         backend.close()
         raise
     try:
-        dense.fill(model, backend)
+        dense.fill(model, backend, where)
     except BaseException:
         engine.close()
         raise
     model.flashmoe = engine  # type: ignore[assignment]
     model.name_or_path = str(path)
     return model
+
+
+def _usable(device: str) -> torch.device:
+    """Raises FlashMoEError when torch knows no such device, or sees none here."""
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+        here = module.is_available() and (found.index or 0) < module.device_count()
+        here = here and hasattr(module, "Stream")  # Apple's has none yet
+    except (RuntimeError, AttributeError):
+        here = False
+    if not here:
+        raise FlashMoEError(
+            f"device {device!r}: torch {torch.__version__} sees no such device on this machine: "
+            'use device="cpu", or install the build of torch for your accelerator'
+        )
+    return found
+
+
+def _check_kernels(backend: Backend, device: torch.device) -> None:
+    scheme = quant.get(backend.manifest.layers[0].quantisation)
+    if scheme and device.type not in scheme.device_types:
+        raise FlashMoEError(
+            f"store {backend.path}: its {scheme.name} weights can be multiplied on "
+            f"{' and '.join(scheme.device_types)} only: use that device, or pack without --quant"
+        )
 
 
 def _check_fit(model: transformers.PreTrainedModel, backend: Backend) -> None:

@@ -91,7 +91,8 @@ class Packer:
 
 
 def _pays(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.nbytes >= PAYS_FROM_BYTES
+    large = weight.nbytes >= PAYS_FROM_BYTES
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and large
 
 
 @torch.no_grad()

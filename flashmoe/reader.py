@@ -9,9 +9,11 @@ from functools import partial
 
 import xxhash
 
+from flashmoe.arena import Memory
 from flashmoe.backends import Backend
 from flashmoe.errors import FlashMoEError
 from flashmoe.read_queue import Read, ReadQueue, Span
+from flashmoe.staging import Staging
 
 READERS = 8  # threads, each with one read in flight
 # Smaller extents are handed to the threads in groups: a task costs some 40 us, as much as
@@ -31,7 +33,7 @@ class _WrongBytes(Exception):
 class Extent:
     """An expert on its way into memory, piece by piece; `arrived` when no piece is left."""
 
-    def __init__(self, layer: int, expert: int, memory: memoryview) -> None:
+    def __init__(self, layer: int, expert: int, memory: Memory) -> None:
         self.layer = layer
         self.expert = expert
         self.memory = memory
@@ -60,6 +62,7 @@ class ExtentReader:
         self.check_all = check_all
         self.bytes_read = 0
         self._queue = ReadQueue(readers)
+        self._staging = Staging(backend)
         self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
         self._lock = threading.Lock()
 
@@ -75,8 +78,8 @@ class ExtentReader:
     def reset_counts(self) -> None:
         self.bytes_read, self._queue.busy_seconds = 0, 0.0
 
-    def submit(self, layer: int, loads: Sequence[tuple[int, memoryview]]) -> list[Future[None]]:
-        """Start reading experts of a layer, each into page-aligned, extent-sized memory.
+    def submit(self, layer: int, loads: Sequence[tuple[int, Memory]]) -> list[Future[None]]:
+        """Start reading experts of a layer, each into an arena's slot (DRAM: page-aligned).
 
         Returns a future for each, in order (small extents share some). Its result raises
         FlashMoEError naming layer and expert when the drive fails, the file ends early, or
@@ -94,7 +97,7 @@ class ExtentReader:
         self._queue.demand([partial(self._read_group, layer, g, future) for g, future in pairs])
         return [future for g, future in zip(groups, futures, strict=True) for _ in g]
 
-    def guess(self, layer: int, expert: int, memory: memoryview) -> Extent:
+    def guess(self, layer: int, expert: int, memory: Memory) -> Extent:
         """Start reading an expert that may be needed, whenever no demand keeps the drive busy."""
         extent = self._in_pieces(layer, expert, memory)
         self._queue.guess(extent.reads)
@@ -110,7 +113,7 @@ class ExtentReader:
         extent.wanted = False
         self._settle(extent, len(self._queue.cancel(extent.reads)))
 
-    def _in_pieces(self, layer: int, expert: int, memory: memoryview) -> Extent:
+    def _in_pieces(self, layer: int, expert: int, memory: Memory) -> Extent:
         extent = Extent(layer, expert, memory)
         starts = range(0, len(memory), PIECE_BYTES)
         extent.reads = [partial(self._read_piece, extent, start) for start in starts]
@@ -118,14 +121,14 @@ class ExtentReader:
         return extent
 
     def _read_group(
-        self, layer: int, group: Sequence[tuple[int, memoryview]], arrived: Future[None]
+        self, layer: int, group: Sequence[tuple[int, Memory]], arrived: Future[None]
     ) -> None:
-        checked, read = self._checked[layer], self.backend.read
+        checked = self._checked[layer]
         done, expert = 0, -1
         error: BaseException | None = None
         try:
             for expert, memory in group:  # few steps: at 48 KiB each costs 1 % of the bandwidth
-                read(layer, expert, 0, memory)
+                self._fill(layer, expert, 0, memory)
                 if not checked[expert]:
                     self._check(layer, expert, memory)
                 done += len(memory)
@@ -138,7 +141,7 @@ class ExtentReader:
     def _read_piece(self, extent: Extent, start: int) -> None:
         piece, done = extent.memory[start : start + PIECE_BYTES], 0
         try:
-            self.backend.read(extent.layer, extent.expert, start, piece)
+            self._fill(extent.layer, extent.expert, start, piece)
             done = len(piece)
         except BaseException as error:  # whatever it is, its owner waits for it
             extent.error = self._error(extent.layer, extent.expert, error)
@@ -161,8 +164,15 @@ class ExtentReader:
             extent.error = self._error(layer, expert, error)
         _tell(extent.arrived, extent.error)
 
-    def _check(self, layer: int, expert: int, memory: memoryview) -> None:
-        if xxhash.xxh3_64_hexdigest(memory) != self.manifest.layers[layer].checksums[expert]:
+    def _fill(self, layer: int, expert: int, start: int, memory: Memory) -> None:
+        if isinstance(memory, memoryview):
+            self.backend.read(layer, expert, start, memory)
+        else:
+            self._staging.read(layer, expert, start, memory)
+
+    def _check(self, layer: int, expert: int, memory: Memory) -> None:
+        held = memory if isinstance(memory, memoryview) else self._staging.bytes_of(memory)
+        if xxhash.xxh3_64_hexdigest(held) != self.manifest.layers[layer].checksums[expert]:
             raise _WrongBytes
         self._checked[layer][expert] = not self.check_all
 

@@ -228,7 +228,7 @@ def test_two_models_have_budgets_of_their_own(loaded):
         ({"memory": 0}, "more than zero"),
         ({"memory": "1GiB", "policy": "belady"}, "needs the future"),
         ({"memory": "1GiB", "policy": "mru"}, "no policy is called"),
-        ({"memory": "1GiB", "device": "cuda"}, "CPU only"),
+        ({"memory": "1GiB", "device": "abacus"}, "sees no such device"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_in_a_sentence(stores, arguments, complaint):

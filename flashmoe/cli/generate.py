@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="12MiB",
         help="budget for experts, or auto: what the machine has free (default: 12MiB)",
     )
+    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator, such as cuda")
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
         "--no-prefetch", action="store_true", help="read an expert only when it is surely needed"
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         path,
         memory=arguments.memory,
         policy=arguments.policy,
+        device=arguments.device,
         prefetch=not arguments.no_prefetch,
     )
     try:
@@ -80,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
         if not inputs["input_ids"].numel():
             raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")
+        inputs = inputs.to(model.device)
         if arguments.warm and arguments.warm.exists():
             warm.restore(model.flashmoe, arguments.warm)
         telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)

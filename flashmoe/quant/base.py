@@ -20,6 +20,7 @@ class Scheme(ABC):
     """
 
     name: ClassVar[str]
+    device_types: ClassVar[tuple[str, ...]] = ("cpu",)  # that have a kernel for it
 
     @abstractmethod
     def parts(self, weight: torch.Tensor) -> Parts:
