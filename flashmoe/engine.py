@@ -46,9 +46,9 @@ class Engine:
         self.lock = threading.RLock()  # a layer at a time, whichever thread asks
         self.timings = experts.Timings()
         self.routing = experts.Routing(self.manifest.top_k, len(self.manifest.layers))
-        self.reader = ExtentReader(backend, check_all=check_reads)
         self.caches = self._new_caches()
-        self.arenas = self._new_arenas(self.caches)
+        self.arenas = self._new_arenas(self.caches)  # before threads are started: it may fail
+        self.reader = ExtentReader(backend, check_all=check_reads)
         self.lookahead = Lookahead(model)
         self.prefetcher = self._new_prefetcher()
         self.layers: list[experts.StreamedExperts] = []
@@ -175,7 +175,8 @@ class Engine:
         `requests` counts distinct (forward step, layer, expert); `hits` those resident when
         the step reached the layer; `prefetch_used` those misses that a guess had begun to
         read, `prefetch_wasted` the guesses begun in vain. `read_seconds` is time with a read
-        in flight, `wait_seconds` the part of it in which the model stood still.
+        in flight, `wait_seconds` the part of it in which the model stood still. An accelerator
+        is given its arithmetic and not waited for: there `compute_seconds` is only the giving.
         """
         caches, guesses = self.caches, self.prefetcher
         resident = self.resident_bytes

@@ -15,7 +15,7 @@ from flashmoe.reader import Extent, ExtentReader
 
 # Below, a read is over before the guess is made: see docs/speed.md.
 PAYS_FROM_BYTES = 1 << 20
-# A wrong guess delays the demand behind it by up to 2 ms of the 5 that a right one saves. When
+# A wrong guess delays the demand behind it by some 3 ms of the 5 that a right one saves. When
 # fewer of the last 64 or so were right, only one layer in PROBES is guessed for.
 RIGHT_ENOUGH, MEMORY, PROBES = 0.3, 64, 16
 

@@ -60,8 +60,8 @@ class Recorder:
                 step = self.step[-1] + 1 if self.step else 0
                 self.step += [step] * len(index)
                 self.sequence += [self.current_sequence] * len(index)
-            self.experts[number].append(index.numpy().astype(np.uint16))
-            self.weights[number].append(weights.float().numpy().astype(np.float16))
+            self.experts[number].append(index.cpu().numpy().astype(np.uint16))
+            self.weights[number].append(weights.float().cpu().numpy().astype(np.float16))
             if self.lookahead and number < len(self.guesses):
                 routed = self.lookahead.route(number + 1, hidden)
                 if routed is None:
@@ -69,13 +69,13 @@ class Recorder:
                         f"{type(self.model).__name__}'s routers cannot be asked ahead: record "
                         "without --guesses"
                     )
-                self.guesses[number].append(routed.experts.numpy().astype(np.uint16))
+                self.guesses[number].append(routed.experts.cpu().numpy().astype(np.uint16))
 
         return hook
 
     def _router_hook(self, number: int):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, arguments: object, output: tuple[torch.Tensor, ...]) -> None:
-            probabilities = output[0].float().softmax(-1)
+            probabilities = output[0].float().softmax(-1).cpu()
             self.logits[number].append(probabilities.numpy().astype(np.float16))
 
         return hook
@@ -136,7 +136,7 @@ def record(
     with recorder.recording(), torch.inference_mode():
         for prompt in prompts:
             recorder.next_sequence()
-            ids = prompt[None]
+            ids = prompt[None].to(model.device)
             if max_new_tokens:
                 mask = torch.ones_like(ids)
                 model.generate(

@@ -161,9 +161,9 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
     axis.plot(labels, floor, "k_", markersize=42, markeredgewidth=2, label="roofline")
     for label, height, rate in zip(labels, bottom, rows.tokens_per_second, strict=True):
         axis.annotate(f"{rate:.3g} token/s", (label, height), ha="center", va="bottom", fontsize=8)
-    axis.set(ylabel="milliseconds a token")
+    axis.set(ylabel="milliseconds a token", ylim=(0, 1.3 * bottom.max()))  # the legend above all
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, markerscale=0.4)
+    axis.legend(fontsize=8, markerscale=0.4, ncols=3, loc="upper right")
     _save(figure, folder, name)
 
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import budget, engine, loading
+from flashmoe import budget, engine, loading, simulate
 from flashmoe.backends.packed import PackedStore
 from flashmoe.device_arena import DeviceArena
 from flashmoe.errors import FlashMoEError
 from flashmoe.reader import ExtentReader
+from flashmoe.record import record
 from flashmoe.staging import STAGED_BYTES, Staging
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
@@ -82,6 +83,15 @@ def test_guesses_wait_on_the_device(load, monkeypatch):
     assert isinstance(model.flashmoe.prefetcher.spares, DeviceArena)
     assert generate(model, ids, 30) == plain
     assert model.flashmoe.stats()["prefetch_used"] > 0
+
+
+def test_the_simulator_serves_what_the_device_served(load):
+    model = load(slots=4, prefetch=False)
+    recorded = record(model, [conftest.prompt(9)[0]], max_new_tokens=20)
+    stats = model.flashmoe.stats()
+    conditions = simulate.Conditions(warm=True, as_recorded=True)
+    outcome = simulate.replay(recorded, "lru", 1.0, conditions, slots=4)
+    assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
 
 
 def test_another_budget_while_in_use(load):
