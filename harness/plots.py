@@ -194,8 +194,9 @@ def _bars(axis: plt.Axes, rows: pd.DataFrame) -> None:
     axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axis.plot(rows.roofline_tokens_per_second, labels, "k|", markersize=16, label="roofline")
     axis.invert_yaxis()
+    axis.margins(x=0.1)  # for the last label
     axis.set_xlabel("decode, token/s")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # within, it hides a roofline
 
 
 def _lines(axis: plt.Axes, capped: pd.DataFrame, free: pd.DataFrame) -> None:
