@@ -35,6 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     full.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
     full.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
     full.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
+    full.add_argument(
+        "--decode-seconds", type=float, help="of each run at most, and half as many to warm up"
+    )
     full.add_argument("--quant", default="none", help="int8 or int4")
     full.add_argument("--label", default="", help="goes into the table's name")
     against = commands.add_parser("peers", help="the table against llama.cpp")
@@ -106,6 +109,7 @@ def main() -> None:
                 raise FlashMoEError("--routing and --sequence go together: give both or neither")
             routing = arguments.routing and Model(arguments.routing, arguments.sequence)
             given = {k: v for k in ("caps", "slots", "systems") if (v := getattr(arguments, k))}
+            seconds = arguments.decode_seconds
             limit = arguments.read_limit and parse_bytes(arguments.read_limit)
             command += (
                 f" {arguments.model} --rounds {arguments.rounds}"
@@ -113,6 +117,7 @@ def main() -> None:
                 + (f" --quant {arguments.quant}" if arguments.quant != "none" else "")
                 + (f" --read-limit {arguments.read_limit}" if limit else "")
                 + (f" --routing TRACE --sequence {arguments.sequence}" if routing else "")
+                + (f" --decode-seconds {seconds:g}" if seconds else "")
                 + (f" --label {arguments.label}" if arguments.label else "")
             )
             full_scale(
@@ -126,6 +131,7 @@ def main() -> None:
                 label=arguments.label,
                 scheme=arguments.quant,
                 **given,
+                **({"decode_seconds": seconds} if seconds else {}),
             )
         case "peers":
             from harness.full_scale import CAPS
