@@ -356,3 +356,13 @@ def test_medians_are_of_the_rounds():
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)
     killed = runs[0] | {"outcome": speedups.OUT_OF_MEMORY}
     assert speedups._row([*runs, killed], 0.1)["outcome"] == speedups.OUT_OF_MEMORY
+
+
+def test_a_system_with_a_few_very_slow_tokens_is_named(capsys):
+    even = {"system": "flashmoe", "tokens_per_second": 2.0, "token_median_ms": 480.0}
+    uneven = {"system": "os-paging", "tokens_per_second": 0.5, "token_median_ms": 800.0}
+    killed = {"system": "daop", "outcome": "out of memory"}
+    full_scale._tell_uneven([even, uneven, killed])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "os-paging" in line
+    assert "--decode-seconds" in line
