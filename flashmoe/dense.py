@@ -14,7 +14,7 @@ from flashmoe.packed_linear import Packer
 def fill(
     model: transformers.PreTrainedModel,
     backend: Backend,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+    device: torch.device | str = "cpu",
 ) -> None:
     """Weights and generation settings; its experts modules then ask their `flashmoe_experts`.
 

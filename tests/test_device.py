@@ -61,15 +61,16 @@ def generate(model: transformers.PreTrainedModel, ids: torch.Tensor, new: int = 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", conftest.FAMILIES)
-def test_output_is_transformers_own(checkpoints, load, device, family, batch, dtype):
+def test_output_is_transformers_own(checkpoints, stores, load, device, family, batch, dtype):
     """With as many slots as a token needs, so that a prompt comes in waves, and with more."""
     ids = conftest.prompt(17, batch)
     resident = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoints(family, dtype), experts_implementation="eager"
     ).to(device)
     expected = generate(resident, ids)
+    top_k = manifest.load(stores(family, dtype)).top_k
     for more in (0, 3):
-        model = load(family, manifest.load(load(family).flashmoe.path).top_k + more, dtype)
+        model = load(family, top_k + more, dtype)
         assert model.device.type == device
         assert generate(model, ids) == expected
 
