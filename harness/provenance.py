@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from harness.ssd import fio_path
 
@@ -32,6 +33,7 @@ def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "kernel": platform.release(),
             "file_system": _file_system(folder),
+            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
             "bf16_instructions": sorted(_flags() & {"avx512_bf16", "amx_bf16"}),
         },
         "commit": _git("rev-parse", "HEAD"),
@@ -45,10 +47,15 @@ def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def machine_slug() -> str:
-    """A folder name for this machine: processor, cores, memory."""
+    """A folder name for this machine: processor, its vectors (as torch sees them), cores, memory.
+
+    Virtual processors of one name may be of two kinds: with AVX-512 torch multiplies bf16 by
+    other kernels than without.
+    """
     cpu = re.sub(r"\(.*?\)|CPU|Processor|@.*", " ", cpu_name())
     memory = round(psutil.virtual_memory().total / 2**30)
-    words = f"{cpu} {psutil.cpu_count()}-core {memory}gib".lower()
+    vectors = torch.backends.cpu.get_cpu_capability()
+    words = f"{cpu} {vectors} {psutil.cpu_count()}-core {memory}gib".lower()
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
