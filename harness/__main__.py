@@ -7,12 +7,27 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from flashmoe.errors import FlashMoEError
+
+
+def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse names where `kind` itself refuses
+    return parse
+
+
+_COUNT, _AMOUNT = _above_zero(int), _above_zero(float)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,35 +43,37 @@ def build_parser() -> argparse.ArgumentParser:
     full = commands.add_parser("full-scale", help="the speedup table at a real model's size")
     full.add_argument("model", nargs="?", default="olmoe-1b-7b")
     full.add_argument("--stores", type=Path, help="keep checkpoint and store in this directory")
-    full.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
-    full.add_argument("--slots", type=int, nargs="+", help="in their place: experts of each layer")
+    full.add_argument("--caps", type=_AMOUNT, nargs="+", help="shares of the model's size")
+    full.add_argument(
+        "--slots", type=_COUNT, nargs="+", help="in their place: experts of each layer"
+    )
     full.add_argument("--systems", nargs="+", help="see baselines/")
-    full.add_argument("--rounds", type=int, default=2)
+    full.add_argument("--rounds", type=_COUNT, default=2)
     full.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
     full.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
     full.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
     full.add_argument(
-        "--decode-seconds", type=float, help="of each run at most, and half as many to warm up"
+        "--decode-seconds", type=_AMOUNT, help="of each run at most, and half as many to warm up"
     )
     full.add_argument("--quant", default="none", help="int8 or int4")
     full.add_argument("--label", default="", help="goes into the table's name")
     against = commands.add_parser("peers", help="the table against llama.cpp")
     against.add_argument("model", nargs="?", default="olmoe-1b-7b")
     against.add_argument("--stores", type=Path, help="keep store and GGUF file in this directory")
-    against.add_argument("--caps", type=float, nargs="+", help="shares of the model's size")
-    against.add_argument("--rounds", type=int, default=2)
+    against.add_argument("--caps", type=_AMOUNT, nargs="+", help="shares of the model's size")
+    against.add_argument("--rounds", type=_COUNT, default=2)
     against.add_argument("--quant", default="none", help="int8 or int4: llama.cpp's Q8_0, Q4_0")
     fewer = commands.add_parser("quant", help="what quantised experts bring and cost")
     fewer.add_argument("model", nargs="?", default="olmoe-1b-7b")
     fewer.add_argument("--stores", type=Path, help="keep the stores in this directory")
-    fewer.add_argument("--rounds", type=int, default=2)
+    fewer.add_argument("--rounds", type=_COUNT, default=2)
     fewer.add_argument("--texts", type=Path, help="measure quality instead, on texts fetched here")
     commands.add_parser("families", help="which MoE families are streamed as they should be")
     failing = commands.add_parser("faults", help="failing drives and killed packs, counted")
-    failing.add_argument("--count", type=int, default=1000, help="faults of each kind")
-    failing.add_argument("--kills", type=int, default=500)
+    failing.add_argument("--count", type=_COUNT, default=1000, help="faults of each kind")
+    failing.add_argument("--kills", type=_COUNT, default=500)
     long = commands.add_parser("soak", help="does anything grow in hours of use?")
-    long.add_argument("--seconds", type=float, default=3600)
+    long.add_argument("--seconds", type=_AMOUNT, default=3600)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
     run.add_argument("--job", help="a harness.job.Job as JSON (default: the demo model)")

@@ -62,11 +62,13 @@ class Clock:
     def figures(self) -> dict[str, Any]:
         """Of the tokens after the warm-up; call it as soon as the last has come."""
         used, tokens = self.usage.since(), self.measured
-        each = sorted(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+        in_order = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        each = sorted(in_order)
         return {
             "tokens": tokens,
             "warm_up_tokens": self.warm_up_tokens,
             "tokens_per_second": tokens / self.seconds,
+            "token_seconds": in_order,
             "token_median_seconds": each[len(each) // 2],
             "token_p95_seconds": each[int(len(each) * 0.95)],
             "token_p99_seconds": each[int(len(each) * 0.99)],

@@ -133,6 +133,7 @@ def full_scale(
         title = titled("speedups", name, scheme, label)
         rows = measured(folder, title, jobs, rounds)
         _tell_uneven(rows)
+        publish_tokens(folder, title)
         rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
         plots.speedups(published(folder, title, rows, command), folder, title)
         if timelines and speedups.OURS in systems and not label:
@@ -170,6 +171,12 @@ def published(folder: Path, title: str, rows: list[dict[str, Any]], command: str
     report.provenance(folder, title, provenance.gather(command, folder, seed=0))
     _kept(folder, title).unlink(missing_ok=True)
     return frame
+
+
+def publish_tokens(folder: Path, title: str) -> None:
+    """Write how long each token of the table took. To be called before the table is published."""
+    tokens = speedups.tokens(_kept(folder, title))
+    report.csv(folder, f"tokens-{title}", pd.DataFrame(tokens))
 
 
 def _kept(folder: Path, title: str) -> Path:

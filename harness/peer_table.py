@@ -69,6 +69,7 @@ def peer_table(
         title = full_scale.titled("peers", name, scheme)
         found = full_scale.measured(folder, title, jobs, rounds)
     rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
+    full_scale.publish_tokens(folder, title)
     plots.speedups(full_scale.published(folder, title, rows, command), folder, title)
 
 

@@ -49,7 +49,7 @@ NOTES = {
     "(`cold`). Bytes, reads and arithmetic are the real model's, the text is not. "
     "`cap_share`: the cgroup's limit, page cache included, as a share of the model's size; empty "
     "where there was none. Slow systems stop after 12 seconds of decode, 4 for olmoe-quarter "
-    "(`tokens`). "
+    "(`tokens`; how long each took, in order: `tokens-TABLE.csv` in the same folder). "
     "`flashmoe_speedup`: FlashMoE's token/s at the same cap over the row's, median of the rounds "
     "with their range. `bytes_per_token` by the engine's count, `device_bytes_per_token` by the "
     "kernel's. `hit_rate` of fiddler and daop is the share in their pinned tier. Roofline: 1 / "
@@ -103,11 +103,16 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """`name`.csv and `name`.md in `folder`; gives the table back."""
-    folder.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows)
-    frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    csv(folder, name, frame)
     (folder / f"{name}.md").write_text(f"{note(name)}\n\n{markdown(frame)}\n")
     return frame
+
+
+def csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
+    """`name`.csv in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def note(name: str) -> str:
@@ -247,7 +252,8 @@ def _speeds() -> str:
             if name in ranges.index
         )
         if over:
-            said.append(f"{path.stem.removeprefix('speedups-')}: {over}")
+            machine = path.parent.name.removesuffix("-full-scale")
+            said.append(f"{path.stem.removeprefix('speedups-')} on {machine}: {over}")
     return "measured at caps up to 40 %: " + "; ".join(said) if said else "not measured yet"
 
 

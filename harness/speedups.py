@@ -116,7 +116,7 @@ def table(
                 dropped = job.cap_bytes is not None and drop_all()
                 speed = drive() if drive and job.system != REFERENCE else None
                 run = run_alone(job) | {"drive_bytes_per_second": speed, "cold": dropped}
-                _keep(kept, name, run)
+                _keep(kept, name, round_number, run)
             mine.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
     known = [[s for run in mine if (s := _arithmetic_seconds(run))] for mine in results]
@@ -133,11 +133,29 @@ def _recall(kept: Path | None, name: str) -> Run | None:
     return next((note["run"] for note in notes if note["name"] == name), None)
 
 
-def _keep(kept: Path | None, name: str, run: Run) -> None:
+def _keep(kept: Path | None, name: str, round_number: int, run: Run) -> None:
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with open(kept, "a") as file:
-            file.write(json.dumps({"name": name, "run": run}) + "\n")
+            note = {"name": name, "round": round_number, "run": run}
+            file.write(json.dumps(note) + "\n")
+
+
+def tokens(kept: Path) -> list[dict[str, Any]]:
+    """How long each measured token of the runs noted in `kept` took, in order."""
+    notes = [json.loads(line) for line in kept.read_text().splitlines()]
+    return [
+        {
+            "system": run["system"],
+            "cap_bytes": run["cap_bytes"],
+            "round": note["round"] + 1,
+            "token": number,
+            "milliseconds": 1e3 * seconds,
+        }
+        for note in notes
+        for run in (note["run"],)
+        for number, seconds in enumerate(run.get("token_seconds", ()), 1)
+    ]
 
 
 def _in_words(run: Run) -> str:

@@ -37,6 +37,7 @@ from harness import (
     ssd,
     texts,
 )
+from harness.__main__ import build_parser
 from harness.forced_routing import forced_routing
 from harness.job import Job
 from harness.memory_cap import ReadLimit, memory_cap
@@ -176,6 +177,17 @@ def test_the_parts_of_a_token_add_up(generation):
     assert rows["on-demand"]["hit_rate"] == 0
     assert rows["on-demand"]["bytes_per_token"] == 16 * 8 * (48 << 10)
     assert rows["flashmoe-lru"]["bytes_per_token"] < rows["on-demand"]["bytes_per_token"]
+
+
+def test_each_token_s_time_is_kept_in_order(generation):
+    folder, _, rows = generation
+    each = pd.DataFrame(speedups.tokens(folder / "kept.jsonl"))
+    assert set(each.system) == set(rows)
+    for system, its in each.groupby("system"):
+        row = rows[system]
+        assert its.token.tolist() == list(range(1, row["tokens"] + 1))
+        assert its.milliseconds.mean() == pytest.approx(1e3 / row["tokens_per_second"])
+        assert sorted(its.milliseconds)[len(its) // 2] == pytest.approx(row["token_median_ms"])
 
 
 def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
@@ -340,6 +352,14 @@ def test_the_check_fails_when_a_policy_is_broken(tmp_path, monkeypatch, policy):
     monkeypatch.setattr(policies, "available", lambda: known)
     (said,) = check._full_scale()
     assert said.startswith("here-quick/speedups-olmoe-quarter.csv: " + system)
+
+
+@pytest.mark.parametrize("given", ["--rounds 0", "--caps 0.4 -1", "--decode-seconds -2",
+                                   "--slots 0", "--decode-seconds nan"])  # fmt: skip
+def test_counts_and_amounts_are_above_zero(given, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["full-scale", *given.split()])
+    assert f"{given.split()[-1]} is not above zero" in capsys.readouterr().err
 
 
 def test_medians_are_of_the_rounds():
