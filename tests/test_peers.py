@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,9 @@ def test_a_job_goes_to_another_process_and_back():
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
-def test_llama_cpp_says_what_flashmoe_says(tmp_path, steered, scheme):
+def test_llama_cpp_says_what_flashmoe_says(tmp_path, steered, scheme, monkeypatch):
     pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
+    bindings = pytest.importorskip("llama_cpp.llama_cpp")
     from harness import gguf_file
     from harness.peers import llama_cpp
 
@@ -102,3 +103,11 @@ def test_llama_cpp_says_what_flashmoe_says(tmp_path, steered, scheme):
     found = llama_cpp.run(job)
     assert found["token_ids"] == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 7))
     assert found["tokens"] == 4
+    defaults = bindings.llama_model_default_params
+    monkeypatch.setattr(bindings, "llama_model_default_params", defaults)  # put back at the end
+    assert "not repacked" not in found["residency"]
+    assert defaults().use_extra_bufts
+    tight = llama_cpp.run(replace(job, cap_bytes=1))  # nothing enforces it here
+    assert tight["token_ids"] == found["token_ids"]
+    assert tight["residency"].endswith("not repacked")
+    assert not bindings.llama_model_default_params().use_extra_bufts
