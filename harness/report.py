@@ -35,8 +35,8 @@ NOTES = {
     "of its own, rows interleaved over the rounds, not capped; tokens/s is the median with its "
     "range. The first tokens after the prompt are counted, with the cache as prefill left it. "
     "Roofline: 1 / max(bytes a token / drive, arithmetic), drive being fio's random reads of the "
-    "store's own file at its extent size, taken just before each run, and arithmetic the least "
-    "that any row needed for experts and the rest of the model. "
+    "store's own file at its extent size just before or just after each run, whichever was "
+    "faster, and arithmetic the least that any row needed for experts and the rest of the model. "
     "`peak_memory_MB` is what the kernel charged the process at most, page cache included. At "
     "27 M parameters Python costs more than the drive: see the full-scale table for the real "
     "proportions.",
@@ -54,7 +54,8 @@ NOTES = {
     "with their range. `bytes_per_token` by the engine's count, `device_bytes_per_token` by the "
     "kernel's. `hit_rate` of fiddler and daop is the share in their pinned tier. Roofline: 1 / "
     "max(needed bytes a token / drive, arithmetic), drive being fio's random reads of the store's "
-    "own file just before the run (or the read limit), arithmetic the least that any row needed. "
+    "own file just before or just after the run, whichever was faster (or the read limit), "
+    "arithmetic the least that any row needed. "
     "`same_output`: tokens are the in-memory run's, or FlashMoE's where that does not fit; daop's "
     "differ on purpose (`tokens_differing`; of random weights, so its size means little).",
     "peers": "Measured, as the speedup table, but nothing forces the routing: the routers of the "

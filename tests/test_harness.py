@@ -233,6 +233,26 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     assert len(kept.read_text().splitlines()) == noted + 1
 
 
+def test_the_drive_is_asked_before_and_after_what_streams(generation, monkeypatch):
+    _, base, _ = generation
+    streams = {"bytes_per_token": 1e9, "wasted_bytes_per_token": 0, "experts_seconds": 0.1,
+               "rest_of_model_seconds": 0.1, "resident_bytes": 1, "page_cache_bytes": 0,
+               "slots": 1, "shared": False}  # fmt: skip
+    runs = {"flashmoe": streams, "fiddler": {"slots": None, "shared": None}, "in-memory": {}}
+    monkeypatch.setattr(speedups, "run_alone", lambda job: {
+        "system": job.system, "outcome": "ok", "cap_bytes": None, "memory_bytes": None,
+        "read_limit_bytes_per_second": None, "peak_memory_bytes": 1, "slots": None, "shared": None,
+        "tokens_per_second": 1.0, "tokens": 1, "token_ids": [1, 2], "prompt_tokens": 1,
+    } | runs[job.system])  # fmt: skip
+    speeds = iter([1e9, 3e9, 2e9, 9e9])  # around the first, after the second, before fiddler
+    jobs = [replace(base, system=name) for name in ("flashmoe", "flashmoe", "in-memory", "fiddler")]
+    first, second, *others = speedups.table(jobs, 1, lambda: next(speeds), lambda text: None)
+    assert first["drive_bytes_per_second"] == second["drive_bytes_per_second"] == 3e9
+    assert first["share_of_roofline"] == pytest.approx(1 / 3)
+    assert not any("share_of_roofline" in row for row in others)
+    assert list(speeds) == []
+
+
 def test_a_token_s_reads_and_computations_are_drawn(generation, tmp_path):
     _, base, _ = generation
     job = replace(base, memory_bytes=speedups.budget_for(base.store, 16), timeline=True)
