@@ -162,9 +162,10 @@ def readme() -> None:
         "profile. Each table says what was measured, replayed or simulated; `provenance.json` in "
         "each folder says on which machine, from which commit, with which versions.\n"
     ]
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    for known in sorted(RESULTS.glob("*/provenance.json")):  # not where a run was stopped early
+        folder = known.parent
         parts.append(f"## {folder.name}\n")
-        records = json.loads((folder / "provenance.json").read_text())
+        records = json.loads(known.read_text())
         for name, record in records.items():
             machine = record["machine"]
             parts.append(

@@ -75,9 +75,10 @@ def fio(
         f"--rw={'randread' if pattern == 'random' else 'read'}", f"--ioengine={engine}",
         f"--iodepth={depth}", f"--runtime={round(seconds * 1000)}ms", "--time_based",
         "--randseed=1", "--readonly", "--output-format=json",
+        "--thread",  # a process of fio's own outlived a run that was stopped
     ]  # fmt: skip
     if engine == "psync":
-        command += [f"--numjobs={depth}", "--group_reporting", "--thread"]
+        command += [f"--numjobs={depth}", "--group_reporting"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | _HUGE_PAGES)
     if run.returncode:
         said = (run.stderr or run.stdout).strip().splitlines() or ["nothing"]

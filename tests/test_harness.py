@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -56,6 +57,43 @@ def test_imports_flow_one_way(package, forbidden):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & forbidden, path
+
+
+@needs_fio
+def test_a_stopped_measurement_leaves_no_fio_behind(tmp_path):
+    (tmp_path / "blocks").write_bytes(bytes(1 << 20))
+    script = (
+        "import pathlib, signal, sys; from harness import __main__, ssd;"
+        "signal.signal(signal.SIGTERM, __main__._stop);"
+        "path = pathlib.Path(sys.argv[1]);"
+        "ssd.fio(path, 4096, 1, 'random', ssd.working_engine(path), 60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "blocks")]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def reading():
+        found = psutil.process_iter(["cmdline"])
+        return [
+            p.pid for p in found if f"--filename={tmp_path}/blocks" in (p.info["cmdline"] or ())
+        ]
+
+    until = time.monotonic() + 60
+    while not reading() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert reading()
+    time.sleep(0.3)  # it has started its jobs by now
+    run.terminate()
+    assert run.wait(30) != 0
+    while reading() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not reading()
+
+
+def test_a_folder_of_a_run_that_was_stopped_early_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "here-quick").mkdir()
+    report.readme()
+    assert "here-quick" not in (tmp_path / "README.md").read_text()
 
 
 @needs_fio
