@@ -81,9 +81,10 @@ def test_a_stopped_measurement_leaves_no_fio_behind(tmp_path):
     while not reading() and time.monotonic() < until:
         time.sleep(0.05)
     assert reading()
-    time.sleep(0.3)  # it has started its jobs by now
+    time.sleep(1.5)  # by now it has started its jobs
     run.terminate()
     assert run.wait(30) != 0
+    until = time.monotonic() + 5  # of the 60 seconds that it would run
     while reading() and time.monotonic() < until:
         time.sleep(0.05)
     assert not reading()
