@@ -107,19 +107,28 @@ def table(
     ]
     rows, layers = [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # compiled code holds no lock
-        for case, start, capacity in jobs:
-
-            def replay(name: str, case=case, start=start, capacity=capacity) -> Replay:  # type: ignore[no-untyped-def]
-                return simulate.replay(
-                    case.routing, name, capacity, CONDITIONS[start], progress=advance
+        pending = [
+            {
+                name: threads.submit(
+                    simulate.replay, case.routing, name, capacity, CONDITIONS[start],
+                    progress=advance,
                 )
-
-            names = labels(case, start, capacity)
-            outcomes = dict(zip(names, threads.map(replay, names), strict=True))
-            given = {"trace": case.trace, "part": case.part, "start": start, "capacity": capacity}
-            rows += [given | row for row in _rows(outcomes, case)]
-            if start == "cold":
-                layers += [given | row for row in _layers(outcomes)]
+                for name in labels(case, start, capacity)
+            }
+            for case, start, capacity in jobs
+        ]  # fmt: skip
+        try:
+            for (case, start, capacity), replays in zip(jobs, pending, strict=True):
+                outcomes = {name: replay.result() for name, replay in replays.items()}
+                given: dict[str, Any] = {"trace": case.trace, "part": case.part}
+                given |= {"start": start, "capacity": capacity}
+                rows += [given | row for row in _rows(outcomes, case)]
+                if start == "cold":
+                    layers += [given | row for row in _layers(outcomes)]
+                replays.clear()  # each holds its counts
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     return rows, layers
 
 
