@@ -8,7 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -137,8 +137,11 @@ def table(
 def _recall(kept: Path | None, name: str) -> Run | None:
     if kept is None or not kept.exists():
         return None
-    notes = (json.loads(line) for line in kept.read_text().splitlines())
-    return next((note["run"] for note in notes if note["name"] == name), None)
+    return next((note["run"] for note in _notes(kept) if note["name"] == name), None)
+
+
+def _notes(kept: Path) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in kept.read_text().splitlines())
 
 
 def _keep(kept: Path | None, name: str, round_number: int, run: Run) -> None:
@@ -151,7 +154,6 @@ def _keep(kept: Path | None, name: str, round_number: int, run: Run) -> None:
 
 def tokens(kept: Path) -> list[dict[str, Any]]:
     """How long each measured token of the runs noted in `kept` took, in order."""
-    notes = [json.loads(line) for line in kept.read_text().splitlines()]
     return [
         {
             "system": run["system"],
@@ -160,7 +162,7 @@ def tokens(kept: Path) -> list[dict[str, Any]]:
             "token": number,
             "milliseconds": 1e3 * seconds,
         }
-        for note in notes
+        for note in _notes(kept)
         for run in (note["run"],)
         for number, seconds in enumerate(run.get("token_seconds", ()), 1)
     ]
