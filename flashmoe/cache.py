@@ -121,9 +121,8 @@ def _shrink(policy, cache, n_slots):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _replay(policy, cache, events, now):  # type: ignore[no-untyped-def]
+def _replay(policy, cache, events, now, members):  # type: ignore[no-untyped-def]
     """Serve every event, waves included; (requests, hits, tokens served)."""
-    members = np.empty(len(cache.slot_of), np.int64)
     n_slots = len(cache.residents)
     requests, total_hits = 0, 0
     for i in range(len(events.starts) - 1):
@@ -198,7 +197,8 @@ class ExpertCache:
         """Serve all of `events`, with nothing to be read in between."""
         started = time.perf_counter()
         run = kernel(_replay, type(self.policy))
-        requests, hits, self.tokens = run(self._state, self.residency, events, self.tokens)
+        state, residency, members = self._state, self.residency, self._members
+        requests, hits, self.tokens = run(state, residency, events, self.tokens, members)
         self.requests += requests
         self.hits += hits
         self.policy_seconds += time.perf_counter() - started

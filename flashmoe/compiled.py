@@ -42,16 +42,14 @@ def victim(policy, candidates):  # type: ignore[no-untyped-def]
     return policy.victim(candidates)
 
 
-@overload(touch)
+@overload(touch, strict=False)  # a method calls its first argument `self`
 def _touch(policy, event, now):  # type: ignore[no-untyped-def]
-    method = register_jitable(policy.instance_class.policy_class.touch)
-    return lambda policy, event, now: method(policy, event, now)
+    return policy.instance_class.policy_class.touch
 
 
-@overload(victim)
+@overload(victim, strict=False)
 def _victim(policy, candidates):  # type: ignore[no-untyped-def]
-    method = register_jitable(policy.instance_class.policy_class.victim)
-    return lambda policy, candidates: method(policy, candidates)
+    return policy.instance_class.policy_class.victim
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,13 +122,11 @@ def replay(
     conditions: Conditions | None = None,
     *,
     slots: float | None = None,
-    progress: Callable[[int], object] = lambda events: None,
 ) -> Replay:
     """Replay every stream of `trace` at every layer.
 
     policy: a name, or `name:argument`. `slots` overrides the slots per layer that `capacity`
-    gives. `progress` is told the number of token-layers done since its last call. A request
-    is one distinct expert of an event.
+    gives. A request is one distinct expert of an event.
     """
     conditions = conditions or Conditions()
     choice = policies.get(policy)
@@ -160,5 +157,4 @@ def replay(
             cache.replay(events)
             counted[group, number] = cache.requests - requests, cache.hits - hits
             policy_seconds += cache.policy_seconds - seconds
-            progress(len(tokens) * width)
     return Replay(policy, capacity, slots, conditions, policy_seconds, counted)

@@ -15,7 +15,7 @@ from flashmoe.engine import Engine
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies import state
 
-FORMAT, VERSION = "flashmoe-warm", 1
+FORMAT, VERSION = "flashmoe-warm", 2
 
 
 def save(engine: Engine, path: Path) -> None:
@@ -47,7 +47,7 @@ def restore(engine: Engine, path: Path) -> int:
         if not same:
             raise FlashMoEError(
                 f"{path} was kept for another model, policy or division of the slots than this "
-                "run's: leave it out, or name another file"
+                "run's, or by another version: leave it out, or name another file"
             )
         caches = [_cache(engine, number, held) for number in range(len(engine.caches))]
     except (KeyError, ValueError, TypeError, IndexError) as error:

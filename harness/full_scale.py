@@ -23,6 +23,7 @@ from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
 from flashmoe.synth import synthesise, synthesise_store, total_bytes
 from harness import plots, provenance, report, speedups
+from harness.alone import run_alone
 from harness.job import Job
 from harness.page_cache import cached_bytes
 from harness.say import say
@@ -229,7 +230,7 @@ def _timelines(folder: Path, name: str, job: Job) -> None:
     """One token with and without guesses, as the job's caps have it."""
     rows = []
     for system in ("flashmoe-no-prefetch", "flashmoe"):
-        run = speedups.run_alone(replace(job, system=system, timeline=True))
+        run = run_alone(replace(job, system=system, timeline=True))
         rows += [
             {"system": system, "what": what, "start_ms": 1e3 * start, "end_ms": 1e3 * end}
             for what, start, end in run.get("timeline", ())

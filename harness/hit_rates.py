@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashmoe import policies, simulate, trace
+from flashmoe import policies, trace
+from flashmoe.replay_pool import ReplayJob, replay_all
 from flashmoe.simulate import Conditions, Replay
 from flashmoe.trace import Trace
 from harness import splits
@@ -98,37 +97,27 @@ def table(
     capacities: Sequence[float] = CAPACITIES,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row a case, condition, capacity and policy; and, cold, one a layer of each."""
-    jobs = [
+    parts = [
         (case, start, capacity)
         for case in cases
         for start in conditions
         for capacity in capacities
         if case.has(start, capacity)
     ]
+    jobs = (
+        ReplayJob(case.routing, name, capacity, CONDITIONS[start])
+        for case, start, capacity in parts
+        for name in labels(case, start, capacity)
+    )
+    replays = replay_all(jobs, advance)
     rows, layers = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # compiled code holds no lock
-        pending = [
-            {
-                name: threads.submit(
-                    simulate.replay, case.routing, name, capacity, CONDITIONS[start],
-                    progress=advance,
-                )
-                for name in labels(case, start, capacity)
-            }
-            for case, start, capacity in jobs
-        ]  # fmt: skip
-        try:
-            for (case, start, capacity), replays in zip(jobs, pending, strict=True):
-                outcomes = {name: replay.result() for name, replay in replays.items()}
-                given: dict[str, Any] = {"trace": case.trace, "part": case.part}
-                given |= {"start": start, "capacity": capacity}
-                rows += [given | row for row in _rows(outcomes, case)]
-                if start == "cold":
-                    layers += [given | row for row in _layers(outcomes)]
-                replays.clear()  # each holds its counts
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
+    for case, start, capacity in parts:
+        outcomes = {name: next(replays) for name in labels(case, start, capacity)}
+        given: dict[str, Any] = {"trace": case.trace, "part": case.part}
+        given |= {"start": start, "capacity": capacity}
+        rows += [given | row for row in _rows(outcomes, case)]
+        if start == "cold":
+            layers += [given | row for row in _layers(outcomes)]
     return rows, layers
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import baselines
-from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from harness import peers, ssd
+from harness import ssd
+from harness.alone import Run, run_alone
 from harness.job import Job
-from harness.memory_cap import ReadLimit, memory_cap
 from harness.page_cache import drop_all
 
 Say = Callable[[str], None]
 Drive = Callable[[], float]
-Run = dict[str, Any]
 
-OUT_OF_MEMORY = "out of memory"
 REFERENCE = "in-memory"  # whose tokens the others' must be
 OURS = "flashmoe"
 
@@ -58,42 +51,6 @@ def drive_of(store: Path, seconds: float) -> Drive | None:
     manifest = manifests.load(store)
     path, extent_bytes = store / manifest.experts_file, manifest.layers[0].extent_bytes
     return partial(ssd.random_read_speed, path, extent_bytes, seconds)
-
-
-def run_alone(job: Job) -> Run:
-    """Run a job in a process of its own, limited by the kernel where the job says so.
-
-    A run that the limit kills is an outcome, OUT_OF_MEMORY. Raises FlashMoEError with the
-    process's last words when it fails otherwise.
-    """
-    command = [*_program(job), job.to_json()]
-    # a peer's environment has no harness installed
-    paths = filter(None, (str(peers.ROOT), os.environ.get("PYTHONPATH")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    speed = job.read_bytes_per_second
-    limit = ReadLimit(job.store, speed) if speed else None
-    with memory_cap(job.cap_bytes, limit) as cap:
-        enter = cap.enter if cap else None
-        done = subprocess.run(
-            command, capture_output=True, text=True, preexec_fn=enter, env=environment
-        )
-        if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
-            result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
-        elif done.returncode:
-            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-            raise FlashMoEError(f"{job.system} failed: {said[-1]}")
-        else:
-            result = json.loads(done.stdout.splitlines()[-1]) | {"outcome": "ok"}
-        result["cap_bytes"] = job.cap_bytes if cap else None
-        result["read_limit_bytes_per_second"] = job.read_bytes_per_second
-        result["peak_memory_bytes"] = cap.peak_bytes() if cap else None
-    return result
-
-
-def _program(job: Job) -> list[str]:
-    if peer := peers.available().get(job.system):
-        return peer.command
-    return [sys.executable, "-m", "harness", "run", job.system, "--job"]
 
 
 def table(

@@ -27,6 +27,7 @@ from flashmoe.record import record
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
 from harness import (
+    alone,
     check,
     full_scale,
     hit_rates,
@@ -246,12 +247,12 @@ def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
 def test_a_run_that_fails_says_so(generation):
     _, base, _ = generation
     with pytest.raises(FlashMoEError, match=r"flashmoe failed: .*too small"):
-        speedups.run_alone(replace(base, memory_bytes=1))
+        alone.run_alone(replace(base, memory_bytes=1))
     with memory_cap(1 << 30) as cap:
         if cap is None:
             pytest.skip("no memory cgroup can be made here")
-    killed = speedups.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
-    assert killed["outcome"] == speedups.OUT_OF_MEMORY
+    killed = alone.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
+    assert killed["outcome"] == alone.OUT_OF_MEMORY
 
 
 def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monkeypatch):
@@ -260,7 +261,7 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     noted = len(kept.read_text().splitlines())
     assert noted == len(rows)
     monkeypatch.setattr(speedups, "run_alone", lambda job: {
-        "system": job.system, "outcome": speedups.OUT_OF_MEMORY, "cap_bytes": 1,
+        "system": job.system, "outcome": alone.OUT_OF_MEMORY, "cap_bytes": 1,
         "read_limit_bytes_per_second": None, "peak_memory_bytes": 1,
     })  # fmt: skip
     memory_bytes = speedups.budget_for(base.store, 16)
@@ -268,7 +269,7 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     fresh = replace(known, cap_bytes=1)
     again = speedups.table([known, fresh], 1, None, lambda text: None, kept)
     assert again[0]["tokens_per_second"] == rows["flashmoe"]["tokens_per_second"]
-    assert again[1]["outcome"] == speedups.OUT_OF_MEMORY
+    assert again[1]["outcome"] == alone.OUT_OF_MEMORY
     assert len(kept.read_text().splitlines()) == noted + 1
 
 
@@ -295,7 +296,7 @@ def test_the_drive_is_asked_before_and_after_what_streams(generation, monkeypatc
 def test_a_token_s_reads_and_computations_are_drawn(generation, tmp_path):
     _, base, _ = generation
     job = replace(base, memory_bytes=speedups.budget_for(base.store, 16), timeline=True)
-    run = speedups.run_alone(job)
+    run = alone.run_alone(job)
     kinds = {what for what, _, _ in run["timeline"]}
     assert {"experts", "layer", "demand"} <= kinds
     layers = [(start, end) for what, start, end in run["timeline"] if what == "layer"]
@@ -318,7 +319,7 @@ def test_speedups_are_drawn_for_one_cap_and_for_several(tmp_path, caps):
          "roofline_tokens_per_second": rate + 1 if system == "flashmoe" else np.nan}
         for cap in (*caps, None)
         for system, rate, outcome in (("flashmoe", 3.0, "ok"), ("daop", 1.0, "ok"),
-                                      ("fiddler", np.nan, speedups.OUT_OF_MEMORY))
+                                      ("fiddler", np.nan, alone.OUT_OF_MEMORY))
     ]  # fmt: skip
     plots.speedups(pd.DataFrame(rows), tmp_path, "speedups-m")
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
@@ -433,8 +434,8 @@ def test_medians_are_of_the_rounds():
     assert speedups._row([*runs, runs[0] | {"tokens": 3}], 0.1)["warm_up_tokens"] is None
     assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)
-    killed = runs[0] | {"outcome": speedups.OUT_OF_MEMORY}
-    assert speedups._row([*runs, killed], 0.1)["outcome"] == speedups.OUT_OF_MEMORY
+    killed = runs[0] | {"outcome": alone.OUT_OF_MEMORY}
+    assert speedups._row([*runs, killed], 0.1)["outcome"] == alone.OUT_OF_MEMORY
 
 
 def test_a_system_with_a_few_very_slow_tokens_is_named(capsys):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from flashmoe import policies, simulate, trace
 from flashmoe.progress import count_bar
+from flashmoe.replay_pool import ReplayJob, replay_all
 
 HELP = "replay a trace against policies and capacities"
 
@@ -51,18 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     for capacity in capacities:
         simulate.slots_for(recorded, capacity)
     conditions = simulate.Conditions(arguments.warm, arguments.shared, arguments.as_recorded)
-    total = len(recorded.experts) * recorded.n_layers * len(names) * len(capacities)
-    jobs = [(capacity, name) for capacity in capacities for name in names]
-    with (
-        count_bar("replaying", total, "event") as progress,
-        ThreadPoolExecutor(os.cpu_count()) as threads,  # compiled code holds no lock
-    ):
-
-        def replay(job: tuple[float, str]) -> dict[str, Any]:
-            capacity, name = job
-            return simulate.replay(recorded, name, capacity, conditions, progress=progress).row()
-
-        rows = list(threads.map(replay, jobs))
+    jobs = [
+        ReplayJob(recorded, name, capacity, conditions) for capacity in capacities for name in names
+    ]
+    with count_bar("replaying", sum(job.events for job in jobs), "event") as progress:
+        rows = [outcome.row() for outcome in replay_all(jobs, progress)]
     if arguments.json:
         print(json.dumps(rows))
         return

@@ -75,6 +75,9 @@ class Memory(NamedTuple):
     mark: np.ndarray  # [3, E], scratch: above 0 for experts of the present event, the two before
     mark_below: np.ndarray  # [2, LAYERS_BELOW * E], of the present event, the one before
     vote: np.ndarray  # [votes, E] float64, scratch
+    whole: np.ndarray  # [3], scratch: what an event, a pair, a triple exactly alike would add up to
+    weight: np.ndarray  # [votes], scratch: of the events so far, faded to the one looked at
+    total: np.ndarray  # [votes], scratch: sum of the weights
 
     @classmethod
     def empty(cls, scope: Scope) -> Memory:
@@ -95,6 +98,9 @@ class Memory(NamedTuple):
             mark=np.zeros((3, experts)),
             mark_below=np.zeros((2, LAYERS_BELOW * experts)),
             vote=np.zeros((N_VOTES, experts)),
+            whole=np.zeros(3),
+            weight=np.zeros(N_VOTES),
+            total=np.zeros(N_VOTES),
         )
 
 
@@ -119,8 +125,8 @@ def remember(memory, event):  # type: ignore[no-untyped-def]
             if memory.weighted[0]:
                 memory.share[key] = event.weights[token, i]
                 memory.shares[key] += event.weights[token, i]
-        _note(memory.history[layer], memory.tokens[layer], event.rows[token] - layer * experts)
-        _note(memory.below[layer], memory.tokens[layer], event.below[token])
+        _note(memory.history[layer], memory.tokens[layer], event.rows[token], layer * experts)
+        _note(memory.below[layer], memory.tokens[layer], event.below[token], 0)
         memory.tokens[layer] += 1
     return layer
 
@@ -139,12 +145,11 @@ def _fade(memory, layer):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _note(history, token, chosen):  # type: ignore[no-untyped-def]
-    """Write `chosen` over the oldest row of a history [HISTORY, width]."""
+def _note(history, token, chosen, offset):  # type: ignore[no-untyped-def]
+    """Write `chosen`, less `offset`, over the oldest row of a history [HISTORY, width]."""
     row = history[token % HISTORY]
-    row[:] = -1
-    for i in range(min(len(row), len(chosen))):
-        row[i] = chosen[i]
+    for i in range(len(row)):
+        row[i] = chosen[i] - offset if i < len(chosen) else -1
 
 
 @helper
@@ -157,7 +162,9 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
     """
     tokens = memory.tokens[layer]
     history, lower = memory.history[layer], memory.below[layer]
-    whole = np.full(3, 1e-6)  # what an event, a pair, a triple exactly alike would add up to
+    whole, weight, total = memory.whole, memory.weight, memory.total
+    for back in range(3):
+        whole[back] = 1e-6
     for back in range(min(3, tokens)):
         added = 0.0
         for expert in history[(tokens - 1 - back) % HISTORY]:
@@ -170,10 +177,12 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
                 if expert >= 0:
                     memory.mark_below[back, expert] = 1
                     added += 1
-        whole[back:] += added
-    memory.vote[:] = 0
-    total = np.full(N_VOTES, 1e-3)
-    weight = np.zeros(N_VOTES)  # of the events so far, faded to the one looked at
+        for longer in range(back, 3):
+            whole[longer] += added
+    for v in range(N_VOTES):
+        weight[v], total[v] = 0, 1e-3
+        for expert in range(memory.vote.shape[1]):
+            memory.vote[v, expert] = 0
     to_first, to_second, to_second_next = 0.0, 0.0, 0.0  # likeness of those before to those before
     for age in range(min(tokens, HISTORY) - 1, -1, -1):
         past = (tokens - 1 - age) % HISTORY
@@ -200,7 +209,8 @@ def recall(memory, layer):  # type: ignore[no-untyped-def]
             weight[v] = weight[v] * _FADING[v] + weights[_WEIGHTING[v]]
         to_first, to_second, to_second_next = first, to_second_next, second
     for v in range(N_VOTES):
-        memory.vote[v] /= total[v]
+        for expert in range(memory.vote.shape[1]):
+            memory.vote[v, expert] /= total[v]
     for back in range(min(3, tokens)):
         for expert in history[(tokens - 1 - back) % HISTORY]:
             if expert >= 0:
