@@ -120,7 +120,7 @@ def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path
 
 def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
     path = tmp_path / "part.npz"
-    trace.save(path, trace.load(flashmoe.demo_routing_path()).first(600))
+    trace.load(flashmoe.demo_routing_path()).first(600).save(path)
     arguments = ["simulate", path, "--capacity", 0.25, 0.5, "--policy"]
     names = [name for name in policies.available() if "bypass" not in name]
     status, out, _ = run(capfd, *arguments, *names, "--json")
