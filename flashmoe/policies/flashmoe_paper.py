@@ -73,7 +73,8 @@ class FlashMoEPaper(Policy):
         network = (self.first_layer + layer) % self.n_networks
         best, highest = candidates[0], np.float32(-np.inf)
         if len(self.x) > 2:
-            self.x[:] = 0
+            for i in range(len(self.x)):
+                self.x[i] = 0
             for key in candidates:
                 slot = self.slot[key]
                 if slot >= 0:

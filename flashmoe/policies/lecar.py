@@ -44,7 +44,9 @@ class LeCaR(Policy):
                     elapsed = self.clock[0] - self.evicted_at[key]
                     regret = DISCOUNT ** (elapsed / self.n_slots)
                     self.weight[1 - who] *= np.exp(LEARNING_RATE * regret)
-                    self.weight[:] /= self.weight.sum()
+                    both = self.weight[0] + self.weight[1]
+                    self.weight[0] /= both
+                    self.weight[1] /= both
                 self.evictor[key] = -1
             self.uses[key] += count
             self.last_use[key] = now + offset

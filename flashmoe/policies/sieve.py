@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashmoe.compiled import helper
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 
@@ -33,15 +34,23 @@ class SIEVE(Policy):
                 self.used[key] = False
 
     def victim(self, candidates: np.ndarray) -> int:
-        order = candidates[np.argsort(self.arrival[candidates])]
-        position = np.searchsorted(self.arrival[order], self.clock[1])
         while True:
-            if position == len(order):
-                position = 0
-            key = order[position]
+            key = next_from(self.clock[1], self.arrival, candidates)
+            self.clock[1] = self.arrival[key]
             if not self.used[key]:
-                self.clock[1] = self.arrival[key]
                 self.arrival[key] = -1
                 return key
             self.used[key] = False
-            position += 1
+            self.clock[1] += 1
+
+
+@helper
+def next_from(hand, arrival, candidates):  # type: ignore[no-untyped-def]
+    """The first candidate that arrived at the hand or later; of none, the oldest."""
+    first, oldest = -1, candidates[0]
+    for key in candidates:
+        if arrival[key] >= hand and (first < 0 or arrival[key] < arrival[first]):
+            first = key
+        if arrival[key] < arrival[oldest]:
+            oldest = key
+    return first if first >= 0 else oldest
