@@ -56,7 +56,7 @@ def _forked(job: Job) -> Run:
 
 def _answer(job: Job, there: Connection) -> None:
     workers.obey()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libraries' warnings
+    workers.hush()
     from harness.run import run
 
     try:

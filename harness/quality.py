@@ -14,13 +14,13 @@ import baselines
 import flashmoe
 from baselines.base import Setting
 from flashmoe import trace
-from harness.speedups import Say, budget_for
+from harness.speedups import budget_for
 
 SLOTS = (16, 32)  # a layer, of 64
 PROMPT_TOKENS, TOKENS = 32, 224
 
 
-def table(store: Path, say: Say) -> list[dict[str, Any]]:
+def table(store: Path) -> list[dict[str, Any]]:
     """Each inexact system against plain transformers: `store` holds the demo model.
 
     The text is a module of Python's standard library, which every machine has; the demo model
@@ -53,7 +53,6 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
                 }
             )
             system.close()
-            say(f"{name}, {slots} slots: perplexity {rows[-1]['perplexity']:.1f}")
     return rows
 
 

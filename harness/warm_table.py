@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import flashmoe
 from flashmoe import warm
 from harness import texts
-from harness.speedups import Say, budget_for
+from harness.speedups import budget_for
 
 SLOTS = 24
 TOKENS = 100
@@ -44,7 +43,7 @@ class _Marks(BaseStreamer):
         self.all = self.engine.stats()["hit_rate"]
 
 
-def table(store: Path, say: Say) -> list[dict[str, Any]]:
+def table(store: Path) -> list[dict[str, Any]]:
     """A row a kind of text. `store` holds the demo model."""
     tokenizer = AutoTokenizer.from_pretrained(flashmoe.demo_path())
     rows = []
@@ -55,9 +54,7 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
             for start in ("before", "cold", "warm"):
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
-                    began = time.perf_counter()
                     row["restored"] = warm.restore(model.flashmoe, kept)
-                    row["restore_seconds"] = time.perf_counter() - began
                 given = first if start == "before" else texts.PROMPTS[kind]
                 marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
                 if start == "before":
@@ -67,10 +64,6 @@ def table(store: Path, say: Say) -> list[dict[str, Any]]:
                     row[f"first_{TOKENS}_{start}"] = marks.all
                 model.flashmoe.close()
             rows.append(row)
-            say(
-                f"{kind}: first token {row['first_token_cold']:.1%} cold, "
-                f"{row['first_token_warm']:.1%} warm"
-            )
     return rows
 
 

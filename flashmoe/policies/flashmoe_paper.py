@@ -53,6 +53,8 @@ class FlashMoEPaper(Policy):
         self.slot = np.full(self.n_keys, -1)  # for the vector: the input that an expert has
         self.waiting = np.full(self.n_keys, -1)  # experts whose slot the next victim leaves
         self.filled = np.zeros(2, np.int64)  # slots given out; experts waiting
+        self.scores = np.zeros(self.n_keys, np.float32)
+        self.scored_at = np.full(self.n_keys, -1)  # the step of its layer that a score is from
         self.n_networks = layers
         self.first_layer = scope.first_layer
         self.w1, self.b1, self.w2 = networks["w1"], networks["b1"], networks["w2"]
@@ -85,10 +87,9 @@ class FlashMoEPaper(Policy):
                     best, highest = key, self.y[self.slot[key]]
         else:
             for key in candidates:
-                self.x[0], self.x[1] = inputs_of(self, key)
-                run(self, (self.first_layer + key // self.n_experts) % self.n_networks)
-                if self.y[0] > highest:
-                    best, highest = key, self.y[0]
+                score(self, key)
+                if self.scores[key] > highest:
+                    best, highest = key, self.scores[key]
         leave(self, best)
         return best
 
@@ -121,6 +122,17 @@ def leave(self, key):  # type: ignore[no-untyped-def]
         for i in range(self.filled[1]):
             self.waiting[i] = self.waiting[i + 1]
     self.slot[key] = -1
+
+
+@helper
+def score(self, key):  # type: ignore[no-untyped-def]
+    """self.scores[key]: once an event of its layer, however many victims that takes."""
+    layer = key // self.n_experts
+    if self.scored_at[key] != self.steps[layer]:
+        self.x[0], self.x[1] = inputs_of(self, key)
+        run(self, (self.first_layer + layer) % self.n_networks)
+        self.scores[key] = self.y[0]
+        self.scored_at[key] = self.steps[layer]
 
 
 @helper
