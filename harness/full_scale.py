@@ -62,7 +62,7 @@ WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
 UNEVEN_RATIO = 1.2  # of the median token's speed to that of all; elsewhere 1.08 at most
 QUICK_CAPS = (0.4,)  # Python alone is a fifth of the small model's size
-QUICK_DECODE_SECONDS = 4.0
+QUICK_DECODE_SECONDS = 3.0
 QUICK_SYSTEMS = ("flashmoe", "fiddler", "daop", "os-paging")
 # Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
 # weights, the code pages of the libraries, and what the allocator keeps. 640 MiB were enough on a
