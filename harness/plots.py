@@ -38,6 +38,7 @@ def _size(size_bytes: float) -> str:
 def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
     """Bandwidth against block size, a line a depth; the engine's reader as crosses."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    fastest = max(rows.bytes_per_second.max(), reader.reader_bytes_per_second.max())
     for axis, pattern in zip(axes, ("sequential", "random"), strict=True):
         part = rows[rows.pattern == pattern]
         for depth, line in part.groupby("depth"):
@@ -60,7 +61,7 @@ def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [_size(size) for size in sizes], rotation=45)
         axis.set(title=f"{pattern} direct reads", xlabel="block size")
-        axis.set_ylim(0, 1.05e-9 * rows.bytes_per_second.max())
+        axis.set_ylim(0, 1.05e-9 * fastest)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("GB/s")
     _save(figure, folder, "ssd")
@@ -103,7 +104,8 @@ def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(cases) :]:
         axis.axis("off")
-    axes.flat[0].legend(fontsize=7)
+    known = axes.flat[0].get_legend_handles_labels()  # the last panel may lack a policy
+    axes[0, -1].legend(*known, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("resident share of a layer's experts, %")
     figure.supylabel("hit rate above LRU's, points")
     _save(figure, folder, "hit_rates")

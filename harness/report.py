@@ -29,7 +29,8 @@ NOTES = {
     "eight sequences in turn. `low` and `high` bound the bootstrap 95 % interval over sequences "
     "(or groups of eight), `gap_*` that of the way from LRU to Belady, `over_lru_low` the lower "
     "end of the relative gain. belady, belady-bypass and static see the future. `microseconds`: "
-    "cache and policy, a token and layer, compiled, on a shared machine. Bytes are bf16's.",
+    "cache and policy, a token and layer, compiled, on a shared machine (of the smallest capacity "
+    "in tables made before 26 November 2026: compiling too). Bytes are bf16's.",
     "gap_by_layer": "Replayed, cold: LRU, learned and Belady layer by layer.",
     "generation": "Measured, the trained demo model, greedy decode at batch 1, each row a process "
     "of its own, rows interleaved over the rounds, not capped; tokens/s is the median with its "
@@ -48,7 +49,7 @@ NOTES = {
     "of its own, rows interleaved over the rounds, page cache emptied before each that is capped "
     "(`cold`). Bytes, reads and arithmetic are the real model's, the text is not. "
     "`cap_share`: the cgroup's limit, page cache included, as a share of the model's size; empty "
-    "where there was none. Slow systems stop after 12 seconds of decode, 4 for olmoe-quarter "
+    "where there was none. Slow systems stop after 12 seconds of decode, 3 or 4 for olmoe-quarter "
     "(`tokens`; how long each took, in order: `tokens-TABLE.csv` in the same folder). "
     "`flashmoe_speedup`: FlashMoE's token/s at the same cap over the row's, median of the rounds "
     "with their range. `bytes_per_token` by the engine's count, `device_bytes_per_token` by the "
