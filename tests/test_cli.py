@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -136,6 +138,19 @@ def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
     assert all(row["hit_rate"] <= best[row["capacity"] == 0.5] for row in rows)
     status, out, _ = run(capfd, *arguments[:4], "--policy", "fifo", "--warm", "--global")
     assert (status, out.count("fifo")) == (0, 1)
+
+
+def test_a_killed_replay_leaves_no_process_behind():
+    command = [sys.executable, "-m", "flashmoe", "simulate", flashmoe.demo_routing_path()]
+    main = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(workers := main.children(recursive=True)) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(workers) >= 2  # who forks, and whom it forked
+    time.sleep(1)
+    main.kill()
+    main.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_policies_lists_the_registry(capfd):
