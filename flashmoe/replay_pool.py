@@ -35,15 +35,13 @@ def replay_all(
     In processes, not threads: compiling a policy, seconds the first time, holds Python's lock.
     Raises FlashMoEError as `replay` does.
     """
-    with ProcessPoolExecutor(
-        os.cpu_count(), mp_context=workers.CONTEXT, initializer=workers.obey
-    ) as pool:
-        try:
-            pending = deque((job, pool.submit(replay, *job)) for job in jobs)
-            while pending:
-                job, outcome = pending.popleft()
-                done = outcome.result()
-                progress(job.events)
-                yield done
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=workers.CONTEXT, initializer=workers.obey)
+    try:
+        pending = deque((job, pool.submit(replay, *job)) for job in jobs)
+        while pending:
+            job, outcome = pending.popleft()
+            done = outcome.result()
+            progress(job.events)
+            yield done
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -97,13 +97,7 @@ def table(
     capacities: Sequence[float] = CAPACITIES,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row a case, condition, capacity and policy; and, cold, one a layer of each."""
-    parts = [
-        (case, start, capacity)
-        for case in cases
-        for start in conditions
-        for capacity in capacities
-        if case.has(start, capacity)
-    ]
+    parts = list(_parts(cases, conditions, capacities))
     jobs = (
         ReplayJob(case.routing, name, capacity, CONDITIONS[start])
         for case, start, capacity in parts
@@ -194,8 +188,16 @@ def total_events(
     """Token-layers that `table` replays, for its progress bar."""
     return sum(
         case.routing.experts[..., 0].size * len(labels(case, start, capacity))
-        for case in cases
-        for start in conditions
-        for capacity in capacities
-        if case.has(start, capacity)
+        for case, start, capacity in _parts(cases, conditions, capacities)
     )
+
+
+def _parts(
+    cases: Sequence[Case], conditions: Sequence[str], capacities: Sequence[float]
+) -> Iterator[tuple[Case, str, float]]:
+    """What the table has rows of, in order."""
+    for case in cases:
+        for start in conditions:
+            for capacity in capacities:
+                if case.has(start, capacity):
+                    yield case, start, capacity

@@ -115,7 +115,7 @@ def test_the_shipped_demo_streams_what_plain_transformers_gives():
 def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
     """Prefill (waves included) and decode of three sequences, warm from one to the next."""
     model = loaded(slots=slots, policy=policy)
-    trace = record(model, [prompt(n)[0] for n in (40, 1, 7)], max_new_tokens=12)
+    trace = record(model, [prompt(n)[0] for n in (40, 1, 7)], max_new_tokens=30)
     stats = model.flashmoe.stats()
     shared = model.flashmoe.slots.shared
     assert shared == (slots == 1)
@@ -127,14 +127,14 @@ def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
     # and one sequence at a time, from cold
     for number, (_, tokens) in enumerate(trace.sequences()):
         model.flashmoe.reset()
-        run(model, prompt((40, 1, 7)[number]), 12)
+        run(model, prompt((40, 1, 7)[number]), 30)
         alone = simulate.Conditions(as_recorded=True, shared=shared)
         cold = simulate.replay(trace, policy, 1.0, alone, slots=slots)
         assert cold.per_stream[number].tolist() == [
             model.flashmoe.stats()["requests"],
             model.flashmoe.stats()["hits"],
         ]
-        assert tokens.stop - tokens.start == (40, 1, 7)[number] + 11
+        assert tokens.stop - tokens.start == (40, 1, 7)[number] + 29
 
 
 def test_counts_add_up_and_the_budget_is_kept(loaded, stores, reading):
