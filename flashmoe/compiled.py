@@ -29,6 +29,7 @@ from flashmoe.locations import cache_folder
 # Where numba keeps code is one setting of the process: two threads that set it at once have left a
 # folder of compiled code in the working directory.
 _compiling = threading.Lock()
+_SOURCES = ("compiled.py", "events.py", "cache.py")  # what compiled code is made of, beside policies
 helper = register_jitable  # a function that policies may call, compiled or not
 
 
@@ -90,7 +91,7 @@ def _digest(policy_class: type) -> str:
     """Of all that decides what a kernel does: editing a policy never runs its old code."""
     own = Path(inspect.getfile(policy_class))
     package = Path(__file__).parent
-    sources = [own, *package.glob("*.py"), *(package / "policies").glob("*.py")]
+    sources = [own, *(package / name for name in _SOURCES), *(package / "policies").glob("*.py")]
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {os.uname().machine}".encode())
     for source in sorted(set(sources)):
         digest.update(source.read_bytes())
