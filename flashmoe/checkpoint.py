@@ -8,8 +8,8 @@ largest of those and never by a layer.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flashmoe import skeleton
+from flashmoe import published_quantisation, skeleton, weight_files
 from flashmoe.errors import FlashMoEError
-from flashmoe.shards import Place, Shard
+from flashmoe.shards import Place, Shard, TensorEntry
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+REMEDY = "fetch the checkpoint again"
 
 
 @dataclass
@@ -64,23 +64,26 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = skeleton.read_config(directory)
-        self.model = skeleton.build(self.config)
-        self.experts = skeleton.expert_modules(self.model)
-        if not self.experts:
-            raise FlashMoEError(
-                f"{directory} ({self.config.model_type}) has no experts that transformers "
-                f"dispatches: FlashMoE streams Mixture-of-Experts models only"
-            )
-        self.parameters = self.model.state_dict()
-        self.expert_names = skeleton.expert_parameter_names(self.model)
         self._shards: list[Shard] = []
         self._shard_of: dict[str, Shard] = {}
         try:
-            self._open_shards()
+            for file in weight_files.find(directory, self.config):
+                shard = Shard(file)
+                self._shards.append(shard)
+                self._shard_of.update(dict.fromkeys(shard.tensors, shard))
+            self.dtype = weight_files.dtype_of(directory, self.config)
+            self.model = skeleton.build(self.config, self.dtype)
+            self.experts = skeleton.expert_modules(self.model)
+            if not self.experts:
+                raise FlashMoEError(
+                    f"{directory} ({type(self.model).__name__}) has no experts that transformers "
+                    f"dispatches: FlashMoE streams Mixture-of-Experts models only"
+                )
+            self.parameters = self.model.state_dict()
+            self.expert_names = skeleton.expert_parameter_names(self.model)
             self._recipes = self._plan()
-            for name in self.expert_names:
-                if name not in self._recipes:
-                    raise FlashMoEError(f"{directory}: no tensors for the experts' {name}")
+            self._refuse_quantised()
+            self._check_experts()
         except BaseException:
             self.close()
             raise
@@ -95,65 +98,140 @@ class Checkpoint:
         for shard in self._shards:
             shard.close()
 
-    def _open_shards(self) -> None:
-        index = self.directory / INDEX_NAME
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise FlashMoEError(f"{index} is not a shard index ({error!r})") from None
-        else:
-            names = [SINGLE_NAME]
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise FlashMoEError(f"{index} names a shard outside the directory ({name!r})")
-            shard = Shard(self.directory / name)
-            self._shards.append(shard)
-            self._shard_of.update(dict.fromkeys(shard.tensors, shard))
-
     def _plan(self) -> dict[str, _Recipe]:
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix, known = self.model.base_model_prefix, self.parameters
+        prefix, parameters = self.model.base_model_prefix, self.parameters
         recipes: dict[str, _Recipe] = {}
         for key in sorted(self._shard_of, key=dot_natural_key):
-            target, pattern = rename_source_key(key, renamings, converters, prefix, known)
-            if target not in known and key in known:
-                target, pattern = rename_source_key(key, [], [], prefix, known)
-            if target in known:  # others are extras such as draft heads, unused by the model
+            target, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+            if target not in parameters and key in parameters:
+                target, pattern = rename_source_key(key, [], [], prefix, parameters)
+            if target in parameters:  # others are extras such as draft heads, unused by the model
                 recipe = recipes.setdefault(target, _Recipe(by_pattern.get(pattern or "")))
+                if recipe.converter is None and recipe.sources:
+                    continue  # one tensor under two names: transformers takes the first
                 recipe.sources.setdefault(pattern or key, []).append(key)
         return recipes
 
-    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter and buffer on disk that belongs to no expert, one at a time."""
+    def _refuse_quantised(self) -> None:
+        tensors = {key: shard.tensors[key] for key, shard in self._shard_of.items()}
+        used, floats = set(), set()
+        for target, recipe in self._recipes.items():
+            keys = {key for keys in recipe.sources.values() for key in keys}
+            used |= keys
+            if self.parameters[target].is_floating_point():
+                floats |= keys
+        published_quantisation.refuse(self.directory, tensors, used, floats)
+
+    def _check_experts(self) -> None:
+        """Raises FlashMoEError unless every expert has its tensors, all of one shape."""
+        for full, (module, _) in self.expert_names.items():
+            count = skeleton.n_experts(self.experts[module])
+            if full not in self._recipes:
+                raise FlashMoEError(f"{self.directory}: no tensors for the experts' {full}")
+            recipe = self._recipes[full]
+            if recipe.converter and not recipe.sources.keys() <= set(
+                recipe.converter.source_patterns
+            ):
+                raise FlashMoEError(
+                    f"{self.directory} has the experts' {full} twice, each alone and all "
+                    f"as one tensor; {REMEDY}"
+                )
+            for keys in recipe.sources.values():
+                entries = [self._entry(key) for key in keys]
+                if not self._fused(keys, count) and len(keys) != count:
+                    raise FlashMoEError(
+                        f"{self.directory} has {len(keys)} tensors such as {keys[0]} for the "
+                        f"{count} experts of {module}: experts are missing, or config.json is "
+                        "another model's"
+                    )
+                if odd := [
+                    k for k, e in zip(keys, entries, strict=True) if e.shape != entries[0].shape
+                ]:
+                    raise FlashMoEError(
+                        f"{self.directory}: {odd[0]} has shape {list(self._entry(odd[0]).shape)}, "
+                        f"{keys[0]} has {list(entries[0].shape)}: they do not match"
+                    )
+
+    def _entry(self, key: str) -> TensorEntry:
+        return self._shard_of[key].tensors[key]
+
+    def dense(self, *, meta: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter and buffer on disk that belongs to no expert, one at a time.
+
+        meta: on the meta device, nothing is read.
+        """
         for target, recipe in self._recipes.items():
             if target not in self.expert_names:
-                sources = {p: [self._read(k) for k in keys] for p, keys in recipe.sources.items()}
+                sources = {
+                    pattern: [self._source(target, key, meta=meta) for key in keys]
+                    for pattern, keys in recipe.sources.items()
+                }
                 for name, tensor in self._convert(target, recipe, sources).items():
-                    yield name, self._cast(name, tensor)
+                    if name in self.parameters:
+                        self._check_shape(name, tensor, tuple(self.parameters[name].shape))
+                        yield name, tensor.to(self.parameters[name].dtype)
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
         """All parameters of one expert, without the expert dimension, contiguous."""
+        return self._expert(module_name, expert, self._source)
+
+    def _expert(
+        self, module_name: str, expert: int, source: Callable[..., torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """source(target, key, row): the tensor on disk, or what stands for it."""
         result = {}
         for full, (module, _) in self.expert_names.items():
             if module != module_name:
                 continue
             tensors = self._tensors_of(full, expert)
-            sources = {pattern: [self._read(*tensor)] for pattern, tensor in tensors.items()}
+            sources = {pattern: [source(full, *tensor)] for pattern, tensor in tensors.items()}
             for name, tensor in self._convert(full, self._recipes[full], sources).items():
-                result[self.expert_names[name][1]] = self._cast(name, tensor)[0].contiguous()
+                parameter = self.parameters[name]
+                self._check_shape(name, tensor, (1, *parameter.shape[1:]))
+                result[self.expert_names[name][1]] = tensor.to(parameter.dtype)[0].contiguous()
         return result
+
+    def stored_as_used(self, module_name: str) -> dict[str, bool]:
+        """By parameter: do its bytes on disk, one tensor after the other, make it, unconverted?
+
+        Tried with a pattern in place of an expert's weights, which may be alike by chance: whatever
+        transformers does beside putting tensors side by side (turning, interleaving, casting them)
+        shows.
+        """
+        patterns: dict[tuple[str, int | None], torch.Tensor] = {}
+
+        def pattern(target: str, key: str, row: int | None) -> torch.Tensor:
+            shape, dtype = self._entry(key).shape, self._entry(key).dtype
+            shape = shape if row is None else (1, *shape[1:])
+            words = -(-math.prod(shape) * dtype.itemsize // 4)
+            made = torch.arange(len(patterns), len(patterns) + words, dtype=torch.int32) * 2654435
+            made = made.view(torch.uint8)[: math.prod(shape) * dtype.itemsize]
+            patterns[key, row] = made
+            return made.view(dtype).view(shape).to(self.parameters[target].dtype)
+
+        found = {}
+        for name, made in self._expert(module_name, 0, pattern).items():
+            full = f"{module_name}.{name}"
+            keys = [key for keys in self._recipes[full].sources.values() for key in keys]
+            given = torch.cat([patterns[place] for place in self._in_order(full, 0)])
+            alike = {self._entry(key).dtype for key in keys} == {made.dtype}
+            found[name] = alike and torch.equal(given, made.view(-1).view(torch.uint8))
+        return found
 
     def places(self, module_name: str, name: str, expert: int) -> list[Place]:
         """Where the tensors lie that one parameter of one expert is made of, in order."""
-        full = f"{module_name}.{name}"
+        tensors = self._in_order(f"{module_name}.{name}", expert)
+        return [self._shard_of[key].place(key, row) for key, row in tensors]
+
+    def _in_order(self, full: str, expert: int) -> list[tuple[str, int | None]]:
+        """The tensors of `_tensors_of`, as the converter puts them together."""
         converter, tensors = self._recipes[full].converter, self._tensors_of(full, expert)
         order = converter.source_patterns if converter else tensors
-        chosen = [tensors[pattern] for pattern in order if pattern in tensors]
-        return [self._shard_of[key].place(key, row) for key, row in chosen]
+        return [tensors[pattern] for pattern in order if pattern in tensors]
 
     def _tensors_of(self, full: str, expert: int) -> dict[str, tuple[str, int | None]]:
         """By source pattern, the tensor on disk that holds one expert, and its row there.
@@ -162,14 +240,13 @@ class Checkpoint:
         """
         count = skeleton.n_experts(self.experts[self.expert_names[full][0]])
         return {
-            pattern: (keys[expert], None) if len(keys) == count > 1 else (keys[0], expert)
+            pattern: (keys[0], expert) if self._fused(keys, count) else (keys[expert], None)
             for pattern, keys in self._recipes[full].sources.items()
         }
 
-    def bytes_at(self, place: Place) -> torch.Tensor:
-        """What lies there, uint8, through the page cache."""
-        (shard,) = (shard for shard in self._shards if shard.path == place.file)
-        return shard.bytes_at(place)
+    def _fused(self, keys: list[str], count: int) -> bool:
+        """Is it one tensor of all experts?"""
+        return len(keys) == 1 and self._entry(keys[0]).shape[:1] == (count,)
 
     def dense_bytes(self) -> int:
         """Bytes of what `dense` yields, in the model's dtypes."""
@@ -181,8 +258,16 @@ class Checkpoint:
         for shard in self._shards:
             shard.forget_pages()
 
-    def _read(self, key: str, row: int | None = None) -> torch.Tensor:
-        return self._shard_of[key].read(key, row)
+    def _source(
+        self, target: str, key: str, row: int | None = None, *, meta: bool = False
+    ) -> torch.Tensor:
+        """A tensor on disk, cast as transformers does before it converts it."""
+        if meta:
+            entry = self._entry(key)
+            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        else:
+            tensor = self._shard_of[key].read(key, row)
+        return tensor.to(self.parameters[target].dtype)
 
     def _convert(
         self, target: str, recipe: _Recipe, sources: dict[str, list[torch.Tensor]]
@@ -194,15 +279,18 @@ class Checkpoint:
         for pattern, tensors in sources.items():
             converter.collected_tensors[pattern] = list(tensors)
         one_expert = _OneExpert(self.model, self.expert_names.keys())
-        made = converter.convert(target, model=one_expert, config=self.config)
+        try:
+            made = converter.convert(target, model=one_expert, config=self.config)
+        except Exception as error:  # tensors that do not fit each other fail in each their own way
+            raise FlashMoEError(
+                f"{self.directory}: {target} cannot be made of the tensors on disk ({error}); "
+                "config.json and weights do not match"
+            ) from None
         return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
 
-    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        wanted = self.parameters[name]
-        expected = (1, *wanted.shape[1:]) if name in self.expert_names else tuple(wanted.shape)
-        if tuple(tensor.shape) != expected:
+    def _check_shape(self, name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != wanted:
             raise FlashMoEError(
                 f"{self.directory}: {name} has shape {list(tensor.shape)} on disk, "
-                f"the model wants {list(expected)}; config.json and weights do not match"
+                f"the model wants {list(wanted)}; config.json and weights do not match"
             )
-        return tensor.to(wanted.dtype)

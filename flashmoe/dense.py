@@ -1,52 +1,127 @@
-"""Fills a model with everything but its experts."""
+"""Fills a model with everything but its experts, as transformers' own loader would."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 import transformers
+from torch import nn
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
-from flashmoe import experts, skeleton
-from flashmoe.backends import Backend
+from flashmoe import packed_linear, skeleton
 from flashmoe.errors import FlashMoEError
-from flashmoe.packed_linear import Packer
+from flashmoe.streamed_parameter import StreamedParameter
+
+logger = logging.getLogger(__name__)
 
 
 def fill(
     model: transformers.PreTrainedModel,
-    backend: Backend,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
+    remedy: str,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Weights and generation settings; its experts modules then ask their `flashmoe_experts`.
+    """Weights, buffers and generation settings; its experts' parameters become placeholders.
 
-    Raises FlashMoEError when they are damaged or of another model.
+    model: fresh from `skeleton.build`. tensors: by the model's own names. path: where they are
+    from; remedy: what to do when it lacks some. transformers ties weights, casts them and
+    initialises what no checkpoint holds (such as rotary frequencies) as in `from_pretrained`.
+    Raises FlashMoEError when a weight is missing, where transformers would draw it at random, or
+    does not fit. A persistent buffer that is missing gets its family's default, with a warning.
     """
-    path = backend.path
-    packer = Packer(model)
-    for name, tensor in backend.dense():
-        owner, _, leaf = name.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:  # such as a layer that this class of model does not have
-            continue
-        try:
-            module.load_state_dict({leaf: tensor.to(device)}, strict=False, assign=True)
-        except RuntimeError as error:
+    _load(model, dict(tensors), path, remedy, torch.device(device))
+    packed_linear.pack_all(model)
+    _take_generation_settings(model, path)
+
+
+def check_complete(
+    model: transformers.PreTrainedModel,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
+    remedy: str,
+) -> None:
+    """Raise FlashMoEError where `tensors`, on the meta device, would not fill `model`.
+
+    model: fresh from `skeleton.build`; it is used up.
+    """
+    _load(model, dict(tensors), path, remedy, torch.device("meta"))
+
+
+def _load(
+    model: transformers.PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    remedy: str,
+    device: torch.device,
+) -> None:
+    experts = _put_placeholders(model, device)
+    dtype = model.config.dtype
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(path),
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map=None if device.type == "cpu" else {"": device},
+        weight_mapping=[],  # the tensors have the model's own names
+    )
+    with _no_progress_bar():
+        found, _ = model._load_pretrained_model(model, tensors, None, config)
+        found.missing_keys -= experts
+        if found.mismatched_keys:
+            name, given, wanted = min(found.mismatched_keys)
             raise FlashMoEError(
-                f"{path}: the weights of {owner} do not fit the model ({error})"
-            ) from None
-        del tensor
-        packer.pack(owner)
-    for module in model.modules():  # such as rotary frequencies, which are in no checkpoint
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    model.tie_weights()
-    # as `from_pretrained` leaves it: torch.nn.functional.linear takes another path for a weight
-    # without a gradient, which differs in the last bit
-    model.requires_grad_(True)
-    held = skeleton.expert_parameter_names(model)
-    for key, parameter in model.named_parameters():
-        if parameter.is_meta and key not in held:
-            raise FlashMoEError(f"{path} lacks the tensor {key}; {backend.remedy}")
-    model.set_experts_implementation(experts.NAME)
-    if (path / "generation_config.json").exists():
+                f"{path}: {name} has shape {list(given)} on disk, the model wants {list(wanted)}; "
+                "config.json and weights do not match"
+            )
+        missing = set(found.missing_keys)
+        there = set(model.state_dict()) - missing
+        loaded = {id(model.get_parameter_or_buffer(name)) for name in there}
+        model._finalize_model_loading(model, config, found)
+    buffers = {name for name, _ in model.named_buffers()}
+    for name in sorted(missing):
+        if name in buffers:
+            logger.warning(
+                "%s lacks the buffer %s: the model goes on with its default, as in transformers, "
+                "which may not be what it was trained with",
+                path,
+                name,
+            )
+        elif id(model.get_parameter_or_buffer(name)) not in loaded:  # nor tied to what is there
+            raise FlashMoEError(f"{path} lacks the tensor {name}; {remedy}")
+
+
+def _put_placeholders(model: nn.Module, device: torch.device) -> set[str]:
+    """In place of the experts' parameters, whose full names are returned."""
+    names = skeleton.expert_parameter_names(model)
+    for module, name in names.values():
+        parameter = StreamedParameter(model.get_parameter(f"{module}.{name}"), device)
+        parameter._is_hf_initialized = True  # for transformers: no values are to be drawn
+        model.get_submodule(module).register_parameter(name, parameter)
+    return set(names)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _take_generation_settings(model: transformers.PreTrainedModel, path: Path) -> None:
+    if not model.can_generate() or not (path / "generation_config.json").exists():
+        return
+    try:
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except Exception as error:  # JSON that is none, or settings that contradict each other
+        raise FlashMoEError(
+            f"{path / 'generation_config.json'} cannot be used ({error}): mend or remove it"
+        ) from None

@@ -1,16 +1,19 @@
-"""A transformers model with structure and buffers but no weights."""
+"""A transformers model with its structure and no weights."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
+from transformers.modeling_utils import _get_dtype
+from transformers.monkey_patching import patch_output_recorders
 
 from flashmoe.errors import FlashMoEError
 
@@ -26,73 +29,102 @@ _TOP_K_NAMES = (
 )
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made within are moved to the meta device at once; buffers stay real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def read_config(directory: Path) -> transformers.PretrainedConfig:
     """The model's configuration; no code of the checkpoint is run.
 
-    Raises FlashMoEError when it is missing, unknown to transformers, or already quantised.
+    Raises FlashMoEError when it is missing or unknown to transformers.
     """
+    path = directory / "config.json"
     try:
-        plain = json.loads((directory / "config.json").read_text())
+        if not isinstance(json.loads(path.read_text()), dict):
+            raise ValueError("it is no JSON object")
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except FileNotFoundError:
         raise FlashMoEError(
             f"{directory} holds no config.json: give a Hugging Face model directory or a store"
         ) from None
     except Exception as error:  # transformers raises many kinds for a config it cannot use
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise FlashMoEError(
-            f"{directory / 'config.json'} is not a configuration that transformers "
-            f"{transformers.__version__} knows ({first_line})"
+            f"{path} is not a configuration that transformers {transformers.__version__} knows "
+            f"({_first_line(error)})"
         ) from None
-    if "quantization_config" in plain:
-        method = plain["quantization_config"].get("quant_method", "unknown")
-        raise FlashMoEError(
-            f"{directory} is already quantised ({method}), which FlashMoE cannot stream yet: "
-            "use the checkpoint's float16, bfloat16 or float32 version"
-        )
     return config
 
 
-def build(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """The model of `config` in its own dtype, parameters on the meta device, in eval mode.
+def build(
+    config: transformers.PretrainedConfig, dtype: torch.dtype | None = None
+) -> transformers.PreTrainedModel:
+    """The model that `config` names, as `from_pretrained` begins with it: all on the meta device.
 
-    The dtype of each parameter is the one that `from_pretrained` would give it, including
-    the families' own float32 exceptions.
+    dtype: in which it computes; default: what `config` says, else float32. Parameters and
+        persistent buffers have it, but for the families' own float32 exceptions.
+    Raises FlashMoEError when transformers has no such model, or the configuration makes none.
     """
-    dtype = config.dtype or torch.float32
-    with _parameters_on_meta():
-        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        if type(config) in mapping:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        else:
-            architecture = (config.architectures or ["?"])[0]
-            model_class = getattr(transformers, architecture, None)
-            if model_class is None:
-                raise FlashMoEError(f"transformers has no model class {architecture!r}")
-            model = model_class._from_config(config, dtype=dtype)
-    for pattern, kept in model._get_dtype_plan(dtype).items():
-        for name, parameter in list(model.named_parameters()):
-            if re.search(pattern, name):
-                parameter.data = parameter.data.to(kept)
-    model.requires_grad_(False)
+    model_class, config = _model_class(config)
+    # written into the sub-configurations too
+    config, dtype = _get_dtype(
+        dtype or config.dtype or torch.float32, None, config, None, None, True
+    )
+    try:
+        with ExitStack() as contexts:
+            for context in model_class.get_init_context(dtype, False, False, False):
+                contexts.enter_context(context)
+            model = model_class(config)
+            patch_output_recorders(model)
+    except Exception as error:  # each family checks its settings in its own way, or not at all
+        raise FlashMoEError(
+            f"config.json makes no {model_class.__name__} ({_first_line(error)}): "
+            "it is damaged, or of another model"
+        ) from None
+    if plan := model._get_dtype_plan(dtype):
+        pattern, kept, _ = build_glob_alternation(list(plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if found := pattern.search(name):
+                tensor.data = tensor.data.to(plan[kept[str(found.lastgroup)]])
     return model.eval()
+
+
+def _model_class(config: transformers.PretrainedConfig):  # type: ignore[no-untyped-def]
+    """The class that config.json names, and the (part of the) configuration that it takes."""
+    if not config.architectures:
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if type(config) not in mapping:
+            raise FlashMoEError(
+                f"config.json names no architecture, and transformers has no causal language model "
+                f'for {config.model_type}: add "architectures" to it'
+            )
+        model_class = mapping[type(config)]
+    else:
+        model_class = _named_class(config, config.architectures[0])
+    wanted = model_class.config_class
+    for part in (config, config.get_text_config()):
+        if isinstance(part, wanted):
+            return model_class, part
+    raise FlashMoEError(
+        f"config.json names the architecture {model_class.__name__}, which takes a "
+        f"{wanted.model_type!r} configuration, but is one of {config.model_type!r}"
+    )
+
+
+def _named_class(config: transformers.PretrainedConfig, name: object):  # type: ignore[no-untyped-def]
+    family = type(config).__module__.replace(".configuration_", ".modeling_")
+    places = [transformers, *([importlib.import_module(family)] if _exists(family) else [])]
+    for place in places:
+        found = getattr(place, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    raise FlashMoEError(
+        f"config.json names the architecture {name!r}, which transformers "
+        f"{transformers.__version__} does not have: code of a checkpoint's own is not run"
+    )
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:

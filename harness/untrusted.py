@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import flashmoe
 from flashmoe import policies, trace
-from flashmoe.checkpoint import INDEX_NAME, Checkpoint
+from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
@@ -24,6 +24,7 @@ from flashmoe.shards import Shard
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
+from flashmoe.weight_files import INDEX_NAME
 from harness import tiny_models
 
 

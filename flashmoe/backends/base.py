@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from flashmoe.store.manifest import Manifest
 
@@ -29,6 +30,10 @@ class Backend(ABC):
     @abstractmethod
     def __init__(self, path: Path) -> None:
         """Open `path`. Raises FlashMoEError when it cannot be used."""
+
+    @abstractmethod
+    def build(self) -> PreTrainedModel:
+        """The model, with no weights yet: see `skeleton.build`. To be called once."""
 
     @abstractmethod
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from flashmoe import skeleton
 from flashmoe.backends.base import Backend
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint import REMEDY, Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import (
@@ -29,7 +30,7 @@ from flashmoe.store.direct_io import (
     open_direct,
     read_all,
 )
-from flashmoe.store.manifest import LayerSpec, Manifest
+from flashmoe.store.manifest import LayerSpec, Manifest, dtype_name
 from flashmoe.store.pack import config_digest, lay_out_layers
 
 _AT_ONCE_BYTES = 1 << 20
@@ -49,7 +50,7 @@ class InPlace(Backend):
     """The shards of a checkpoint whose experts' tensors are stored as the model uses them."""
 
     name = "in-place"
-    remedy = "fetch the checkpoint again"
+    remedy = REMEDY
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -62,11 +63,11 @@ class InPlace(Backend):
         self._checkpoint = Checkpoint(path)
         try:
             layers = lay_out_layers(self._checkpoint, None)
+            for layer in layers:
+                self._check_layout(layer)
             self._segments = [
                 [self._find(layer, expert) for expert in range(layer.n_experts)] for layer in layers
             ]
-            for layer in layers:
-                self._check_layout(layer)
             for segment in itertools.chain.from_iterable(itertools.chain(*self._segments)):
                 if segment.file not in self._files:
                     self._files[segment.file] = open_direct(segment.file, os.O_RDONLY)
@@ -82,6 +83,7 @@ class InPlace(Backend):
             dense_file="",
             dense_bytes=self._checkpoint.dense_bytes(),
             layers=tuple(layers),
+            dtype=dtype_name(self._checkpoint.dtype),
         )
 
     def _find(self, layer: LayerSpec, expert: int) -> list[_Segment]:
@@ -101,29 +103,22 @@ class InPlace(Backend):
                     new = found.pop()._replace(size=last.size + new.size)
                 found.append(new)
                 start += place.size_bytes
-            if start != spec.offset_bytes + spec.size_bytes:
-                raise self._refusal(f"{layer.module}.{spec.name} has another size or dtype there")
         return found
 
     def _check_layout(self, layer: LayerSpec) -> None:
-        """Raises FlashMoEError unless the bytes on disk are those that the model computes with.
-
-        Compares a whole expert as transformers converts it: whatever that does besides putting
-        tensors side by side (turning, interleaving, casting them) shows.
-        """
-        converted = self._checkpoint.expert(layer.module, 0)
-        for spec in layer.tensors:
-            wanted = converted[spec.name].contiguous().view(-1).view(torch.uint8)
-            places = self._checkpoint.places(layer.module, spec.name, 0)
-            given = [self._checkpoint.bytes_at(place) for place in places]
-            if not torch.equal(torch.cat(given), wanted):
-                raise self._refusal(f"{layer.module}.{spec.name} is converted when it is loaded")
+        """Raises FlashMoEError unless the bytes on disk are those that the model computes with."""
+        for name, stored_as_used in self._checkpoint.stored_as_used(layer.module).items():
+            if not stored_as_used:
+                raise self._refusal(f"{layer.module}.{name} is converted when it is loaded")
 
     def _refusal(self, why: str) -> FlashMoEError:
         return FlashMoEError(
             f"{self.path} cannot be read in place ({why}): run `flashmoe pack {self.path} STORE` "
             "and use the store"
         )
+
+    def build(self) -> PreTrainedModel:
+        return self._checkpoint.model
 
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         end = start + len(memory)

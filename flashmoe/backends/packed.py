@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from flashmoe import skeleton
 from flashmoe.backends.base import Backend
 from flashmoe.errors import FlashMoEError
 from flashmoe.shards import Shard
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import drop_page_cache, open_direct, read_all
-from flashmoe.store.manifest import Manifest
+from flashmoe.store.manifest import DTYPES, Manifest
 from flashmoe.store.pack import config_digest
 
 
@@ -33,6 +35,10 @@ class PackedStore(Backend):
         self.manifest = manifest or open_manifest(path)
         file = path / self.manifest.experts_file
         self._descriptor, self.direct = open_direct(file, os.O_RDONLY)
+
+    def build(self) -> PreTrainedModel:
+        dtype = DTYPES.get(self.manifest.dtype)
+        return skeleton.build(skeleton.read_config(self.path), dtype)
 
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         offset = self.manifest.layers[layer].extent_offset(expert) + start

@@ -23,7 +23,7 @@ TENSOR_ALIGNMENT_BYTES = 64  # a cache line; more than any dtype or matrix kerne
 _MAX_MANIFEST_BYTES = 256 << 20
 _KINDS = {
     "top_k": int, "dense_bytes": int, "architecture": str, "config_sha256": str,
-    "experts_file": str, "dense_file": str, "quantisation": str, "layout": str,
+    "experts_file": str, "dense_file": str, "quantisation": str, "layout": str, "dtype": str,
 }  # fmt: skip
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -86,6 +86,7 @@ class Manifest:
     layers: tuple[LayerSpec, ...]
     quantisation: str = NONE
     layout: str = ""  # of the scheme's bytes, where they differ between machines
+    dtype: str = ""  # in which the model computes; "" in stores of before: config.json's
 
     @property
     def experts_bytes(self) -> int:
@@ -111,7 +112,7 @@ def lay_out(
     """
     specs, end = [], 0
     for name, dtype, shape in tensors:
-        short = str(dtype).removeprefix("torch.")
+        short = dtype_name(dtype)
         if short not in DTYPES:
             raise FlashMoEError(f"{module}.{name} is {short}: a store holds {', '.join(DTYPES)}")
         spec = TensorSpec(name, short, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
@@ -119,6 +120,11 @@ def lay_out(
         end = spec.offset_bytes + spec.size_bytes
     extent_bytes = round_up(end, ALIGNMENT_BYTES)
     return LayerSpec(module, n_experts, offset_bytes, extent_bytes, tuple(specs), (), quantisation)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As manifests and messages have it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -213,6 +219,8 @@ def _parse(document: dict[str, Any]) -> Manifest:
         names = [layer.module, *layer.checksums, *(tensor.name for tensor in layer.tensors)]
         if {type(n) for n in numbers} != {int} or {type(n) for n in names} != {str}:
             raise TypeError("numbers must be integers, names strings")
+    if manifest.dtype not in ("", *DTYPES):
+        raise ValueError(f"dtype {manifest.dtype!r}")
     if {layer.quantisation for layer in layers} != {manifest.quantisation}:
         raise ValueError("layers differ in quantisation")
     return manifest

@@ -24,9 +24,9 @@ import torch
 import transformers
 import xxhash
 
+from flashmoe import dense, skeleton
 from flashmoe import quant as schemes
-from flashmoe import skeleton
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint import REMEDY, Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
@@ -64,6 +64,8 @@ def pack(
     `store` under way, or `store` of another model; a store that was there stays usable then.
     """
     with Checkpoint(checkpoint) as source:
+        model = skeleton.build(source.config, source.dtype)
+        dense.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
         return write_store(source, checkpoint, store, progress, quant)
 
 
@@ -120,6 +122,7 @@ def write_store(
                 layers=tuple(layers),
                 quantisation=quant,
                 layout=scheme.layout() if scheme else "",
+                dtype=manifests.dtype_name(source.model.config.dtype),
             )
             manifest.save(store)
             return manifest
