@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.base import Setting, System
-from flashmoe import dense, skeleton
+from flashmoe import dense, skeleton, streamed_module
 from flashmoe.backends.packed import PackedStore
 from flashmoe.store.manifest import Manifest
 
@@ -20,13 +20,13 @@ class LayeredSystem(System):
     def load(self, setting: Setting) -> PreTrainedModel:
         backend = PackedStore(setting.store)
         self.manifest: Manifest = backend.manifest
-        self.model = skeleton.build(skeleton.read_config(setting.store))
+        self.model = backend.build()
         self.modules = list(skeleton.expert_modules(self.model).values())
-        dense.fill(self.model, backend)
+        dense.fill(self.model, backend.dense(), backend.path, backend.remedy)
         backend.close()
         self.prepare(setting)
         for number, module in enumerate(self.modules):
-            module.flashmoe_experts = _Layer(self, number)  # type: ignore[assignment]
+            streamed_module.install(module, _Layer(self, number))
         return self.model
 
     @abstractmethod

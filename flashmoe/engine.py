@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from flashmoe import budget, experts, free_memory, policies, skeleton
+from flashmoe import budget, experts, free_memory, policies, skeleton, streamed_module
 from flashmoe.arena import Arena
 from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
@@ -65,7 +65,7 @@ class Engine:
                 self.prefetcher,
                 self.lock,
             )
-            module.flashmoe_experts = streamed  # type: ignore[assignment]
+            streamed_module.install(module, streamed)
             if self.layers:
                 self.layers[-1].above = streamed
             self.layers.append(streamed)
@@ -240,8 +240,7 @@ class Engine:
         """Free slots, threads and file descriptors. The model cannot run afterwards."""
         self.reader.close()
         for module in self.modules.values():
-            if hasattr(module, "flashmoe_experts"):
-                del module.flashmoe_experts
+            streamed_module.uninstall(module)
         self.layers.clear()
         for arena in self.arenas:
             arena.close()

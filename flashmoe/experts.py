@@ -1,8 +1,4 @@
-"""Runs a layer's experts from the cache; transformers calls it in place of the module's forward.
-
-Registered with transformers' ExpertsInterface, so any family that dispatches its experts
-there works without model code of ours.
-"""
+"""Runs a layer's experts from the cache, for any family that transformers dispatches."""
 
 from __future__ import annotations
 
@@ -11,32 +7,18 @@ import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flashmoe import arithmetic, skeleton
+from flashmoe import arithmetic, gradients
 from flashmoe.arena import Arena
 from flashmoe.cache import ExpertCache
-from flashmoe.errors import FlashMoEError
 from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.prefetch import Prefetcher
 from flashmoe.read_queue import Span
 from flashmoe.reader import ExtentReader
-
-NAME = "flashmoe"
-
-
-class Experts(Protocol):
-    """What an experts module asks for its output, when set as its `flashmoe_experts`."""
-
-    def forward(
-        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
 
 
 @dataclass
@@ -101,18 +83,37 @@ class StreamedExperts:
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
+        if gradients.needed(hidden, weights):
+            return gradients.run(self, module, hidden, index, weights)
+        return self.run(module, hidden, index, weights)
+
+    def run(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, without gradients."""
         with self.lock:  # threads that generate at once are served in turn
             started = time.perf_counter()
-            # on an accelerator this waits for all that was computed so far, so that no slot
-            # whose expert is evicted now is still being read
-            rows = index.cpu().numpy()
-            known = self.routing.note(self.number, rows, skeleton.n_experts(module))
-            scores = weights.detach().float().cpu().numpy()
-            event = Event.of_rows(rows, self.first_key, scores, known)
-            serve = partial(self._serve, event, hidden)
+            serve = partial(self.serve, index, weights, hidden)
             result = arithmetic.run(module, hidden, index, weights, serve)
             self.timings.total_seconds += self.timings.since(started, "layer")
             return result
+
+    def serve(
+        self,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        hidden: torch.Tensor,
+        compute: arithmetic.Compute,
+    ) -> None:
+        """Compute every expert that `index` names, as one event of the cache."""
+        with self.lock:
+            # on an accelerator this waits for all that was computed so far, so that no slot
+            # whose expert is evicted now is still being read
+            rows = index.cpu().numpy()
+            known = self.routing.note(self.number, rows, self.arena.layer.n_experts)
+            scores = weights.detach().float().cpu().numpy()
+            self._serve(Event.of_rows(rows, self.first_key, scores, known), hidden, compute)
 
     def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
         """Compute every member of `event`: resident ones first, while the others are read."""
@@ -163,18 +164,3 @@ class StreamedExperts:
         if self.prefetcher and (above := self.above):
             slot_of = above.cache.residency.slot_of[above.first_key :]
             self.prefetcher.guess(above.number, hidden, slot_of)
-
-
-def _forward(
-    self: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    experts: Experts | None = getattr(self, "flashmoe_experts", None)
-    if experts is None:
-        raise FlashMoEError("this model's FlashMoE engine was closed: load the model again")
-    return experts.forward(self, hidden_states, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from flashmoe import backends, dense, free_memory, quant, skeleton
+from flashmoe import backends, dense, free_memory, quant, skeleton, streamed_model
 from flashmoe.backends import Backend
 from flashmoe.engine import Engine
 from flashmoe.errors import FlashMoEError
@@ -44,7 +44,7 @@ def load(
     memory_bytes = None if memory == "auto" else parse_bytes(memory)
     backend = backends.open_path(Path(path))
     try:
-        model = skeleton.build(skeleton.read_config(backend.path))
+        model = backend.build()
         _check_fit(model, backend)
         _check_kernels(backend, where)
         if memory_bytes is None:
@@ -54,12 +54,13 @@ def load(
         backend.close()
         raise
     try:
-        dense.fill(model, backend, where)
+        dense.fill(model, backend.dense(), backend.path, backend.remedy, where)
     except BaseException:
         engine.close()
         raise
     model.flashmoe = engine  # type: ignore[assignment]
     model.name_or_path = str(path)
+    streamed_model.protect(model)
     return model
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,73 +23,95 @@ _TRIED_ROWS = (1, 2, 3, 8, 17, 40)  # tokens for which both must agree, once for
 class PackedLinear(nn.Linear):
     """Computes what the nn.Linear did from which it was made, faster; no gradients.
 
-    Whoever reads its `weight` gets it, and it is an ordinary nn.Linear from then on.
+    As soon as anybody wants its parameters, or a gradient through it, it becomes that nn.Linear
+    again, for good: same object, same hooks.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
+        super(nn.Linear, self).__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self._packed: torch.Tensor | None = _pack(linear.weight)
-        self._plain: nn.Parameter | None = None
+        # past nn.Module's own bookkeeping, which would list them as parameters
+        frozen = not linear.weight.requires_grad
+        self.__dict__.update(_packed=_pack(linear.weight), _bias=linear.bias, _frozen=frozen)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it knows not oneDNN's layout
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]"""
+        if torch.is_grad_enabled() and (input.requires_grad or not self._frozen):
+            return F.linear(input, self.weight, self.bias)
+        return _product(input, self.__dict__["_packed"], self.__dict__["_bias"])
+
+    def unpack(self) -> nn.Linear:
+        """Become an ordinary nn.Linear. Returns itself."""
+        own = self.__dict__
+        weight = nn.Parameter(own.pop("_packed").to_dense(), requires_grad=not own.pop("_frozen"))
+        own["_parameters"] = {"weight": weight, "bias": own.pop("_bias")}
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """[out, in], bfloat16."""
-        if self._plain is None:
-            assert self._packed is not None
-            self._plain = nn.Parameter(self._packed.to_dense())
-            self._packed = None
-        return self._plain
+        return self.unpack().weight  # type: ignore[return-value]
 
     @property
-    def packed(self) -> bool:
-        return self._packed is not None
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.unpack().bias
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]"""
-        if self._packed is None:
-            return F.linear(input, self.weight, self.bias)
-        return _product(input, self._packed, self.bias)
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        return self.unpack()._parameters
+
+    @_parameters.setter
+    def _parameters(self, none: dict[str, nn.Parameter | None]) -> None:
+        """nn.Module begins with none."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts, such as `.to(device)`: those that change nothing leave it packed."""
+        probe = torch.empty(1, dtype=torch.bfloat16)
+        if fn(probe) is probe and not probe.is_shared():
+            return self
+        return self.unpack()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.unpack().__reduce_ex__(protocol)
+
+    def extra_repr(self) -> str:
+        has_bias = self._bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
-class Packer:
-    """Packs linear layers of a model, where it pays and changes no bit, while they are filled.
+def pack_all(model: nn.Module) -> None:
+    """Pack the linear layers of a filled model, in place, where it pays and changes no bit.
 
     One after the other, and the heap trimmed after each: the holes that they leave do not hold
     the next one, so that OLMoE's 1.0 GB of dense weights took 1.5.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        """model: not filled yet, so that tied weights are still seen to be one parameter."""
-        self.model = model
-        named = list(model.named_parameters(remove_duplicate=False))
-        uses = Counter(id(parameter) for _, parameter in named)
-        # such as a head's that are the embeddings', who look up rows of it
-        self._tied = {name for name, parameter in named if uses[id(parameter)] > 1}
-        self._same_bits: dict[tuple[int, int, bool], bool] = {}
-        self._usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-
-    def pack(self, name: str) -> None:
-        """Replace the module of that name, if it is a linear layer and all of it is there."""
-        linear = self.model.get_submodule(name)
-        if not self._usable or type(linear) is not nn.Linear or f"{name}.weight" in self._tied:
-            return
-        if not _pays(linear.weight) or any(p.is_meta for p in linear.parameters()):
-            return
-        shape = (linear.out_features, linear.in_features, linear.bias is not None)
-        if not self._same_bits.get(shape, True):
-            return
-        try:
-            packed = PackedLinear(linear)
-            if shape not in self._same_bits:
-                self._same_bits[shape] = _same_bits(linear, packed)
-        except (AttributeError, RuntimeError):  # this torch, or this processor, has no such kernel
-            self._same_bits[shape] = False
-        if self._same_bits[shape]:
-            self.model.set_submodule(name, packed)
-            del linear
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    same_bits: dict[tuple[int, int, bool], bool] = {}
+    for name, module in list(model.named_modules()):
+        # not those that share their weight, such as a head's with the embeddings, who look up rows
+        pays = type(module) is nn.Linear and uses[id(module.weight)] == 1 and _pays(module.weight)
+        if pays and (packed := _packed(module, same_bits)):
+            model.set_submodule(name, packed)
+            del module
             _trim_heap()
+
+
+def _packed(linear: nn.Linear, same_bits: dict[tuple[int, int, bool], bool]) -> PackedLinear | None:
+    """Packed, if that gives the same bits, which is tried once for each shape."""
+    shape = (linear.out_features, linear.in_features, linear.bias is not None)
+    if not same_bits.get(shape, True):
+        return None
+    try:
+        packed = PackedLinear(linear)
+        if shape not in same_bits:
+            same_bits[shape] = _same_bits(linear, packed)
+    except (AttributeError, RuntimeError):  # this torch, or this processor, has no such kernel
+        same_bits[shape] = False
+    return packed if same_bits[shape] else None
 
 
 def _pays(weight: torch.Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -30,9 +33,7 @@ def linear(out: int, inside: int, bias: bool = False) -> nn.Linear:
 def packed(*layers: nn.Module) -> nn.ModuleList:
     """The layers, packed where that is right."""
     model = nn.ModuleList(layers)
-    packer = packed_linear.Packer(model)
-    for number in range(len(layers)):
-        packer.pack(str(number))
+    packed_linear.pack_all(model)
     return model
 
 
@@ -57,7 +58,9 @@ def test_output_is_transformers_own(tmp_path, family, batch):
     )
     model = flashmoe.load(tmp_path / "store", memory="100MB", policy="lru")
     ids = prompt(9, batch)
-    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert layers
+    for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(model(ids).logits, own(ids).logits)
     outputs = [
@@ -65,9 +68,10 @@ def test_output_is_transformers_own(tmp_path, family, batch):
         for m in (model, own)
     ]
     assert torch.equal(*outputs)
-    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    assert layers
-    assert all(m.packed for m in layers)  # nothing that transformers does has read a weight
+    # nothing that transformers does has read a weight
+    assert all(isinstance(m, PackedLinear) for m in layers)
+    assert torch.equal(model(ids).logits, own(ids).logits)  # with gradients, which need weights
+    assert all(type(m) is nn.Linear for m in layers)
     model.flashmoe.close()
 
 
@@ -88,14 +92,51 @@ def test_the_same_bits_at_any_shape(rows, out, inside, bias):
 
 
 @needs_kernel
-def test_whoever_reads_the_weight_gets_it():
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda layer: layer.weight,
+        lambda layer: next(layer.parameters()),
+        lambda layer: dict(layer.named_parameters())["weight"],
+        lambda layer: layer.get_parameter("weight"),
+        lambda layer: layer.state_dict()["weight"],
+        lambda layer: copy.deepcopy(layer).weight,
+        lambda layer: pickle.loads(pickle.dumps(layer)).weight,
+        lambda layer: copy.deepcopy(layer).float().weight.bfloat16(),
+    ],
+)
+def test_whoever_reads_the_weight_gets_it(read):
     layer = linear(1024, 600, bias=True)
     (other,) = packed(layer)
-    assert other.packed
-    assert torch.equal(other.weight, layer.weight)
-    assert not other.packed
+    assert isinstance(other, PackedLinear)
+    assert torch.equal(read(other), layer.weight)
+    assert type(other) is nn.Linear
     x = torch.randn(3, 600).bfloat16()
     assert torch.equal(other(x), layer(x))
+    assert torch.equal(other.bias, layer.bias)
+
+
+@needs_kernel
+def test_what_changes_nothing_leaves_it_packed():
+    (layer,) = packed(linear(1024, 600, bias=True))
+    assert "bias=True" in repr(layer.to("cpu").bfloat16().cpu().eval())
+    assert isinstance(layer, PackedLinear)
+
+
+@needs_kernel
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_the_linear_layer(frozen):
+    layer = linear(1024, 600, bias=True).requires_grad_(not frozen)
+    (other,) = packed(copy.deepcopy(layer))
+    x = torch.randn(3, 600).bfloat16().requires_grad_()
+    found = []
+    for each in (layer, other):
+        each(x).float().square().sum().backward()
+        found.append([x.grad, each.weight.grad, each.bias.grad])
+        x.grad = None
+    for own, its in zip(*found, strict=True):
+        assert (own is None) == (its is None) == (frozen and own is not found[0][0])
+        assert own is None or torch.equal(own, its)
 
 
 def test_small_tied_and_other_weights_are_left_alone():
