@@ -138,6 +138,12 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def mutations(session: nox.Session) -> None:
+    """A thousand damaged checkpoints: transformers' own output, or a sentence."""
+    harness(session, "mutations")
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """An hour of loading, generating, resizing and closing: nothing may grow."""
     harness(session, "soak")

@@ -29,7 +29,11 @@ from flashmoe.locations import cache_folder
 # Where numba keeps code is one setting of the process: two threads that set it at once have left a
 # folder of compiled code in the working directory.
 _compiling = threading.Lock()
-_SOURCES = ("compiled.py", "events.py", "cache.py")  # what compiled code is made of, beside policies
+_SOURCES = (
+    "compiled.py",
+    "events.py",
+    "cache.py",
+)  # what compiled code is made of, beside policies
 helper = register_jitable  # a function that policies may call, compiled or not
 
 

@@ -37,7 +37,8 @@ class PackedLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it knows not oneDNN's layout
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
-        if torch.is_grad_enabled() and (input.requires_grad or not self._frozen):
+        wants_gradient = torch.is_grad_enabled() and (input.requires_grad or not self._frozen)
+        if wants_gradient or input.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
             return F.linear(input, self.weight, self.bias)
         return _product(input, self.__dict__["_packed"], self.__dict__["_bias"])
 

@@ -69,7 +69,7 @@ def _claims(settings: Any, where: str) -> Iterator[tuple[str, str]]:
         return
     for key, value in settings.items():
         if key in _SETTINGS:
-            if value:
+            if value is not None:
                 method = value.get("quant_method") if isinstance(value, dict) else None
                 yield f"{where}'s {key}", str(method or "unknown")
         elif isinstance(value, dict):

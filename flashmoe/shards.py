@@ -23,7 +23,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
@@ -86,6 +86,9 @@ class Shard:
             raise FlashMoEError(
                 f"{path} is cut short or damaged ({error}); fetch the checkpoint again"
             ) from None
+        except FlashMoEError:
+            self.close()
+            raise
 
     def _read_header(self) -> dict[str, TensorEntry]:
         file_bytes = os.fstat(self._descriptor).st_size
@@ -97,7 +100,12 @@ class Shard:
         for name, entry in entries.items():
             if name == "__metadata__":
                 continue
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if (code := entry["dtype"]) not in DTYPES:
+                raise FlashMoEError(
+                    f"{self.path}: tensor {name} has the dtype {code}, which FlashMoE cannot "
+                    "stream: use the checkpoint's float16, bfloat16 or float32 version"
+                )
+            dtype, shape = DTYPES[code], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             size = math.prod(shape) * dtype.itemsize
             if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):

@@ -37,12 +37,17 @@ def _apply_if_harmless(module: nn.Module, change: Change, recurse: bool = True) 
     """`nn.Module._apply`, by which `.to()`, `.half()`, `.cuda()` and their like do all they do."""
     for tensor in {(t.device, t.dtype): t for t in _held(module)}.values():
         probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        changed = change(probe)
-        if (changed.device, changed.dtype) != (probe.device, probe.dtype):
+        try:
+            changed = change(probe)
+            where = f"to {changed.dtype} on {changed.device}"
+            same = (changed.device, changed.dtype) == (probe.device, probe.dtype)
+        except Exception as error:  # such as a device that is not there
+            where, same = f"there ({error})", False
+        if not same:
             raise FlashMoEError(
-                f"this model cannot go from {probe.dtype} on {probe.device} to {changed.dtype} on "
-                f"{changed.device}: its experts stay on the SSD as they are. Load it as it is to "
-                "be: flashmoe.load(..., device=...), from a checkpoint of that dtype"
+                f"this model cannot go from {probe.dtype} on {probe.device} {where}: its experts "
+                "stay on the SSD as they are. Load it as it is to be: flashmoe.load(..., "
+                "device=...), from a checkpoint of that dtype"
             )
     return type(module)._apply(module, change, recurse)
 

@@ -56,8 +56,8 @@ class StreamedParameter(nn.Parameter):
             raise refusal(f"torch's {_named(function)}")
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*arguments, **(named or {}))
-        if type(result) is cls:
-            result._device = arguments[0]._device
+        if isinstance(result, torch.Tensor) and result is not arguments[0]:  # as of `detach`
+            return cls(result, arguments[0]._device)
         return result
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     failing = commands.add_parser("faults", help="failing drives and killed packs, counted")
     failing.add_argument("--count", type=_COUNT, default=1000, help="faults of each kind")
     failing.add_argument("--kills", type=_COUNT, default=500)
+    mutated = commands.add_parser("mutations", help="damaged checkpoints against transformers")
+    mutated.add_argument("--count", type=_COUNT, default=1000)
+    mutated.add_argument("--seed", type=int, default=0)
     long = commands.add_parser("soak", help="does anything grow in hours of use?")
     long.add_argument("--seconds", type=_AMOUNT, default=3600)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
@@ -180,6 +183,14 @@ def main() -> None:
             report.write(folder, "faults-reads", faults.reads(arguments.count))
             report.write(folder, "faults-kills", faults.kills(arguments.kills))
             report.provenance(folder, "faults", provenance.gather(command, folder, seed=0))
+        case "mutations":
+            from harness import mutations
+            from harness.say import say
+
+            rows = mutations.examine(arguments.count, arguments.seed, say)
+            report.write(folder, "mutations", rows)
+            found = provenance.gather(command, folder, seed=arguments.seed)
+            report.provenance(folder, "mutations", found)
         case "quant":
             from harness import quant_table
 
