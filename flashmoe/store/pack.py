@@ -31,9 +31,9 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
+from flashmoe.store import files
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory, open_direct
-from flashmoe.store.files import replace_file
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
 
 _SIDE_FILES = (  # what from_pretrained, the tokenizer and generate read; nothing executable
@@ -109,7 +109,8 @@ def write_store(
             dense_bytes = _write_dense(source, store / dense_name)
             for name in _SIDE_FILES:
                 if (checkpoint / name).is_file():
-                    replace_file(store / name, (checkpoint / name).read_bytes())
+                    content = (checkpoint / name).read_bytes()
+                    files.replace(store / name, lambda file, c=content: file.write(c))  # type: ignore[misc]
             manifest = Manifest(
                 architecture=type(source.model).__name__,
                 config_sha256=config_digest(store),
