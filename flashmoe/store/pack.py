@@ -31,26 +31,10 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
-from flashmoe.store import files
 from flashmoe.store import manifest as manifests
+from flashmoe.store import side_files
 from flashmoe.store.direct_io import aligned_memory, open_direct
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
-
-_SIDE_FILES = (  # what from_pretrained, the tokenizer and generate read; nothing executable
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
@@ -107,10 +91,7 @@ def write_store(
                 )
             layers = _write_experts(source, scheme, layers, store / experts_name, progress)
             dense_bytes = _write_dense(source, store / dense_name)
-            for name in _SIDE_FILES:
-                if (checkpoint / name).is_file():
-                    content = (checkpoint / name).read_bytes()
-                    files.replace(store / name, lambda file, c=content: file.write(c))  # type: ignore[misc]
+            side_files.copy(checkpoint, store)
             manifest = Manifest(
                 architecture=type(source.model).__name__,
                 config_sha256=config_digest(store),
@@ -201,7 +182,7 @@ def _data_names(store: Path) -> Iterator[tuple[str, str]]:
             document = json.loads((store / manifests.FILE_NAME).read_text())
             kept = {document.get("experts_file"), document.get("dense_file")}
         leftovers = [*store.glob("experts-*.bin"), *store.glob("dense-*.safetensors")]
-        for path in leftovers + list(store.glob(".*.partial")):
+        for path in leftovers + list(store.rglob(".*.partial")):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
