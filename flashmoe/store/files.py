@@ -40,14 +40,18 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def check_replaceable(path: Path) -> None:
     """Raises FlashMoEError when `replace` could not write `path`: asked before a long work."""
     folder = path.absolute().parent
-    if not folder.is_dir():
-        raise FlashMoEError(
-            f"{path} cannot be written: its directory does not exist; make it first"
-        )
-    if path.is_dir():
-        raise FlashMoEError(f"{path} cannot be written: it is a directory; name a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FlashMoEError(f"{path} cannot be written: {folder} is not yours to write to")
+    obstacle = ""
+    try:
+        if not folder.is_dir():
+            obstacle = "its directory does not exist; make it first"
+        elif path.is_dir():
+            obstacle = "it is a directory; name a file"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            obstacle = f"{folder} is not yours to write to"
+    except OSError as error:  # a folder that may not be searched, a name too long
+        obstacle = error.strerror or str(error)
+    if obstacle:
+        raise FlashMoEError(f"{path} cannot be written: {obstacle}")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -68,18 +68,9 @@ def write_store(
 ) -> Manifest:
     """`pack`, from a source of weights and a directory with the files that go beside them."""
     scheme = schemes.get(quant)
-    if store.exists() and not store.is_dir():
-        raise FlashMoEError(f"{store} is a file: name a directory for the store")
-    if store.resolve() == checkpoint.resolve():
-        raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-    if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
-        raise FlashMoEError(
-            f"{store} is a store of another model than {checkpoint}: name another directory, "
-            "or remove that store first"
-        )
+    made = not _is_there(store, checkpoint)
     layers = lay_out_layers(source, scheme)
     total = layers[-1].end_bytes
-    made = not store.exists()
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _exclusive(store), _data_names(store) as (experts_name, dense_name):
@@ -113,6 +104,25 @@ def write_store(
     finally:
         if made and store.is_dir() and not manifests.is_store(store):
             shutil.rmtree(store, ignore_errors=True)
+
+
+def _is_there(store: Path, checkpoint: Path) -> bool:
+    """Is `store` a directory already? Raises FlashMoEError where none may be packed into."""
+    try:
+        if not store.exists():
+            return False
+        if not store.is_dir():
+            raise FlashMoEError(f"{store} is a file: name a directory for the store")
+        if store.samefile(checkpoint):
+            raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
+        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+            raise FlashMoEError(
+                f"{store} is a store of another model than {checkpoint}: name another directory, "
+                "or remove that store first"
+            )
+    except OSError as error:  # a folder that may not be searched, a name too long
+        raise FlashMoEError(f"{store} cannot be opened ({error.strerror or error})") from None
+    return True
 
 
 def config_digest(directory: Path) -> str:
