@@ -163,6 +163,7 @@ def _own_code(directory: Path) -> str:
         config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
         classes = config["auto_map"]
         classes = classes["AutoTokenizer"] if isinstance(classes, dict) else classes
+        classes = [classes] if isinstance(classes, str) else classes
         return next(name for name in [*reversed(classes), ""] if isinstance(name, str))
     return ""
 
