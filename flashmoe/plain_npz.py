@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import files
 
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -21,10 +22,11 @@ class UnreadableError(FlashMoEError):
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Compressed, atomically."""
-    partial = path.with_name(path.name + ".partial.npz")
-    np.savez_compressed(partial, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+    """Compressed, atomically. Raises FlashMoEError when `path` cannot be written."""
+    files.replace(
+        path,
+        lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),  # type: ignore[arg-type]
+    )
 
 
 def read(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:

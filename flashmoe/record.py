@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ class Recorder:
         if not self.modules:
             raise FlashMoEError("this model has no experts to record")
         self.model = model
-        self.probabilities = probabilities
+        self.wants_probabilities = probabilities
         self.experts: list[list[np.ndarray]] = [[] for _ in self.modules]
         self.weights: list[list[np.ndarray]] = [[] for _ in self.modules]
-        self.logits: list[list[np.ndarray]] = [[] for _ in self.modules]
+        self.probabilities: list[list[np.ndarray]] = [[] for _ in self.modules]
         self.lookahead = Lookahead(model) if guesses else None
         self.guesses: list[list[np.ndarray]] = [[] for _ in list(self.modules)[1:]]
         self.sequence: list[int] = []  # per token of layer 0
@@ -41,17 +41,17 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
-        handles = []
-        for number, module in enumerate(self.modules.values()):
-            handles.append(module.register_forward_pre_hook(self._experts_hook(number)))
-        if self.probabilities:
-            for number, router in enumerate(_routers(self.model, len(self.modules))):
-                handles.append(router.register_forward_hook(self._router_hook(number)))
-        try:
+        """While open, the model's forward passes are recorded; whatever happens, not after.
+
+        Raises FlashMoEError where `probabilities` are wanted of a family that hides its routers.
+        """
+        with ExitStack() as hooks:
+            for number, module in enumerate(self.modules.values()):
+                hooks.enter_context(module.register_forward_pre_hook(self._experts_hook(number)))
+            if self.wants_probabilities:
+                for number, router in enumerate(_routers(self.model, len(self.modules))):
+                    hooks.enter_context(router.register_forward_hook(self._router_hook(number)))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _experts_hook(self, number: int):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -61,7 +61,7 @@ class Recorder:
                 self.step += [step] * len(index)
                 self.sequence += [self.current_sequence] * len(index)
             self.experts[number].append(index.cpu().numpy().astype(np.uint16))
-            self.weights[number].append(weights.float().cpu().numpy().astype(np.float16))
+            self.weights[number].append(weights.detach().float().cpu().numpy().astype(np.float16))
             if self.lookahead and number < len(self.guesses):
                 routed = self.lookahead.route(number + 1, hidden)
                 if routed is None:
@@ -75,8 +75,8 @@ class Recorder:
 
     def _router_hook(self, number: int):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, arguments: object, output: tuple[torch.Tensor, ...]) -> None:
-            probabilities = output[0].float().softmax(-1).cpu()
-            self.logits[number].append(probabilities.numpy().astype(np.float16))
+            probabilities = output[0].detach().float().softmax(-1).cpu()
+            self.probabilities[number].append(probabilities.numpy().astype(np.float16))
 
         return hook
 
@@ -93,7 +93,7 @@ class Recorder:
             sequence=np.array(self.sequence, dtype=np.int32),
             n_experts=n_experts,
             weights=joined(self.weights),
-            probabilities=joined(self.logits) if self.probabilities else None,
+            probabilities=joined(self.probabilities) if self.wants_probabilities else None,
             step=np.array(self.step, dtype=np.int32),
             guesses=joined(self.guesses).astype(number_type) if any(self.guesses) else None,
             info=dict(info),

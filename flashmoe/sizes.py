@@ -20,7 +20,7 @@ def parse_bytes(size: int | str) -> int:
     """
     number, unit = str(size), ""
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", size)
         if match is None or match[2].upper() not in _UNITS:
             raise FlashMoEError(f"memory size {size!r} is not a size: write for example 4GiB")
         number, unit = match[1], match[2].upper()

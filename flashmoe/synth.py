@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -136,17 +137,17 @@ def synthesise(
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     sizes = {key: math.prod(shape) * torch_dtype.itemsize for key, shape in shapes.items()}
     total = sum(sizes.values())
-    existing = next(p for p in (directory, *directory.resolve().parents) if p.exists())
+    directory = directory.absolute()
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < total * 1.02:
         raise FlashMoEError(
             f"{directory}: {name} takes {format_bytes(total)} and the disk has "
             f"{format_bytes(free)} free"
         )
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = directory.with_name(f".{secrets.token_hex(8)}.partial")
     try:
+        partial.mkdir(parents=True)
         shards: list[list[str]] = [[]]
         for key in shapes:
             if sum(sizes[k] for k in shards[-1]) + sizes[key] > SHARD_BYTES and shards[-1]:
@@ -210,8 +211,13 @@ def total_bytes(name: str, dtype: str = "bf16") -> int:
 
 
 def _refuse_occupied(directory: Path) -> None:
-    if directory.exists() and any(directory.iterdir()):
-        raise FlashMoEError(f"{directory} is not empty: name a new directory")
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise FlashMoEError(f"{directory} is a file: name a new directory")
+        if directory.exists() and any(directory.iterdir()):
+            raise FlashMoEError(f"{directory} is not empty: name a new directory")
+    except OSError as error:  # a folder that may not be searched, a name too long
+        raise FlashMoEError(f"{directory} cannot be opened ({error.strerror or error})") from None
 
 
 def config_of(name: str, dtype: str = "bf16") -> transformers.PretrainedConfig:

@@ -13,6 +13,7 @@ import numpy as np
 
 from flashmoe import plain_npz
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import files
 
 _OPTIONAL = ("weights", "probabilities", "step", "guesses")
 
@@ -104,7 +105,10 @@ class Trace:
                 yield slice(run.start + tokens.start, run.stop + tokens.start)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `path` (.npz) and, beside it, the description as .json; both atomically."""
+        """Write `path` (.npz) and, beside it, the description as .json; each atomically.
+
+        Raises FlashMoEError when one of them cannot be written.
+        """
         target = Path(path)
         arrays = {"experts": self.experts, "sequence": self.sequence}
         arrays |= {n: a for n in _OPTIONAL if (a := getattr(self, n)) is not None}
@@ -117,9 +121,9 @@ class Trace:
             "sequences": len(list(self.sequences())),
         } | {k: v for k, v in self.info.items() if k != "model"}
         plain_npz.write(target, arrays)
-        partial = target.with_name(target.name + ".partial.json")
-        partial.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(target.with_suffix(".json"))
+        text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+        content = text.encode("utf-8", "backslashreplace")
+        files.replace(target.with_suffix(".json"), lambda file: file.write(content))
 
 
 def _runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
@@ -192,8 +196,8 @@ def _description(path: Path, refuse: Any) -> dict[str, Any]:
     if not beside.exists():
         return {}
     try:
-        info = json.loads(beside.read_text())
-    except (ValueError, RecursionError) as error:
+        info = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise refuse(f"its description {beside.name} is not JSON ({error})") from None
     if not isinstance(info, dict):
         raise refuse(f"its description {beside.name} is not an object")

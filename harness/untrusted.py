@@ -5,6 +5,7 @@ Whatever becomes of it, the reader accepts it or raises FlashMoEError; nothing e
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from flashmoe.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
+from flashmoe.prompting import Prompter
 from flashmoe.shards import Shard
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
@@ -89,6 +91,26 @@ def _read_shard(path: Path) -> None:
         shard.close()
 
 
+def _tokenizer(folder: Path) -> Path:
+    """The demo model's, but for its merges and what they make: a token a byte."""
+    source = flashmoe.demo_path()
+    shutil.copy(source / "config.json", folder)
+    content = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {t: n for t, n in vocabulary.items() if len(t) == 1}
+    content["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder / "tokenizer.json"
+
+
+def _read_tokenizer(path: Path) -> None:
+    prompter = Prompter(path.parent)
+    prompter.decode(prompter.token_ids("In the beginning"))
+
+
 INPUTS = {
     "manifest": Input(_store, lambda path: manifests.load(path.parent)),
     "checkpoint index": Input(_checkpoint, _read_checkpoint),
@@ -96,6 +118,10 @@ INPUTS = {
     "trace": Input(_trace, trace.load),
     "trace description": Input(_description, lambda path: trace.load(path.with_suffix(".npz"))),
     "policy": Input(_policy, _read_policy),
+    "tokenizer": Input(_tokenizer, _read_tokenizer),
+    "tokenizer settings": Input(
+        lambda folder: _tokenizer(folder).with_name("tokenizer_config.json"), _read_tokenizer
+    ),
 }
 
 

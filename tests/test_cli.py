@@ -12,6 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import tiny_tokenizer
 import torch
 import transformers
 
@@ -161,6 +162,7 @@ def test_policies_lists_the_registry(capfd):
 
 def test_bad_input_is_one_sentence(capfd, checkpoints, own_store, tmp_path):
     prompt = ("--prompt", "x")
+    tiny_tokenizer.give(own_store)  # it is loaded before the model
     assert "too small" in refused(capfd, "generate", own_store, *prompt, "--memory", "1KiB")
     assert "is not a size" in refused(capfd, "generate", own_store, *prompt, "--memory", "many")
     assert "no policy" in refused(capfd, "generate", own_store, *prompt, "--policy", "mru")
@@ -277,3 +279,135 @@ def test_generate_takes_what_memory_is_free(capfd, demo_store):
     )  # fmt: skip
     assert status == 0
     assert json.loads(out)["stats"]["slots_per_layer"] == 64
+
+
+@pytest.fixture
+def instruct(own_store):
+    """A store whose tokenizer has a chat template."""
+    return tiny_tokenizer.give(own_store, chat_template=tiny_tokenizer.CHAT)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [((), "[hello]>"), (("--raw",), "hello")], ids=["chat", "raw"]
+)
+def test_an_instruct_model_is_prompted_through_its_template(
+    capfd, instruct, tmp_path, options, expected
+):
+    ids = [1, *tiny_tokenizer.ids_of(expected)]
+    command = ("generate", instruct, "--prompt", "hello", "--max-new-tokens", 3, *options)
+    status, out, _ = run(capfd, *command, "--json")
+    assert (status, json.loads(out)["token_ids"][: len(ids)]) == (0, ids)
+    status, out, _ = run(capfd, *command)
+    assert (status, "hello" in out) == (0, bool(options))  # of a chat only the answer is shown
+    (tmp_path / "p.txt").write_text("hello\n")
+    trace_path = tmp_path / "t.npz"
+    status, _, _ = run(
+        capfd, "record", instruct, "--prompts", tmp_path / "p.txt", "--out", trace_path,
+        "--max-new-tokens", 0, *options,
+    )  # fmt: skip
+    assert (status, len(trace.load(trace_path).experts)) == (0, len(ids))
+
+
+def test_the_tokenizer_is_loaded_before_the_model(capfd, own_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("flashmoe.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    assert "holds no tokenizer" in refused(capfd, "generate", own_store, "--prompt", "x")
+    (tmp_path / "p.txt").write_text("x")
+    record = ("record", own_store, "--prompts", tmp_path / "p.txt", "--out")
+    assert "holds no tokenizer" in refused(capfd, *record, tmp_path / "t.npz")
+    tiny_tokenizer.give(own_store)
+    assert "prompt is empty" in refused(capfd, "generate", own_store, "--prompt", "")
+
+
+def test_the_default_budget_is_what_memory_is_free(capfd, demo_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("flashmoe.free_memory.budget_bytes", lambda *_: 9 << 20)
+    options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--json")
+    status, out, _ = run(capfd, "generate", demo_store, *options)
+    assert (status, json.loads(out)["stats"]["slots_per_layer"]) == (0, 12)
+    (tmp_path / "p.txt").write_text(PROMPT)
+    monkeypatch.setattr("flashmoe.free_memory.budget_bytes", lambda *_: 1 << 10)
+    options = ("--prompts", tmp_path / "p.txt", "--out", tmp_path / "t.npz")
+    assert "too small" in refused(capfd, "record", demo_store, *options)
+
+
+def test_wrong_kinds_of_paths_are_one_sentence(capfd, checkpoints, own_store, tmp_path):
+    tiny_tokenizer.give(own_store)
+    file, folder, long = tmp_path / "file", tmp_path / "folder", tmp_path / ("x" * 300)
+    file.write_bytes(b"\xff\x00junk")
+    folder.mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("x")
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    routing = flashmoe.demo_routing_path()
+    for path in (file, folder, long, tmp_path / "loop", file / "below", "", "bad\udcffname"):
+        refused(capfd, "generate", path, "--prompt", "x")
+        refused(capfd, "record", path, "--prompts", prompts, "--out", tmp_path / "t.npz")
+        refused(capfd, "record", own_store, "--prompts", path, "--out", tmp_path / "t.npz")
+        refused(capfd, "verify", path)
+        refused(capfd, "pack", path, tmp_path / "s")
+        refused(capfd, "simulate", path)
+        refused(capfd, "simulate", routing, "--policy", f"static:{path}")
+        refused(capfd, "simulate", routing, "--policy", f"learned:{path}")
+        refused(capfd, "train-policy", path, "--out", tmp_path / "p.safetensors")
+    for path in (file, long, file / "below"):
+        refused(capfd, "pack", checkpoints(), path)
+        refused(capfd, "synth", "olmoe-quarter", path)
+    for path in (long, file / "t", tmp_path / "none" / "t", tmp_path / "folder"):
+        options = ("--prompts", prompts, "--out", f"{path}.npz")
+        assert "cannot be written" in refused(capfd, "record", own_store, *options)
+        options = ("--out", f"{path}.safetensors")
+        assert "cannot be written" in refused(capfd, "train-policy", routing, *options)
+    for path in (folder, long, file / "below", tmp_path / "none" / "kept"):
+        options = ("--prompt", "x", "--warm", path)
+        assert "cannot be written" in refused(capfd, "generate", own_store, *options)
+    options = ("--prompt", "x", "--warm", file)
+    assert "keeps a cache warm" in refused(capfd, "generate", own_store, *options)
+    assert not any(path.suffix == ".partial" for path in tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '"abc"'), ("a.json", "5"), ("a.json", "[" * 99999), ("a.json", '{"a": 5}'),
+        ("a.json", "[[]]"), ("a.json", '["\\ud800"]'), ("a.json", "{"), ("a.txt", "\n"),
+    ],
+)  # fmt: skip
+def test_prompts_that_are_none_are_one_sentence(capfd, own_store, tmp_path, name, content):
+    tiny_tokenizer.give(own_store)
+    (tmp_path / name).write_text(content)
+    options = ("--prompts", tmp_path / name, "--out", tmp_path / "t.npz")
+    assert "prompt" in refused(capfd, "record", own_store, *options)
+
+
+def test_numbers_that_are_none_are_refused(capfd, own_store, tmp_path):
+    prompt = ("--prompt", "x")
+    tiny_tokenizer.give(own_store)
+    for size in ("9" * 400, "9" * 5000, "1e9", "-1", "nan", ""):
+        assert "is not a size" in refused(capfd, "generate", own_store, *prompt, f"--memory={size}")
+    options = ("--prompts", own_store / "config.json", "--out", tmp_path / "t.npz")
+    assert "0 or more" in refused(capfd, "record", own_store, *options, "--max-new-tokens", "-1")
+    for number in ("-1", str(1 << 63), "x"):
+        with pytest.raises(SystemExit):
+            cli.main(["synth", "olmoe-quarter", str(tmp_path / "s"), "--seed", number])
+        assert "argument --seed: invalid seed value" in capfd.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_no_traceback(demo_store):
+    command = [sys.executable, "-m", "flashmoe", "generate", demo_store, "--prompt", "\N{SNOWMAN}"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "1"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"\u2603")
+
+
+def test_synthesising_removes_nothing_that_it_did_not_make(capfd, tmp_path, monkeypatch):
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    monkeypatch.setitem(synth.MODELS, "tiny", synth.MODELS["olmoe-1b-7b"] | small)
+    (tmp_path / "s.partial").mkdir()
+    (tmp_path / "s.partial" / "mine").touch()
+    assert run(capfd, "synth", "tiny", tmp_path / "s")[0] == 0
+    assert (tmp_path / "s.partial" / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.partial"]

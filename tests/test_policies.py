@@ -125,18 +125,33 @@ def test_classical_policies_agree_with_cachetools(name, peer, n_slots):
     assert replay(name, n_slots, [[key] for key in requests])[0] == peer_hits
 
 
-def test_a_shared_cache_keeps_the_layer_that_runs_next():
-    """Two layers of 3 experts, 4 slots. When layer 0 misses, its own old experts are due last."""
-    rows = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
-    left = {}
-    for name in ("lru", "llru", "least-stale"):
-        cache = ExpertCache(policies.get(name)(Scope(3, 1, 2, 0, 2), 4))
-        for layer, expert in rows:
-            list(cache.waves(Event.of_rows([[expert]], 3 * layer)))
-        left[name] = sorted(cache.resident)
-    assert left["lru"] == [1, 2, 3, 4]  # (0, 0) went: the oldest
-    assert left["llru"] == [1, 2, 3, 4]  # the oldest pass, and layer 0 runs later than layer 1
-    assert left["least-stale"] == [1, 2, 3, 4]
+def left_of_shared(name: str, rows: list[tuple[int, int]]) -> list[int]:
+    """Keys (3 * layer + expert) that 4 slots hold after (layer, expert) of 2 layers of 3."""
+    cache = ExpertCache(policies.get(name)(Scope(3, 1, 2, 0, 2), 4))
+    for layer, expert in rows:
+        list(cache.waves(Event.of_rows([[expert]], 3 * layer)))
+    return sorted(cache.resident)
+
+
+@pytest.mark.parametrize("name", ["lru", "llru", "least-stale"])
+def test_when_the_first_layer_misses_its_own_old_experts_are_due_last(name):
+    """(0, 0) is the oldest, of the oldest pass, and of the layer that runs again last."""
+    assert left_of_shared(name, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        # keys 0, 4, 3, 1 came in that order and were last used in passes 2, 3, 2, 4; in pass 4
+        # layer 1 misses key 5, and layer 0 runs next
+        ("lru", [1, 3, 4, 5]),  # 0 goes, used just before 3, though its layer runs next
+        ("llru", [0, 1, 4, 5]),  # of 0 and 3, both of pass 2, 3 goes: layer 1 is due last
+        ("least-stale", [0, 1, 3, 5]),  # 0, 3 and 4 are stale; of 3 and 4, due last, 4 came first
+    ],
+)
+def test_a_shared_cache_keeps_the_layer_that_runs_next(name, left):
+    rows = [(0, 0), (1, 1), (0, 0), (1, 0), (0, 1), (1, 1), (0, 1), (1, 2)]
+    assert left_of_shared(name, rows) == left
 
 
 def test_lecar_learns_to_trust_the_better_of_its_two():

@@ -10,7 +10,7 @@ from flashmoe.backends.base import Backend
 from flashmoe.errors import FlashMoEError
 from flashmoe.registry import discover
 
-__all__ = ["Backend", "available", "open_path"]
+__all__ = ["Backend", "available", "backend_for", "open_path"]
 
 
 @cache
@@ -19,13 +19,21 @@ def available() -> dict[str, type[Backend]]:
     return discover(sys.modules[__name__], Backend)  # type: ignore[type-abstract]
 
 
-def open_path(path: Path) -> Backend:
-    """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
-    if not path.is_dir():
-        raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
-    for backend in available().values():
-        if backend.accepts(path):
-            return backend(path)
+def backend_for(path: Path) -> type[Backend]:
+    """The backend for what lies at `path`, not opened yet. Raises FlashMoEError without one."""
+    try:
+        if not path.is_dir():
+            raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
+        for backend in available().values():
+            if backend.accepts(path):
+                return backend
+    except OSError as error:  # a folder that may not be searched, a name too long
+        raise FlashMoEError(f"{path} cannot be opened ({error.strerror or error})") from None
     raise FlashMoEError(
         f"{path} holds no config.json and no manifest: give a Hugging Face model or a store"
     )
+
+
+def open_path(path: Path) -> Backend:
+    """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
+    return backend_for(path)(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import pkgutil
@@ -27,6 +28,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def seed(text: str) -> int:
+    """An argument's type: what every generator of random numbers here takes."""
+    if not 0 <= (number := int(text)) < 1 << 63:
+        raise ValueError
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; errors that users can act on become one sentence and status 1."""
     logging.basicConfig(format="flashmoe: %(message)s", level=logging.WARNING)
@@ -46,4 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
     sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flashmoe
+from flashmoe.store import files
 
 HELP = "generate text from a prompt"
 
@@ -21,8 +22,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
         "--memory",
-        default="12MiB",
-        help="budget for experts, or auto: what the machine has free (default: 12MiB)",
+        default="auto",
+        help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue the prompt as it stands: no chat template",
     )
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator, such as cuda")
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
@@ -62,14 +68,19 @@ def _say(second: object) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from flashmoe import warm
+    from flashmoe.prompting import Prompter
     from flashmoe.telemetry import Telemetry
 
     if arguments.max_new_tokens < 1:
         raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
+    if arguments.warm:
+        files.check_replaceable(arguments.warm)
     path = arguments.model or flashmoe.demo_path()
+    prompter = Prompter(path, raw=arguments.raw)  # before the model, which takes minutes
+    ids = prompter.token_ids(arguments.prompt)[None]
     model = flashmoe.load(
         path,
         memory=arguments.memory,
@@ -78,34 +89,34 @@ def run(arguments: argparse.Namespace) -> None:
         prefetch=not arguments.no_prefetch,
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.path)
-        inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
-        if not inputs["input_ids"].numel():
-            raise flashmoe.FlashMoEError("the prompt is empty: give at least one character")
-        inputs = inputs.to(model.device)
+        ids = ids.to(model.device)
         if arguments.warm and arguments.warm.exists():
             warm.restore(model.flashmoe, arguments.warm)
         telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
-        streamer = _Counting(None if arguments.json else TextStreamer(tokenizer), telemetry)
+        shown = TextStreamer(
+            prompter, skip_prompt=prompter.chats, skip_special_tokens=prompter.chats
+        )
+        streamer = _Counting(None if arguments.json else shown, telemetry)
         started = time.perf_counter()
         with torch.inference_mode(), telemetry:
             output = model.generate(
-                **inputs,
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=arguments.max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
             )
         seconds = time.perf_counter() - started
-        new = output.shape[1] - inputs["input_ids"].shape[1]
+        new = output.shape[1] - ids.shape[1]
         stats = model.flashmoe.stats()
         if arguments.warm:
             warm.save(model.flashmoe, arguments.warm)
     finally:
         model.flashmoe.close()
     if arguments.json:
-        text = tokenizer.decode(output[0], skip_special_tokens=True)
-        ids = output[0].tolist()
-        result = {"text": text, "token_ids": ids, "new_tokens": new, "seconds": seconds}
+        text = prompter.decode(output[0], skip_special_tokens=True)
+        result = {"text": text, "token_ids": output[0].tolist()}
+        result |= {"new_tokens": new, "seconds": seconds}
         result |= {"tokens_per_second": new / seconds, "stats": stats}
         result["each_second"] = [second._asdict() for second in telemetry.seconds]
         print(json.dumps(result))

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import flashmoe
+from flashmoe.store import files
 
 HELP = "write a trace of a model's routing"
 
@@ -19,8 +20,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="TRACE.npz")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="0: only the prompts")
-    parser.add_argument("--memory", help="budget for experts (default: all of them)")
-    parser.add_argument("--policy", default="learned")
+    parser.add_argument(
+        "--memory",
+        default="auto",
+        help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="prompts as they stand: no chat template",
+    )
+    parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
         "--probabilities",
         action="store_true",
@@ -36,10 +46,12 @@ def read_prompts(path: Path) -> dict[str, str]:
         text = path.read_text("utf-8")
         if path.suffix == ".json":
             given = json.loads(text)
+            if not isinstance(given, dict | list):
+                raise ValueError("it is neither a list nor an object")
             prompts = given if isinstance(given, dict) else dict(enumerate(given))
         else:
             prompts = dict(enumerate(line for line in text.splitlines() if line.strip()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise flashmoe.FlashMoEError(f"prompts {path} cannot be read ({error})") from None
     if not prompts or not all(isinstance(p, str) and p for p in prompts.values()):
         raise flashmoe.FlashMoEError(f"prompts {path}: give at least one, each a non-empty string")
@@ -47,20 +59,19 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
+    from flashmoe.prompting import Prompter
     from flashmoe.record import record
 
     if arguments.out.suffix != ".npz":
         raise flashmoe.FlashMoEError(f"--out {arguments.out} must end in .npz")
+    if arguments.max_new_tokens < 0:
+        raise flashmoe.FlashMoEError("--max-new-tokens must be 0 or more")
+    files.check_replaceable(arguments.out)
     prompts = read_prompts(arguments.prompts)
-    memory = arguments.memory or 1 << 60
-    model = flashmoe.load(arguments.model, memory=memory, policy=arguments.policy)
+    prompter = Prompter(arguments.model, raw=arguments.raw)  # before the model, which takes minutes
+    encoded = [prompter.token_ids(prompt) for prompt in prompts.values()]
+    model = flashmoe.load(arguments.model, memory=arguments.memory, policy=arguments.policy)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.flashmoe.path)
-        encoded = [
-            tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts.values()
-        ]
         trace = record(
             model,
             encoded,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flashmoe.cli import seed
+
 HELP = "write a full-scale checkpoint of random weights"
 
 
@@ -12,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="for example olmoe-1b-7b")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--store", action="store_true", help="write a store at once, with no checkpoint beside it"
     )

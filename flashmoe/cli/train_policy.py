@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from flashmoe import trace
+from flashmoe.cli import seed
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import files
 
 HELP = "train a policy on traces"
 SEED = 20261124
@@ -21,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="learned (default), paper or paper-vector; run it as learned:FILE or "
         "flashmoe-paper:FILE",
     )
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=seed, default=SEED)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,8 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.out.suffix != ".safetensors":
         raise FlashMoEError(f"--out {arguments.out} must end in .safetensors")
-    if not arguments.out.absolute().parent.is_dir():
-        raise FlashMoEError(f"--out {arguments.out}: its directory does not exist; make it first")
+    files.check_replaceable(arguments.out)
     kind = train.kinds().get(arguments.kind)
     if kind is None:
         known = ", ".join(train.kinds())

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialise
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import files
 
 FORMAT = "flashmoe-policy-1"
 
@@ -19,12 +20,13 @@ FORMAT = "flashmoe-policy-1"
 def save(
     path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> None:
-    """Write `tensors` and a description of how they were made, atomically."""
-    partial = path.with_name(path.name + ".partial")
+    """Write `tensors` and a description of how they were made, atomically.
+
+    Raises FlashMoEError when `path` cannot be written.
+    """
     described = {"format": FORMAT, "kind": kind, "about": json.dumps(dict(about), sort_keys=True)}
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, described)
-    partial.chmod(0o644)
-    partial.replace(path)
+    content = serialise({k: np.ascontiguousarray(v) for k, v in tensors.items()}, described)
+    files.replace(path, lambda file: file.write(content))
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

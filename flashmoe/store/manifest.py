@@ -13,8 +13,8 @@ import torch
 from flashmoe import quant
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
+from flashmoe.store import files
 from flashmoe.store.direct_io import ALIGNMENT_BYTES
-from flashmoe.store.files import replace_file, sync_directory
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"
@@ -93,10 +93,13 @@ class Manifest:
         return max(layer.end_bytes for layer in self.layers)
 
     def save(self, directory: Path) -> None:
-        """Publish the store: an atomic rename, after which the old files are unreferenced."""
+        """Publish the store: an atomic rename, after which the old files are unreferenced.
+
+        Raises FlashMoEError when the directory cannot be written to.
+        """
         document = {"format": FORMAT, "version": VERSION} | asdict(self)
-        replace_file(directory / FILE_NAME, json.dumps(document, indent=1).encode())
-        sync_directory(directory)
+        content = json.dumps(document, indent=1).encode()
+        files.replace(directory / FILE_NAME, lambda file: file.write(content))
 
 
 def lay_out(

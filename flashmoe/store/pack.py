@@ -32,25 +32,9 @@ from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
+from flashmoe.store import side_files
 from flashmoe.store.direct_io import aligned_memory, open_direct
-from flashmoe.store.files import replace_file
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
-
-_SIDE_FILES = (  # what from_pretrained, the tokenizer and generate read; nothing executable
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
@@ -86,18 +70,9 @@ def write_store(
 ) -> Manifest:
     """`pack`, from a source of weights and a directory with the files that go beside them."""
     scheme = schemes.get(quant)
-    if store.exists() and not store.is_dir():
-        raise FlashMoEError(f"{store} is a file: name a directory for the store")
-    if store.resolve() == checkpoint.resolve():
-        raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-    if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
-        raise FlashMoEError(
-            f"{store} is a store of another model than {checkpoint}: name another directory, "
-            "or remove that store first"
-        )
+    made = not _is_there(store, checkpoint)
     layers = lay_out_layers(source, scheme)
     total = layers[-1].end_bytes
-    made = not store.exists()
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _exclusive(store), _data_names(store) as (experts_name, dense_name):
@@ -109,9 +84,7 @@ def write_store(
                 )
             layers = _write_experts(source, scheme, layers, store / experts_name, progress)
             dense_bytes = _write_dense(source, store / dense_name)
-            for name in _SIDE_FILES:
-                if (checkpoint / name).is_file():
-                    replace_file(store / name, (checkpoint / name).read_bytes())
+            side_files.copy(checkpoint, store)
             manifest = Manifest(
                 architecture=type(source.model).__name__,
                 config_sha256=config_digest(store),
@@ -134,6 +107,25 @@ def write_store(
     finally:
         if made and store.is_dir() and not manifests.is_store(store):
             shutil.rmtree(store, ignore_errors=True)
+
+
+def _is_there(store: Path, checkpoint: Path) -> bool:
+    """Is `store` a directory already? Raises FlashMoEError where none may be packed into."""
+    try:
+        if not store.exists():
+            return False
+        if not store.is_dir():
+            raise FlashMoEError(f"{store} is a file: name a directory for the store")
+        if store.samefile(checkpoint):
+            raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
+        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+            raise FlashMoEError(
+                f"{store} is a store of another model than {checkpoint}: name another directory, "
+                "or remove that store first"
+            )
+    except OSError as error:  # a folder that may not be searched, a name too long
+        raise FlashMoEError(f"{store} cannot be opened ({error.strerror or error})") from None
+    return True
 
 
 def config_digest(directory: Path) -> str:
@@ -203,7 +195,7 @@ def _data_names(store: Path) -> Iterator[tuple[str, str]]:
             document = json.loads((store / manifests.FILE_NAME).read_text())
             kept = {document.get("experts_file"), document.get("dense_file")}
         leftovers = [*store.glob("experts-*.bin"), *store.glob("dense-*.safetensors")]
-        for path in leftovers + list(store.glob(".*.partial")):
+        for path in leftovers + list(store.rglob(".*.partial")):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 

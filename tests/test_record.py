@@ -1,0 +1,62 @@
+"""Recording watches a model while it is open, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import prompt
+
+from flashmoe import record
+from flashmoe.errors import FlashMoEError
+from flashmoe.record import Recorder
+
+
+def hooks(model: torch.nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+def test_recording_leaves_no_hook_behind(loaded):
+    model = loaded()
+    before = hooks(model)
+    recorder = Recorder(model, probabilities=True)
+    with recorder.recording():
+        assert hooks(model) > before
+    assert hooks(model) == before
+
+
+def test_a_recording_that_cannot_begin_leaves_no_hook_behind(loaded, monkeypatch):
+    def hidden(*_: object) -> None:
+        raise FlashMoEError("record without --probabilities")
+
+    model = loaded()
+    before = hooks(model)
+    monkeypatch.setattr(record, "_routers", hidden)
+    recorder = Recorder(model, probabilities=True)
+    with pytest.raises(FlashMoEError, match="without --probabilities"), recorder.recording():
+        pass
+    assert hooks(model) == before
+    model(prompt(3))
+    assert not any(recorder.experts)
+
+
+def test_a_recording_that_stops_leaves_no_hook_behind(loaded):
+    model = loaded()
+    before = hooks(model)
+    with pytest.raises(KeyboardInterrupt), Recorder(model).recording():
+        raise KeyboardInterrupt
+    assert hooks(model) == before
+
+
+def test_what_is_kept_as_probabilities_are_probabilities(loaded):
+    model = loaded()
+    recorder = Recorder(model, probabilities=True)
+    with recorder.recording():
+        recorder.next_sequence()
+        model(prompt(5))
+    for (layer,) in recorder.probabilities:
+        torch.testing.assert_close(
+            torch.from_numpy(layer).float().sum(-1), torch.ones(5), atol=1e-2, rtol=0
+        )
+    assert recorder.trace({}).probabilities.shape == (5, 3, 8)
