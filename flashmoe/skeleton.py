@@ -39,7 +39,7 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
         if not isinstance(json.loads(path.read_text()), dict):
             raise ValueError("it is no JSON object")
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FlashMoEError(
             f"{directory} holds no config.json: give a Hugging Face model directory or a store"
         ) from None

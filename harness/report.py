@@ -84,8 +84,8 @@ NOTES = {
     "sentence that names layer and expert, or worse; afterwards the same model must be right "
     "without faults. `faults-kills`: a pack is killed before one of the calls by which it changes "
     "the disk, each in turn.",
-    "mutations": "Measured. Tiny checkpoints of nine families, damaged by a seed as directories are "
-    "in the field, each loaded in place and packed: `equal` to transformers' own output bit for "
+    "mutations": "Measured. Tiny checkpoints of nine families, damaged by a seed as directories "
+    "are in the field, each loaded in place and packed: `equal` to transformers' own output bit for "
     "bit, `refused` in a sentence, `alike` where transformers' own forward fails, `more` where "
     "from_pretrained fails or draws weights at random and the engine goes on. The last two columns "
     "are faults.",

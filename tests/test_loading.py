@@ -253,6 +253,18 @@ def test_a_missing_router_bias_is_said(tmp_path, load, caplog):
     assert torch.equal(output(model), plain(tmp_path / "made"))
 
 
+def test_another_programs_manifest_makes_no_store(folder):
+    (folder / "manifest.json").write_text('{"name": "a web page"}')
+    model = flashmoe.load(folder, memory="1MiB", policy="lru")
+    assert torch.equal(output(model), plain(folder))
+    model.flashmoe.close()
+
+
+def test_a_file_in_place_of_a_directory_is_named(folder, tmp_path):
+    with pytest.raises(FlashMoEError, match="holds no config.json"):
+        pack(folder / "config.json", tmp_path / "store")
+
+
 def pickles_only(folder):
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         path.unlink()

@@ -135,7 +135,15 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def is_store(directory: Path) -> bool:
-    return (directory / FILE_NAME).is_file()
+    """Is there a manifest, good or damaged, that is not some other program's?"""
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return False
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(document, dict) or "format" in document
 
 
 def load(directory: Path) -> Manifest:
