@@ -85,10 +85,10 @@ NOTES = {
     "without faults. `faults-kills`: a pack is killed before one of the calls by which it changes "
     "the disk, each in turn.",
     "mutations": "Measured. Tiny checkpoints of nine families, damaged by a seed as directories "
-    "are in the field, each loaded in place and packed: `equal` to transformers' own output bit for "
-    "bit, `refused` in a sentence, `alike` where transformers' own forward fails, `more` where "
-    "from_pretrained fails or draws weights at random and the engine goes on. The last two columns "
-    "are faults.",
+    "are in the field, each loaded in place and packed: `equal` to transformers' own output bit "
+    "for bit, `refused` in a sentence, `alike` where transformers' own forward fails, `more` where "
+    "from_pretrained fails or draws weights at random and the engine goes on. The last two "
+    "columns are faults.",
     "soak": "Measured: one process that loads, generates with, resizes and closes the demo model "
     "over and over, at random budgets and two policies.",
     "warm": "Measured, the demo model, 24 of 64 slots, another prompt of the same kind first, then "

@@ -261,7 +261,7 @@ def test_another_programs_manifest_makes_no_store(folder):
 
 
 def test_a_file_in_place_of_a_directory_is_named(folder, tmp_path):
-    with pytest.raises(FlashMoEError, match="holds no config.json"):
+    with pytest.raises(FlashMoEError, match=r"holds no config\.json"):
         pack(folder / "config.json", tmp_path / "store")
 
 
