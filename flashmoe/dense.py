@@ -78,12 +78,21 @@ def _load(
                 f"{path}: {name} has shape {list(given)} on disk, the model wants {list(wanted)}; "
                 "config.json and weights do not match"
             )
-        missing = set(found.missing_keys)
-        there = set(model.state_dict()) - missing
-        loaded = {id(model.get_parameter_or_buffer(name)) for name in there}
+        _refuse_missing(model, found.missing_keys, path, remedy)
         model._finalize_model_loading(model, config, found)
-    buffers = {name for name, _ in model.named_buffers()}
+
+
+def _refuse_missing(
+    model: transformers.PreTrainedModel, missing: set[str], path: Path, remedy: str
+) -> None:
+    """Raise FlashMoEError for a parameter that transformers would draw at random, before it does.
+
+    Weights that are tied to one that is there are none, and buffers get their family's default.
+    """
+    ties, buffers = model.all_tied_weights_keys, {name for name, _ in model.named_buffers()}
+    there = set(model.state_dict()) - missing
     for name in sorted(missing):
+        source = ties.get(name, name)
         if name in buffers:
             logger.warning(
                 "%s lacks the buffer %s: the model goes on with its default, as in transformers, "
@@ -91,7 +100,7 @@ def _load(
                 path,
                 name,
             )
-        elif id(model.get_parameter_or_buffer(name)) not in loaded:  # nor tied to what is there
+        elif not there & {source, *(tied for tied, other in ties.items() if other == source)}:
             raise FlashMoEError(f"{path} lacks the tensor {name}; {remedy}")
 
 

@@ -290,7 +290,9 @@ def setting(mutant: Mutant) -> None:
     """A setting is missing, or of another kind."""
 
     def change(config: dict[str, Any]) -> None:
-        name = mutant.dice.choice([k for k in config if k != "architectures"])
+        # without its part of the configuration transformers makes one of full size, at random
+        names = [k for k in config if k != "architectures" and not k.endswith("_config")]
+        name = mutant.dice.choice(names)
         value: Any = mutant.dice.choice([..., None, "x", [], {}, True])
         config.pop(name) if value is ... else config.update({name: value})
 
