@@ -145,8 +145,8 @@ def synthesise(
         )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         shards: list[list[str]] = [[]]
         for key in shapes:
             if sum(sizes[k] for k in shards[-1]) + sizes[key] > SHARD_BYTES and shards[-1]:

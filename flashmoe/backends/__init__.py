@@ -21,11 +21,17 @@ def available() -> dict[str, type[Backend]]:
 
 def open_path(path: Path) -> Backend:
     """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
-    if not path.is_dir():
-        raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
-    for backend in available().values():
-        if backend.accepts(path):
-            return backend(path)
+    try:
+        if not path.is_dir():
+            raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
+        for backend in available().values():
+            if backend.accepts(path):
+                return backend(path)
+    except OSError as error:
+        raise FlashMoEError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}): "
+            "see that this user may read it, and that the drive is sound"
+        ) from None
     raise FlashMoEError(
         f"{path} holds no config.json and no manifest: give a Hugging Face model or a store"
     )

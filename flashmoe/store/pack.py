@@ -32,7 +32,13 @@ from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
-from flashmoe.store.direct_io import aligned_memory, open_direct
+from flashmoe.store.direct_io import (
+    aligned_memory,
+    drop_page_cache,
+    open_direct,
+    reserve,
+    write_all,
+)
 from flashmoe.store.files import replace_file
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
 
@@ -215,7 +221,7 @@ def _write_experts(
     total = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        os.posix_fallocate(descriptor, 0, total)
+        reserve(descriptor, total)
         finished = []
         for layer in layers:
             checksums = []
@@ -225,11 +231,12 @@ def _write_experts(
                 tensors = source.expert(layer.module, expert)
                 _fill(extent, layer, _quantised(source.experts[layer.module], tensors, scheme))
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
-                _write_all(descriptor, view, layer.extent_offset(expert))
+                write_all(descriptor, view, layer.extent_offset(expert))
                 progress(layer.extent_offset(expert + 1), total)
             finished.append(replace(layer, checksums=tuple(checksums)))
             source.forget_pages()
         os.fsync(descriptor)
+        drop_page_cache(descriptor)  # which has pages of it only where direct I/O is refused
         return finished
     finally:
         os.close(descriptor)
@@ -239,12 +246,6 @@ def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor])
     for spec in layer.tensors:
         data = tensors[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
         extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes] = data.data
-
-
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _write_dense(source: Source, path: Path) -> int:
