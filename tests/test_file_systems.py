@@ -76,9 +76,10 @@ def test_a_store_is_packed_where_directories_cannot_be_synced(checkpoints, tmp_p
 
 
 def test_where_nothing_may_be_written_packing_says_so(checkpoints, tmp_path, monkeypatch):
+    checkpoint = checkpoints()
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: refuse(errno.EROFS))
     with pytest.raises(FlashMoEError, match=r"packing stopped \(Read-only file system\)"):
-        pack(checkpoints(), tmp_path / "store")
+        pack(checkpoint, tmp_path / "store")
     with pytest.raises(FlashMoEError, match=r"writing stopped \(Read-only file system\)"):
         synth.synthesise("olmoe-quarter", tmp_path / "model")
 
