@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -55,7 +56,7 @@ class ExtentReader:
     def __init__(
         self, backend: Backend, readers: int = READERS, *, check_all: bool = False
     ) -> None:
-        """The backend is closed with the reader."""
+        """The backend is closed with the reader, or when nobody holds the reader any more."""
         self.backend = backend
         self.manifest = backend.manifest
         self.readers = readers
@@ -65,6 +66,7 @@ class ExtentReader:
         self._staging = Staging(backend)
         self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
         self._lock = threading.Lock()
+        self._end = weakref.finalize(self, _end, self._queue, backend)
 
     @property
     def busy_seconds(self) -> float:
@@ -76,7 +78,9 @@ class ExtentReader:
         self._queue.spans = spans
 
     def reset_counts(self) -> None:
-        self.bytes_read, self._queue.busy_seconds = 0, 0.0
+        with self._lock:
+            self.bytes_read = 0
+        self._queue.reset_counts()
 
     def submit(self, layer: int, loads: Sequence[tuple[int, Memory]]) -> list[Future[None]]:
         """Start reading experts of a layer, each into an arena's slot (DRAM: page-aligned).
@@ -195,8 +199,19 @@ class ExtentReader:
 
     def close(self) -> None:
         """End the threads and close the file, once what was demanded is read."""
-        self._queue.close()
-        self.backend.close()
+        self._end()
+
+    def stand_still(self) -> None:
+        """End all reads and begin none until `go_on`, which the same thread calls (see `forks`)."""
+        self._queue.stand_still()
+
+    def go_on(self, *, in_child: bool) -> None:
+        self._queue.go_on(in_child=in_child)
+
+
+def _end(queue: ReadQueue, backend: Backend) -> None:
+    queue.close()
+    backend.close()
 
 
 def _tell(arrived: Future[None], error: BaseException | None) -> None:
