@@ -300,6 +300,8 @@ class Engine:
         self.reader.stand_still()
 
     def go_on(self, *, in_child: bool) -> None:
+        if in_child:  # torch would wait for ever for OpenMP's threads, which only the parent has
+            torch.set_num_threads(1)
         self.reader.go_on(in_child=in_child)
         self.lock.release()
 

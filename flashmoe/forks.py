@@ -2,7 +2,8 @@
 
 A child has the memory of its parent and none of its threads: what another thread had locked
 would stay locked there, and what it was reading would never arrive. Nor may the kernel write to
-memory while it is being copied (see O_DIRECT in open(2)).
+memory while it is being copied (see O_DIRECT in open(2)). In a child torch computes with one
+thread, as in a DataLoader's worker; `torch.set_num_threads` is for those who know better.
 """
 
 from __future__ import annotations

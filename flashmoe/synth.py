@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from flashmoe import skeleton
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
@@ -210,7 +210,9 @@ def total_bytes(name: str, dtype: str = "bf16") -> int:
 
 
 def _refuse_occupied(directory: Path) -> None:
-    if directory.exists() and any(directory.iterdir()):
+    with reading(directory):
+        occupied = directory.exists() and any(directory.iterdir())
+    if occupied:
         raise FlashMoEError(f"{directory} is not empty: name a new directory")
 
 

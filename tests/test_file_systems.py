@@ -14,7 +14,7 @@ from conftest import budget, generate, prompt
 import flashmoe
 from flashmoe import synth
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import direct_io
+from flashmoe.store import direct_io, manifest
 from flashmoe.store.pack import pack
 from flashmoe.verify import verify
 
@@ -139,3 +139,21 @@ def test_files_that_cannot_be_opened_are_named(checkpoints, stores, monkeypatch,
     monkeypatch.setattr(os, "open", failing)
     with pytest.raises(FlashMoEError, match=rf"{path}/.*cannot be read \({os.strerror(code)}\)"):
         flashmoe.load(path, memory=budget(stores(), 3), policy="lru")
+
+
+def test_a_directory_that_may_not_be_looked_into_is_named(checkpoints, tmp_path, monkeypatch):
+    private, checkpoint = tmp_path / "private", checkpoints()
+    private.mkdir()
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    monkeypatch.setattr(manifest, "is_store", closed)
+    refused = rf"{private} cannot be read \(Permission denied\)"
+    with pytest.raises(FlashMoEError, match=refused):
+        pack(checkpoint, private)
+    with pytest.raises(FlashMoEError, match=refused):
+        synth.synthesise("olmoe-quarter", private)
+    with pytest.raises(FlashMoEError, match=refused):
+        flashmoe.load(private, memory="1MiB")

@@ -49,12 +49,9 @@ def model(request, stores, checkpoints, monkeypatch):
     monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
     monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
     path = stores() if request.param == "packed" else checkpoints()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's own do not outlive a fork either
     made = flashmoe.load(path, memory=budget(stores(), 3, 2), policy="lru")
     yield made
     made.flashmoe.close()
-    torch.set_num_threads(threads)
 
 
 def test_a_child_generates_as_its_parent_does(model, reading):
@@ -80,6 +77,18 @@ def test_children_of_a_parent_that_generates_meanwhile(model, reading):
     assert children
     assert all(children)
     assert generate(model, prompt(5), 12) == expected[0]
+
+
+def test_a_child_does_not_wait_for_openmps_threads(model):
+    """Which do not outlive a fork either."""
+    threads, large = torch.get_num_threads(), torch.ones(1 << 22)
+    try:
+        torch.set_num_threads(2)
+        expected = large.add(1).sum()
+        assert in_child(lambda: large.add(1).sum() == expected)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_child_resizes_resets_and_closes_without_its_parent(model):
@@ -116,7 +125,11 @@ class Scored(Dataset):
 def test_workers_of_a_data_loader_hold_the_model(model):
     expected = [Scored(model)[n] for n in range(6)]
     loader = DataLoader(
-        Scored(model), batch_size=None, num_workers=2, multiprocessing_context="fork"
+        Scored(model),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="fork",
+        timeout=HANGS_AFTER_SECONDS,
     )
     given = [logits.clone() for logits in loader]
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from flashmoe.backends.base import Backend
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.registry import discover
 
 __all__ = ["Backend", "available", "open_path"]
@@ -21,17 +21,12 @@ def available() -> dict[str, type[Backend]]:
 
 def open_path(path: Path) -> Backend:
     """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
-    try:
+    with reading(path):
         if not path.is_dir():
             raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
         for backend in available().values():
             if backend.accepts(path):
                 return backend(path)
-    except OSError as error:
-        raise FlashMoEError(
-            f"{error.filename or path} cannot be read ({error.strerror or error}): "
-            "see that this user may read it, and that the drive is sound"
-        ) from None
     raise FlashMoEError(
         f"{path} holds no config.json and no manifest: give a Hugging Face model or a store"
     )

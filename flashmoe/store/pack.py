@@ -27,7 +27,7 @@ import xxhash
 from flashmoe import quant as schemes
 from flashmoe import skeleton
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
@@ -90,18 +90,19 @@ def write_store(
 ) -> Manifest:
     """`pack`, from a source of weights and a directory with the files that go beside them."""
     scheme = schemes.get(quant)
-    if store.exists() and not store.is_dir():
-        raise FlashMoEError(f"{store} is a file: name a directory for the store")
-    if store.resolve() == checkpoint.resolve():
-        raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-    if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
-        raise FlashMoEError(
-            f"{store} is a store of another model than {checkpoint}: name another directory, "
-            "or remove that store first"
-        )
+    with reading(store):
+        if store.exists() and not store.is_dir():
+            raise FlashMoEError(f"{store} is a file: name a directory for the store")
+        if store.resolve() == checkpoint.resolve():
+            raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
+        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+            raise FlashMoEError(
+                f"{store} is a store of another model than {checkpoint}: name another directory, "
+                "or remove that store first"
+            )
+        made = not store.exists()
     layers = lay_out_layers(source, scheme)
     total = layers[-1].end_bytes
-    made = not store.exists()
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _exclusive(store), _data_names(store) as (experts_name, dense_name):
