@@ -14,6 +14,7 @@ from flashmoe.arena import Arena
 from flashmoe.backends import Backend
 from flashmoe.cache import ExpertCache
 from flashmoe.device_arena import arena_on
+from flashmoe.errors import FlashMoEError
 from flashmoe.lookahead import Lookahead
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.prefetch import PAYS_FROM_BYTES, Guesses, Prefetcher
@@ -155,6 +156,7 @@ class Engine:
         more than there is, and leaves all as it was (but for an accelerator's slots: empty).
         """
         with self.lock:
+            self._check_open()
             memory_bytes = self._auto_bytes() if memory == "auto" else parse_bytes(memory)
             slots = self._divide(memory_bytes)
             if self.prefetcher:
@@ -175,6 +177,10 @@ class Engine:
                 if not self.arenas:
                     self.close()
             self.memory_bytes = memory_bytes
+
+    def _check_open(self) -> None:
+        if not self.arenas:
+            raise FlashMoEError("this model's FlashMoE engine was closed: load the model again")
 
     def _auto_bytes(self) -> int:
         # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
@@ -276,6 +282,7 @@ class Engine:
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
         with self.lock:
+            self._check_open()
             if self.prefetcher:
                 self.prefetcher.clear()
             self.use(self._new_caches())

@@ -196,3 +196,12 @@ def test_counts_add_up_at_any_moment(loaded):
     asking.join()
     assert given == expected
     assert not wrong
+
+
+def test_a_closed_engine_says_so(loaded, stores):
+    model = loaded(slots=4)
+    model.flashmoe.close()
+    for change in (model.flashmoe.reset, lambda: model.flashmoe.resize(budget(stores(), 8))):
+        with pytest.raises(FlashMoEError, match="was closed: load the model again"):
+            change()
+    assert model.flashmoe.stats()["slots"] == 0
