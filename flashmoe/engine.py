@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,7 @@ class Engine:
                 self.layers[-1].above = streamed
             self.layers.append(streamed)
         self._peak_before_bytes = 0  # of caches that are no more
+        self._end_reads = weakref.finalize(self, self.reader.close)  # also when it is dropped
         forks.look_after(self)
 
     def _divide(self, memory_bytes: int) -> budget.Slots:
@@ -315,7 +317,7 @@ class Engine:
     def close(self) -> None:
         """Free slots, threads and file descriptors. The model cannot run afterwards."""
         with self.lock:
-            self.reader.close()
+            self._end_reads()
             for module in self.modules.values():
                 if hasattr(module, "flashmoe_experts"):
                     del module.flashmoe_experts

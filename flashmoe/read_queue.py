@@ -23,7 +23,7 @@ class ReadQueue:
     A guess that runs when a demand comes delays it, so at most `guesses_at_once` do, and no more
     than take the drive some GUESS_SECONDS: 4 pieces of 2 MiB on an NVMe drive, where with 2 a
     token took 1 to 2 % longer, and one of SATA's. A read must not raise. Threads start with the
-    first read, and know the queue only: whoever made it may go, and should close it then.
+    first read, and know what they read for only while they do.
     """
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
@@ -90,7 +90,9 @@ class ReadQueue:
             self._guesses.clear()
             self._changed.notify_all()
             self._idle.notify()
-        if threading.current_thread() not in self._threads:  # one of them may drop a queue's owner
+        if (
+            threading.current_thread() not in self._threads
+        ):  # whose turn it may be to collect garbage
             for thread in self._threads:
                 thread.join()
 

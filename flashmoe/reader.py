@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -56,7 +55,7 @@ class ExtentReader:
     def __init__(
         self, backend: Backend, readers: int = READERS, *, check_all: bool = False
     ) -> None:
-        """The backend is closed with the reader, or when nobody holds the reader any more."""
+        """The backend is closed with the reader."""
         self.backend = backend
         self.manifest = backend.manifest
         self.readers = readers
@@ -66,7 +65,6 @@ class ExtentReader:
         self._staging = Staging(backend)
         self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
         self._lock = threading.Lock()
-        self._end = weakref.finalize(self, _end, self._queue, backend)
 
     @property
     def busy_seconds(self) -> float:
@@ -199,7 +197,8 @@ class ExtentReader:
 
     def close(self) -> None:
         """End the threads and close the file, once what was demanded is read."""
-        self._end()
+        self._queue.close()
+        self.backend.close()
 
     def stand_still(self) -> None:
         """End all reads and begin none until `go_on`, which the same thread calls (see `forks`)."""
@@ -207,11 +206,6 @@ class ExtentReader:
 
     def go_on(self, *, in_child: bool) -> None:
         self._queue.go_on(in_child=in_child)
-
-
-def _end(queue: ReadQueue, backend: Backend) -> None:
-    queue.close()
-    backend.close()
 
 
 def _tell(arrived: Future[None], error: BaseException | None) -> None:

@@ -43,11 +43,15 @@ def in_child(work) -> bool:
     return False
 
 
-@pytest.fixture(params=["packed", "in place"])
-def model(request, stores, checkpoints, monkeypatch):
-    """With three slots of eight, and guesses in flight most of the time."""
+@pytest.fixture
+def many_guesses(monkeypatch):
     monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
     monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
+
+
+@pytest.fixture(params=["packed", "in place"])
+def model(request, stores, checkpoints, many_guesses):
+    """With three slots of eight, and guesses in flight most of the time."""
     path = stores() if request.param == "packed" else checkpoints()
     made = flashmoe.load(path, memory=budget(stores(), 3, 2), policy="lru")
     yield made
@@ -176,9 +180,14 @@ def resources() -> tuple[int, int]:
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("kind", ["packed", "in place"])
-def test_a_dropped_model_leaves_nothing(stores, checkpoints, kind, used, reading):
+def test_a_dropped_model_leaves_nothing(
+    stores, checkpoints, monkeypatch, many_guesses, kind, used, reading
+):
+    """Not even where a guess is still being read: that ends first."""
     path = stores() if kind == "packed" else checkpoints()
-    memory = budget(stores(), 3)
+    memory, read = budget(stores(), 3, 2), os.preadv
+    if used:
+        monkeypatch.setattr(os, "preadv", lambda *given: time.sleep(0.002) or read(*given))
     gc.collect()
     before = resources()
     model = flashmoe.load(path, memory=memory, policy="lru")
