@@ -11,6 +11,8 @@ import torch
 
 from flashmoe import quant
 from flashmoe.arithmetic import Parameters
+from flashmoe.errors import FlashMoEError
+from flashmoe.sizes import format_bytes
 from flashmoe.store.direct_io import aligned_memory
 from flashmoe.store.manifest import DTYPES, LayerSpec
 
@@ -37,16 +39,26 @@ class Arena:
     def __init__(self, layer: LayerSpec, n_slots: int) -> None:
         self.layer = layer
         self.extent_bytes = layer.extent_bytes
-        self._own = self._made(n_slots)
+        self._own = self.new_slots(n_slots)
         self._given_back: list[Slot] = []  # address space without memory, to be used again
         self._show()
 
-    def _made(self, n_slots: int) -> list[Slot]:
-        """New slots side by side."""
-        if not n_slots:
+    def new_slots(self, n_slots: int) -> list[Slot]:
+        """Slots side by side, for this arena or its next `resize`.
+
+        Raises FlashMoEError where this process may not have the memory.
+        """
+        if n_slots <= 0:
             return []
         size = self.extent_bytes
-        memory = aligned_memory(n_slots * size)
+        try:
+            memory = aligned_memory(n_slots * size)
+        except OSError as error:
+            raise FlashMoEError(
+                f"no memory for {n_slots} experts of {self.layer.module} "
+                f"({format_bytes(n_slots * size)}): {error.strerror or error}; give a smaller "
+                "memory=, or raise the limit (`ulimit -v`, vm.overcommit_memory)"
+            ) from None
         whole, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
         return [
             Slot(
@@ -75,18 +87,25 @@ class Arena:
             arena.slots[place] = arena._own[place].memory
             arena.parameters[place] = arena._own[place].parameters
 
-    def resize(self, kept: Sequence[int], n_slots: int) -> None:
-        """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed."""
+    def lacks(self, n_slots: int) -> int:
+        """How many `new_slots` a `resize` to `n_slots` needs."""
+        return max(0, n_slots - self.n_slots - len(self._given_back))
+
+    def resize(self, kept: Sequence[int], n_slots: int, new: Sequence[Slot]) -> None:
+        """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed.
+
+        new: as many as this arena `lacks`, so that nothing can fail here.
+        """
         chosen = set(kept)
         rest = [slot for number, slot in enumerate(self._own) if number not in chosen]
         own = [self._own[number] for number in kept] + rest
         for slot in own[n_slots:]:
             slot.free()
-        self._given_back += own[n_slots:]
+        self._given_back += [*own[n_slots:], *new]
         own = own[:n_slots]
-        while len(own) < n_slots and self._given_back:
+        while len(own) < n_slots:
             own.append(self._given_back.pop())
-        self._own = own + self._made(n_slots - len(own))
+        self._own = own
         self._show()
 
     def close(self) -> None:

@@ -38,12 +38,11 @@ def divide(manifest: Manifest, memory_bytes: int, *, pools: bool, guesses: bool)
     """
     layers = manifest.layers
     first, top_k = layers[0], manifest.top_k
-    alike = all(layer.tensors == first.tensors for layer in layers)
+    alike = _alike(manifest)
     one_each = sum(layer.extent_bytes for layer in layers)
     whole = memory_bytes // one_each
     pool = alike and (whole < top_k or (pools and whole < POOL_BELOW * top_k))
-    least = top_k * (first.extent_bytes if alike else one_each)
-    if memory_bytes < least:
+    if memory_bytes < (least := least_bytes(manifest)):
         where = "at a layer" if alike else f"at each of {len(layers)} layers of different sizes"
         raise FlashMoEError(
             f"memory={format_bytes(memory_bytes)} is too small: a token uses {top_k} experts "
@@ -59,3 +58,13 @@ def divide(manifest: Manifest, memory_bytes: int, *, pools: bool, guesses: bool)
     if spares and not left and whole > top_k:
         whole, left = whole - 1, len(layers)
     return Slots(False, min(whole, most), min(spares, left))
+
+
+def least_bytes(manifest: Manifest) -> int:
+    """The smallest budget: one token's experts, of a layer or of each where layers differ."""
+    layers = manifest.layers[:1] if _alike(manifest) else manifest.layers
+    return manifest.top_k * sum(layer.extent_bytes for layer in layers)
+
+
+def _alike(manifest: Manifest) -> bool:
+    return all(layer.tensors == manifest.layers[0].tensors for layer in manifest.layers)

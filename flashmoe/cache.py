@@ -163,6 +163,7 @@ class ExpertCache:
         self.residency = Residency.empty(policy.n_keys, policy.n_slots)
         self.tokens = self.requests = self.hits = 0
         self.policy_seconds = 0.0
+        self.most_resident = 0  # at any time since the last reset, where served by `waves`
         self._state = freeze(policy)
         self._members = np.empty(policy.n_keys, np.int64)
         self._open = kernel(_open, type(policy))
@@ -183,6 +184,7 @@ class ExpertCache:
             keys = members[done : min(done + room, n)]
             if len(keys):
                 self._admit(self._state, self.residency, keys, members[:kept])
+                self.most_resident = max(self.most_resident, int(self.residency.sizes[0]))
             loads = [(key, int(slot_of[key])) for key in keys.tolist()]
             self.policy_seconds += time.perf_counter() - started
             if hits or loads:
@@ -221,9 +223,20 @@ class ExpertCache:
             state.take(policy, known)
         new = ExpertCache(policy)
         new.place(keys)
-        new.tokens, new.requests, new.hits = self.tokens, self.requests, self.hits
-        new.policy_seconds = self.policy_seconds
+        new.tokens = self.tokens
+        new.count_on([self])
         return new, kept
+
+    def count_on(self, earlier: Sequence[ExpertCache]) -> None:
+        """Take over what the caches that this one follows have counted."""
+        self.requests = sum(cache.requests for cache in earlier)
+        self.hits = sum(cache.hits for cache in earlier)
+        self.policy_seconds = sum(cache.policy_seconds for cache in earlier)
+
+    def reset_counts(self) -> None:
+        self.requests = self.hits = 0
+        self.policy_seconds = 0.0
+        self.most_resident = int(self.residency.sizes[0])
 
     def place(self, keys: Sequence[int]) -> None:
         """Make `keys` resident in slots 0, 1, ... of an empty cache; the policy is not told."""
@@ -232,6 +245,7 @@ class ExpertCache:
         residency.residents[:count] = keys
         residency.sizes[:] = count, self.n_slots - count
         residency.free[: self.n_slots - count] = np.arange(count, self.n_slots)[::-1]
+        self.most_resident = count
 
     def forget(self, key: int) -> None:
         """Free the key's slot: its bytes never arrived."""

@@ -5,35 +5,43 @@ named tuple of that state, which numba passes by reference, so that compiled `to
 `victim` change the arrays of the policy object itself. One replayed event of `lru` takes
 0.1 microseconds this way, and 10 interpreted.
 
-Compiled code is kept under ~/.cache/flashmoe, keyed by the sources that it was made from.
+Compiled code is kept under ~/.cache/flashmoe, keyed by the sources that it was made from. Where
+nothing can be kept, or what was kept cannot be read, every process compiles anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
 from numba.extending import overload, register_jitable
 
 from flashmoe.locations import cache_folder
 
+logger = logging.getLogger(__name__)
+
 # Where numba keeps code is one setting of the process: two threads that set it at once have left a
 # folder of compiled code in the working directory.
 _compiling = threading.Lock()
-_SOURCES = (
-    "compiled.py",
-    "events.py",
-    "cache.py",
-)  # what compiled code is made of, beside policies
+# Held across a fork too: a child must not find it taken by a thread that it does not have.
+os.register_at_fork(
+    before=_compiling.acquire,
+    after_in_parent=_compiling.release,
+    after_in_child=_compiling.release,
+)
+_SOURCES = ("compiled.py", "events.py", "cache.py")  # of all compiled code, beside policies/
 helper = register_jitable  # a function that policies may call, compiled or not
 
 
@@ -74,21 +82,43 @@ def freeze(policy: Any) -> Any:
     return _state_class(type(policy), tuple(state))(**state)  # type: ignore[arg-type]
 
 
+class _Kept(FunctionCache):  # type: ignore[misc]
+    """Compiled code on disk; a full disk or a damaged file only costs the time to compile."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # a cut pickle may raise anything
+            logger.debug("%s: compiled anew: %r", self.cache_path, error)
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            logger.debug("%s: not kept: %r", self.cache_path, error)
+
+
 @cache
 def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., Any]:
     """`function` compiled for one class of policies (its first argument, frozen)."""
-    folder = cache_folder() / "compiled" / f"{policy_class.__name__}-{_digest(policy_class)}"
+    compiled: Any = numba.njit(nogil=True)(function)
     config: Any = numba.config
     with _compiling:
         before = config.CACHE_DIR
         try:
+            name = f"{policy_class.__name__}-{_digest(policy_class)}"
+            folder = cache_folder() / "compiled" / name
             folder.mkdir(parents=True, exist_ok=True)
             config.CACHE_DIR = str(folder)
-            return numba.njit(nogil=True, cache=True)(function)
-        except (OSError, RuntimeError):  # no place to write to: compile anew in every process
-            return numba.njit(nogil=True)(function)
+            compiled._cache = _Kept(function)
+        except (OSError, RuntimeError) as error:  # no home, or no place to write to
+            logger.debug("compiled anew in every process: %s", error)
         finally:
             config.CACHE_DIR = before
+    return compiled
 
 
 def _digest(policy_class: type) -> str:

@@ -27,7 +27,7 @@ class DeviceArena(Arena):
         # reads does not wait for that
         self.settle()
 
-    def _made(self, n_slots: int) -> list[Slot]:
+    def new_slots(self, n_slots: int) -> list[Slot]:
         size = self.extent_bytes
         try:
             whole = torch.empty(n_slots * size, dtype=torch.uint8, device=self.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from flashmoe import backends, dense, free_memory, quant, skeleton, streamed_model
+from flashmoe import backends, budget, dense, free_memory, quant, skeleton, streamed_model
 from flashmoe.backends import Backend
 from flashmoe.engine import Engine
 from flashmoe.errors import FlashMoEError
@@ -48,7 +48,9 @@ def load(
         _check_fit(model, backend)
         _check_kernels(backend, where)
         if memory_bytes is None:
-            memory_bytes = free_memory.budget_bytes(backend.manifest.dense_bytes, where)
+            contents = backend.manifest
+            least = budget.least_bytes(contents)
+            memory_bytes = free_memory.budget_bytes(contents.dense_bytes, where, least)
         engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads, where)
     except BaseException:
         backend.close()

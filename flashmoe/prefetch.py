@@ -20,6 +20,18 @@ PAYS_FROM_BYTES = 1 << 20
 RIGHT_ENOUGH, MEMORY, PROBES = 0.3, 64, 16
 
 
+@dataclass
+class Guesses:
+    """What guesses were worth, since the last reset; engines keep it when they resize."""
+
+    used: int = 0  # misses that a guess had begun to read
+    wasted: int = 0  # guesses begun in vain
+    wasted_bytes: int = 0
+
+    def reset(self) -> None:
+        self.used = self.wasted = self.wasted_bytes = 0
+
+
 @dataclass(eq=False)
 class _Guess:
     spare: int
@@ -35,11 +47,13 @@ class Prefetcher:
     a guess never costs a resident expert its slot.
     """
 
-    def __init__(self, lookahead: Lookahead, spares: Arena, reader: ExtentReader) -> None:
+    def __init__(
+        self, lookahead: Lookahead, spares: Arena, reader: ExtentReader, counts: Guesses
+    ) -> None:
         self.lookahead = lookahead
         self.spares = spares
         self.reader = reader
-        self.used = self.wasted = self.wasted_bytes = 0
+        self.counts = counts
         self._right = 1.0  # the recent share of guesses begun that were needed
         self._calls = 0
         self._guesses: dict[tuple[int, int], _Guess] = {}  # by layer and expert
@@ -52,7 +66,7 @@ class Prefetcher:
         slot_of: by expert of `layer`, -1 for those that are not resident, which alone are read.
         Those that more of the tokens would choose come first, then the router's favourites.
         """
-        self._collect()
+        self.collect()
         self._calls += 1
         if not self._free or (self._right < RIGHT_ENOUGH and self._calls % PROBES):
             return
@@ -72,7 +86,7 @@ class Prefetcher:
         if guess is None:
             return None
         if guess.extent.pieces_left < len(guess.extent.reads):
-            self.used += 1
+            self.counts.used += 1
             self._right += (1 - self._right) / MEMORY
         arena.exchange(slot, self.spares, guess.spare)
         self._free.append(guess.spare)  # it holds the memory of the slot now, which is free
@@ -85,25 +99,22 @@ class Prefetcher:
             self.reader.drop(guess.extent)
             self._leaving.append(guess)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Count the guesses that are known to be wrong by now, whose spare slots are free again."""
         for guess in [guess for guess in self._leaving if guess.extent.arrived.done()]:
             self._leaving.remove(guess)
             self._free.append(guess.spare)
             if guess.extent.bytes_read:
-                self.wasted += 1
-                self.wasted_bytes += guess.extent.bytes_read
+                self.counts.wasted += 1
+                self.counts.wasted_bytes += guess.extent.bytes_read
                 self._right -= self._right / MEMORY
-
-    def reset_counts(self) -> None:
-        self._collect()
-        self.used = self.wasted = self.wasted_bytes = 0
 
     def clear(self) -> None:
         """Drop all guesses, and wait until nothing is written any more."""
         for layer in {layer for layer, _ in self._guesses}:
             self.drop(layer)
         wait([guess.extent.arrived for guess in self._leaving])
-        self._collect()
+        self.collect()
 
     def close(self) -> None:
         """Free the spare slots, once the reader is closed."""

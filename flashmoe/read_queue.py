@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from flashmoe.errors import FlashMoEError
+
 Read = Callable[[], None]
 Span = tuple[str, float, float]  # what was done, from when, until when; perf_counter's seconds
 
@@ -20,7 +22,8 @@ class ReadQueue:
 
     A guess that runs when a demand comes delays it, so at most `guesses_at_once` do, and no more
     than take the drive some GUESS_SECONDS: 4 pieces of 2 MiB on an NVMe drive, where with 2 a
-    token took 1 to 2 % longer, and one of SATA's. A read must not raise.
+    token took 1 to 2 % longer, and one of SATA's. A read must not raise. Threads start with the
+    first read, and know what they read for only while they do.
     """
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
@@ -33,18 +36,23 @@ class ReadQueue:
         self._busy_since = 0.0
         self._each_seconds = 0.0  # that a read takes of the drive, of late
         self._closed = False
-        self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"flashmoe-read-{n}", daemon=True)
-            for n in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._n_threads = threads
+        self._begin()
+
+    def _begin(self) -> None:
+        """Locks that nobody has, and no threads."""
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
+        self._threads: list[threading.Thread] = []
 
     def demand(self, reads: Iterable[Read]) -> None:
-        """Run `reads` as soon as a thread is free, in order."""
+        """Run `reads` as soon as a thread is free, in order.
+
+        Raises FlashMoEError where no thread can be started.
+        """
         with self._changed:
-            self._check_open()
+            self._check_ready()
             idle = not (self._running or self._demands)
             self._demands.extend(reads)
             if idle and self._demands:
@@ -54,7 +62,7 @@ class ReadQueue:
     def guess(self, reads: Iterable[Read]) -> None:
         """Run `reads` when nothing is demanded, unless `promote` or `cancel` comes first."""
         with self._changed:
-            self._check_open()
+            self._check_ready()
             self._guesses.extend(reads)
             self._changed.notify(self._guesses_at_once)
 
@@ -71,18 +79,52 @@ class ReadQueue:
                 self._guesses = deque(read for read in self._guesses if read not in wanted)
             return taken
 
+    def reset_counts(self) -> None:
+        with self._changed:
+            self.busy_seconds = 0.0
+
     def close(self) -> None:
         """Run what was demanded, forget the guesses, end the threads."""
         with self._changed:
             self._closed = True
             self._guesses.clear()
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+            self._idle.notify()
+        if (
+            threading.current_thread() not in self._threads
+        ):  # whose turn it may be to collect garbage
+            for thread in self._threads:
+                thread.join()
 
-    def _check_open(self) -> None:
+    def stand_still(self) -> None:
+        """Run all there is, and then nothing until `go_on`, which the same thread calls."""
+        self._changed.acquire()
+        while self._running or self._demands or self._guesses:
+            self._idle.wait()
+
+    def go_on(self, *, in_child: bool) -> None:
+        """In a forked child, which has none of the threads, others start with the next read."""
+        if in_child:
+            self._begin()
+        else:
+            self._changed.release()
+
+    def _check_ready(self) -> None:
         if self._closed:
             raise RuntimeError("this reader was closed")
+        while len(self._threads) < self._n_threads:
+            name = f"flashmoe-read-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if self._threads:  # fewer do it too, only slower
+                    return
+                raise FlashMoEError(
+                    "no thread can be started to read experts: this process has as many threads, "
+                    "or as much memory, as it may: raise the limit (`ulimit -u`, `ulimit -v`)"
+                ) from None
+            self._threads.append(thread)
 
     def _next(self) -> tuple[Read, bool] | None:
         """What to run now, and whether it is a guess; None: nothing yet."""
@@ -97,28 +139,37 @@ class ReadQueue:
         return few and self._guessing * self._each_seconds < GUESS_SECONDS
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while (found := self._next()) is None:
-                    if self._closed and not self._demands:
-                        return
-                    self._changed.wait()
-                read, is_guess = found
-                if not self._running and is_guess:
-                    self._busy_since = time.perf_counter()
-                self._running += 1
-                self._guessing += is_guess
-            started = time.perf_counter()
-            read()
-            ended = time.perf_counter()
-            if self.spans is not None:
-                self.spans.append(("guess" if is_guess else "demand", started, ended))
-            with self._changed:
-                shared_seconds = (ended - started) / self._running  # with the others in flight
-                self._each_seconds += (shared_seconds - self._each_seconds) / 16
-                self._running -= 1
-                self._guessing -= is_guess
-                if not self._running and not self._demands:
-                    self.busy_seconds += ended - self._busy_since
-                if self._guesses and self._running == self._guessing:
-                    self._changed.notify(self._guesses_at_once)
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Wait for a read and run it; False when there is no more to come.
+
+        What was read is forgotten on return: a thread that waits must not keep its owner alive.
+        """
+        with self._changed:
+            while (found := self._next()) is None:
+                if self._closed and not self._demands:
+                    return False
+                self._changed.wait()
+            read, is_guess = found
+            if not self._running and is_guess:
+                self._busy_since = time.perf_counter()
+            self._running += 1
+            self._guessing += is_guess
+        started = time.perf_counter()
+        read()
+        ended = time.perf_counter()
+        if self.spans is not None:
+            self.spans.append(("guess" if is_guess else "demand", started, ended))
+        with self._changed:
+            shared_seconds = (ended - started) / self._running  # with the others in flight
+            self._each_seconds += (shared_seconds - self._each_seconds) / 16
+            self._running -= 1
+            self._guessing -= is_guess
+            if not self._running and not self._demands:
+                self.busy_seconds += ended - self._busy_since
+                self._idle.notify()
+            if self._guesses and self._running == self._guessing:
+                self._changed.notify(self._guesses_at_once)
+        return True

@@ -76,7 +76,9 @@ class ExtentReader:
         self._queue.spans = spans
 
     def reset_counts(self) -> None:
-        self.bytes_read, self._queue.busy_seconds = 0, 0.0
+        with self._lock:
+            self.bytes_read = 0
+        self._queue.reset_counts()
 
     def submit(self, layer: int, loads: Sequence[tuple[int, Memory]]) -> list[Future[None]]:
         """Start reading experts of a layer, each into an arena's slot (DRAM: page-aligned).
@@ -197,6 +199,13 @@ class ExtentReader:
         """End the threads and close the file, once what was demanded is read."""
         self._queue.close()
         self.backend.close()
+
+    def stand_still(self) -> None:
+        """End all reads and begin none until `go_on`, which the same thread calls (see `forks`)."""
+        self._queue.stand_still()
+
+    def go_on(self, *, in_child: bool) -> None:
+        self._queue.go_on(in_child=in_child)
 
 
 def _tell(arrived: Future[None], error: BaseException | None) -> None:

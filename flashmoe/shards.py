@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.direct_io import drop_page_cache
+from flashmoe.store.direct_io import drop_page_cache, open_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -70,7 +70,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_file(path, os.O_RDONLY)
         except FileNotFoundError:
             raise FlashMoEError(
                 f"{path.parent}: shard {path.name} is missing; fetch the checkpoint again"

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from flashmoe import skeleton
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
@@ -211,13 +211,12 @@ def total_bytes(name: str, dtype: str = "bf16") -> int:
 
 
 def _refuse_occupied(directory: Path) -> None:
-    try:
+    with reading(directory):
         if directory.exists() and not directory.is_dir():
             raise FlashMoEError(f"{directory} is a file: name a new directory")
-        if directory.exists() and any(directory.iterdir()):
-            raise FlashMoEError(f"{directory} is not empty: name a new directory")
-    except OSError as error:  # a folder that may not be searched, a name too long
-        raise FlashMoEError(f"{directory} cannot be opened ({error.strerror or error})") from None
+        occupied = directory.exists() and any(directory.iterdir())
+    if occupied:
+        raise FlashMoEError(f"{directory} is not empty: name a new directory")
 
 
 def config_of(name: str, dtype: str = "bf16") -> transformers.PretrainedConfig:

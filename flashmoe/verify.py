@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from flashmoe.backends.packed import PackedStore
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.reader import ExtentReader
 from flashmoe.store import manifest as manifests
 from flashmoe.store.direct_io import aligned_memory
@@ -21,7 +21,8 @@ def verify(
 
     Raises FlashMoEError for the first that fails, naming layer and expert.
     """
-    backend = PackedStore(store)
+    with reading(store):
+        backend = PackedStore(store)
     manifest = backend.manifest
     try:
         with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):

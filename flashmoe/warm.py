@@ -86,17 +86,18 @@ def _cache(engine: Engine, number: int, held: dict[str, np.ndarray]) -> ExpertCa
 
 
 def _read(engine: Engine, caches: list[ExpertCache]) -> None:
-    reads, shared = [], engine.slots.shared
-    for number, (cache, arena) in enumerate(zip(caches, engine.arenas, strict=True)):
-        for key in cache.resident:
-            layer, expert = divmod(key, engine.manifest.layers[0].n_experts)
-            place = layer if shared else number
-            slot = arena.slots[int(cache.residency.slot_of[key])]
-            reads += engine.reader.submit(place, [(expert if shared else key, slot)])
-    wait(reads)
-    for read in reads:
-        if error := read.exception():
-            engine.reset()
-            raise error
-    engine.use(caches)
-    engine.reset_counts()
+    with engine.lock:
+        reads, shared = [], engine.slots.shared
+        for number, (cache, arena) in enumerate(zip(caches, engine.arenas, strict=True)):
+            for key in cache.resident:
+                layer, expert = divmod(key, engine.manifest.layers[0].n_experts)
+                place = layer if shared else number
+                slot = arena.slots[int(cache.residency.slot_of[key])]
+                reads += engine.reader.submit(place, [(expert if shared else key, slot)])
+        wait(reads)
+        for read in reads:
+            if error := read.exception():
+                engine.reset()
+                raise error
+        engine.use(caches)
+        engine.reset_counts()

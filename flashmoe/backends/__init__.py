@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from flashmoe.backends.base import Backend
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.registry import discover
 
 __all__ = ["Backend", "available", "backend_for", "open_path"]
@@ -21,14 +21,12 @@ def available() -> dict[str, type[Backend]]:
 
 def backend_for(path: Path) -> type[Backend]:
     """The backend for what lies at `path`, not opened yet. Raises FlashMoEError without one."""
-    try:
+    with reading(path):
         if not path.is_dir():
             raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
         for backend in available().values():
             if backend.accepts(path):
                 return backend
-    except OSError as error:  # a folder that may not be searched, a name too long
-        raise FlashMoEError(f"{path} cannot be opened ({error.strerror or error})") from None
     raise FlashMoEError(
         f"{path} holds no config.json and no manifest: give a Hugging Face model or a store"
     )

@@ -118,7 +118,7 @@ class InPlace(Backend):
         )
 
     def build(self) -> PreTrainedModel:
-        return self._checkpoint.model
+        return skeleton.build(skeleton.read_config(self.path), self._checkpoint.dtype)
 
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         end = start + len(memory)

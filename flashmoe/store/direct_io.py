@@ -1,17 +1,24 @@
-"""O_DIRECT files and the aligned memory that they need."""
+"""Opens files, past the page cache where it can, and makes the aligned memory that this needs."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
+import resource
 from pathlib import Path
+
+from flashmoe.errors import FlashMoEError
 
 logger = logging.getLogger(__name__)
 
 MOST_STALLS = 16
 ALIGNMENT_BYTES = 4096  # covers 512-byte and 4 KiB logical blocks, and the page size
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # a file system refuses O_DIRECT
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def aligned_memory(size_bytes: int) -> mmap.mmap:
@@ -29,35 +36,63 @@ def aligned_memory(size_bytes: int) -> mmap.mmap:
     return memory
 
 
+def open_file(path: Path, flags: int, mode: int = 0o644) -> int:
+    """`os.open`, which raises the process's own limit on open files where that is reached.
+
+    Raises OSError, and FlashMoEError where no more files may be open at all.
+    """
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+    except (OSError, ValueError):
+        raise FlashMoEError(
+            f"{path} cannot be opened: too many files are open (this process may have {hard}): "
+            "raise the limit with `ulimit -n`"
+        ) from None
+
+
 def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
     """A descriptor for `path`, and whether it bypasses the page cache.
 
     Falls back to buffered I/O, with a warning, where the file system refuses O_DIRECT
     (tmpfs, some network and overlay file systems) at opening or at the first read.
+    Raises as `open_file`, and OSError where that read fails.
     """
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
+    if _O_DIRECT:
+        descriptor = -1
         try:
-            descriptor = os.open(path, flags | direct | os.O_CLOEXEC, mode)
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                return descriptor, True
-            try:
+            descriptor = open_file(path, flags | _O_DIRECT, mode)
+            if flags & os.O_ACCMODE == os.O_RDONLY:
                 os.preadv(descriptor, [aligned_memory(ALIGNMENT_BYTES)], 0)
-                return descriptor, True
-            except OSError:
-                os.close(descriptor)
+            return descriptor, True
         except OSError as error:
-            if isinstance(error, (FileNotFoundError, PermissionError)):
+            if descriptor >= 0:
+                os.close(descriptor)
+            if error.errno not in _NOT_DIRECT:
                 raise
+        if flags & os.O_EXCL:  # some file systems have made the new file when they refuse
+            path.unlink(missing_ok=True)
     logger.warning(
-        "%s: this file system refuses direct I/O; reading through the page cache, "
+        "%s: this file system refuses direct I/O; it is read and written through the page cache, "
         "from which the pages are dropped after use",
         path,
     )
-    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+    descriptor = open_file(path, flags, mode)
     if hasattr(os, "posix_fadvise"):  # readahead would bring in pages that nobody drops
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor, False
+
+
+def _direct_flag(descriptor: int) -> int:
+    """O_DIRECT, or 0."""
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & _O_DIRECT
 
 
 def read_all(descriptor: int, memory: memoryview, needed: int, offset: int) -> None:
@@ -76,6 +111,38 @@ def read_all(descriptor: int, memory: memoryview, needed: int, offset: int) -> N
         if stalled == MOST_STALLS:
             raise OSError(errno.EIO, "reads end within the same block again and again")
         done = max(done, block + count)
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Take the disk's room for so many bytes now, where the file system can.
+
+    Raises OSError where there is not the room. Without O_DIRECT the C library would stand in for a
+    file system that cannot by writing a byte into every block: all would be written twice.
+    """
+    if not _direct_flag(descriptor):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        logger.debug("no room can be reserved here: %s", error)
+
+
+def write_all(descriptor: int, memory: memoryview, offset: int) -> None:
+    """Write all of aligned `memory` at `offset`, past the page cache if the file system lets it.
+
+    Raises OSError when the drive fails or is full.
+    """
+    done = 0
+    while done < len(memory):
+        try:
+            done += os.pwrite(descriptor, memory[done:], offset + done)
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT or not _direct_flag(descriptor):
+                raise
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)  # refused at the first write only
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
 
 
 def drop_page_cache(descriptor: int, offset: int = 0, size_bytes: int = 0) -> None:

@@ -27,13 +27,19 @@ import xxhash
 from flashmoe import dense, skeleton
 from flashmoe import quant as schemes
 from flashmoe.checkpoint import REMEDY, Checkpoint
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE, Scheme
 from flashmoe.shards import header
 from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store import side_files
-from flashmoe.store.direct_io import aligned_memory, open_direct
+from flashmoe.store.direct_io import (
+    aligned_memory,
+    drop_page_cache,
+    open_direct,
+    reserve,
+    write_all,
+)
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
@@ -111,7 +117,7 @@ def write_store(
 
 def _is_there(store: Path, checkpoint: Path) -> bool:
     """Is `store` a directory already? Raises FlashMoEError where none may be packed into."""
-    try:
+    with reading(store):
         if not store.exists():
             return False
         if not store.is_dir():
@@ -123,8 +129,6 @@ def _is_there(store: Path, checkpoint: Path) -> bool:
                 f"{store} is a store of another model than {checkpoint}: name another directory, "
                 "or remove that store first"
             )
-    except OSError as error:  # a folder that may not be searched, a name too long
-        raise FlashMoEError(f"{store} cannot be opened ({error.strerror or error})") from None
     return True
 
 
@@ -210,7 +214,7 @@ def _write_experts(
     total = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        os.posix_fallocate(descriptor, 0, total)
+        reserve(descriptor, total)
         finished = []
         for layer in layers:
             checksums = []
@@ -220,11 +224,12 @@ def _write_experts(
                 tensors = source.expert(layer.module, expert)
                 _fill(extent, layer, _quantised(source.experts[layer.module], tensors, scheme))
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
-                _write_all(descriptor, view, layer.extent_offset(expert))
+                write_all(descriptor, view, layer.extent_offset(expert))
                 progress(layer.extent_offset(expert + 1), total)
             finished.append(replace(layer, checksums=tuple(checksums)))
             source.forget_pages()
         os.fsync(descriptor)
+        drop_page_cache(descriptor)  # which has pages of it only where direct I/O is refused
         return finished
     finally:
         os.close(descriptor)
@@ -234,12 +239,6 @@ def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor])
     for spec in layer.tensors:
         data = tensors[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
         extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes] = data.data
-
-
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _write_dense(source: Source, path: Path) -> int:
