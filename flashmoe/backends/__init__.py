@@ -34,4 +34,6 @@ def backend_for(path: Path) -> type[Backend]:
 
 def open_path(path: Path) -> Backend:
     """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
-    return backend_for(path)(path)
+    backend = backend_for(path)
+    with reading(path):
+        return backend(path)
