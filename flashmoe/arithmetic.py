@@ -7,16 +7,23 @@ in which order the others arrived.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flashmoe import eager
+from flashmoe.eager import Precision
 from flashmoe.quant import Weight
 
 Parameters = dict[str, torch.Tensor | Weight]  # of an expert, by the module's parameter names
 Compute = Callable[[int, Parameters], None]
+# The tokens that chose an expert [n], and for each its position in top_k [n]. Of one token that
+# decodes: all tokens, and a number; an index of tensors would take as long as the arithmetic.
+Choices = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
 
 
 def run(
@@ -29,81 +36,120 @@ def run(
     """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width].
 
     `serve(compute)` calls compute(expert, parameters) once for each expert that `index` names,
-    in any order; the parameters need be there during the call only.
+    in any order; the parameters need be there during the call only. Beside the result it takes
+    memory for one expert's arithmetic, and for each output that comes before its turn.
+    Raises FlashMoEError when the module's own arithmetic is none that is known here.
     """
-    if len(hidden) == 1:
-        return _one_token(module, hidden, index[0].tolist(), weights, serve)
-    return _many_tokens(module, hidden, index, weights, serve)
+    precision = eager.precision(module, hidden, weights, _of_example)
+    return _run(module, hidden, index, weights, serve, precision)
 
 
-def _one_token(
-    module: nn.Module,
-    hidden: torch.Tensor,
-    row: list[int],
-    weights: torch.Tensor,
-    serve: Callable[[Compute], None],
-) -> torch.Tensor:
-    outputs: dict[int, torch.Tensor] = {}
-
-    def compute(expert: int, parameters: Parameters) -> None:
-        output = expert_output(module, parameters, hidden)
-        outputs[expert] = (output * weights[:, row.index(expert), None]).to(hidden.dtype)
-
-    serve(compute)
-    total = torch.zeros_like(hidden)
-    for expert in sorted(outputs):
-        total += outputs[expert]
-    return total
-
-
-def _many_tokens(
-    module: nn.Module,
+def _run(
+    module: nn.Module | eager.Example,
     hidden: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
     serve: Callable[[Compute], None],
+    precision: Precision,
 ) -> torch.Tensor:
-    tokens, top_k = index.shape
-    outputs = hidden.new_empty(tokens, top_k, hidden.shape[-1])
-    # eager gathers an expert's tokens by position in top_k, then by token: so do we, since
-    # the order of rows may decide the last bit of a matrix product
-    by_position = index.T.reshape(-1)
-    order = torch.argsort(by_position, stable=True)
-    ends = torch.bincount(by_position).cumsum(0).tolist()
+    choices = _by_expert(index)
+    total = OrderedSum(torch.zeros_like(hidden, dtype=precision.adds), sorted(choices))
 
     def compute(expert: int, parameters: Parameters) -> None:
-        mine = order[ends[expert - 1] if expert else 0 : ends[expert]]
-        token, position = mine % tokens, mine // tokens
-        output = expert_output(module, parameters, hidden[token])
-        output = output * weights[token, position, None]
-        outputs[token, position] = output.to(hidden.dtype)
+        tokens, positions = choices[expert]
+        output = expert_output(module, parameters, hidden[tokens], precision.computes)
+        output = output * weights[tokens, positions, None]
+        total.add(expert, tokens, output.to(precision.adds))
 
     serve(compute)
-    ascending = index.argsort(dim=1)
-    outputs = outputs.gather(1, ascending[..., None].expand_as(outputs))
-    total = torch.zeros_like(hidden)
-    for position in range(top_k):
-        total += outputs[:, position]
-    return total
+    return total.value.to(hidden.dtype)
 
 
-def expert_output(module: nn.Module, parameters: Parameters, x: torch.Tensor) -> torch.Tensor:
-    """One expert on x [n, width], by the contract of transformers' `batched_mm` experts."""
+def _of_example(
+    example: eager.Example,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    precision: Precision,
+) -> torch.Tensor:
+    def serve(compute: Compute) -> None:
+        for expert in range(eager.EXPERTS):
+            compute(expert, dict(example.expert(expert)))
+
+    return _run(example, hidden, index, weights, serve, precision)
+
+
+def _by_expert(index: torch.Tensor) -> dict[int, Choices]:
+    """Who chose each expert, of index [tokens, top_k], in the order in which eager takes them.
+
+    That is by position in top_k, then by token: the order of rows may decide the last bit of a
+    matrix product.
+    """
+    tokens, top_k = index.shape
+    if tokens == 1:
+        row = {expert: position for position, expert in enumerate(index[0].tolist())}
+        if len(row) == top_k:  # a token may choose an expert twice: deepseek_v4's hash routing
+            return {expert: (slice(None), position) for expert, position in row.items()}
+    by_position = index.T.reshape(-1)  # [top_k * tokens]
+    chosen = torch.argsort(by_position, stable=True).split(torch.bincount(by_position).tolist())
+    return {
+        expert: (mine % tokens, mine // tokens) for expert, mine in enumerate(chosen) if len(mine)
+    }
+
+
+class OrderedSum:
+    """Adds experts' outputs in ascending order of expert; one that comes early waits its turn.
+
+    value [tokens, width] is the sum once all of `experts` (ascending) were added; early holds
+    what waits. Several threads may add.
+    """
+
+    def __init__(self, value: torch.Tensor, experts: list[int]) -> None:
+        self.value = value
+        self._turns = experts[::-1]
+        self.early: dict[int, tuple[torch.Tensor | slice, torch.Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, expert: int, tokens: torch.Tensor | slice, output: torch.Tensor) -> None:
+        """Add output [n, width] to these tokens' sums, now or when the experts below have come."""
+        with self._lock:
+            self.early[expert] = tokens, output
+            while self._turns and self._turns[-1] in self.early:
+                tokens, output = self.early.pop(self._turns.pop())
+                if isinstance(tokens, slice):
+                    self.value[tokens].add_(output)
+                else:
+                    self.value.index_add_(0, tokens, output)
+
+
+def expert_output(
+    module: Any, parameters: Parameters, x: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One expert on x [n, width], by the contract of transformers' `batched_mm` experts.
+
+    dtype: of the arithmetic, where it is not that of x and the parameters.
+    """
     gated, name = module.has_gate, "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _linear(module, parameters, name, x)
-    hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)  # type: ignore[operator]
-    hidden = _linear(module, parameters, "down_proj", hidden)
+    hidden = _linear(module, parameters, name, x, dtype)
+    hidden = module._apply_gate(hidden) if gated else module.act_fn(hidden)
+    hidden = _linear(module, parameters, "down_proj", hidden, dtype)
     if module.has_post_expert_norm:
-        hidden = module.post_expert_norm(hidden)  # type: ignore[operator]
+        hidden = module.post_expert_norm(hidden)
     return hidden
 
 
-def _linear(module: nn.Module, parameters: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
-    bias, weight = parameters[f"{name}_bias"] if module.has_bias else None, parameters[name]
-    if isinstance(weight, Weight):
+def _linear(
+    module: Any, parameters: Parameters, name: str, x: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    bias: Any = parameters[f"{name}_bias"] if module.has_bias else None  # a tensor, if any
+    weight = parameters[name]
+    if isinstance(weight, Weight):  # which has a kernel for its own dtype only
         out = weight.linear(x)
-    elif module.is_transposed:
+        return out if bias is None else out + bias
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    if module.is_transposed:
         out = x @ weight
-    else:
-        return F.linear(x, weight, bias)  # type: ignore[arg-type]
-    return out if bias is None else out + bias  # type: ignore[operator]
+        return out if bias is None else out + bias
+    return F.linear(x, weight, bias)

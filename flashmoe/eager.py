@@ -1,0 +1,100 @@
+"""In which dtypes a family's own experts compute: its `eager` forward is the rule, tried once.
+
+Most families multiply and add in the model's dtype; some add in float32, some do all in it, some
+in whichever dtype the router's weights have. Which it is stands nowhere but in their code. So
+each experts module runs that code on a small example, and FlashMoE takes the precision in which
+its own arithmetic gives the same bits; where none does, the family is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flashmoe.errors import FlashMoEError
+
+EXPERTS, TOP_K, TOKENS, INTERMEDIATE = 4, 3, 16, 8  # of the example; as wide as the model
+
+
+class Precision(NamedTuple):
+    """The dtypes of a layer's arithmetic."""
+
+    computes: torch.dtype | None  # weights and hidden states are cast to it; None: left as they are
+    adds: torch.dtype  # of the sum of the experts' outputs
+
+
+# (module, hidden [tokens, width], index and weights [tokens, top_k], precision) -> hidden's shape
+Arithmetic = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, Precision], torch.Tensor]
+
+
+def precision(
+    module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
+) -> Precision:
+    """That of `module` for hidden states and router weights such as these; found out once.
+
+    Raises FlashMoEError when `arithmetic` equals the module's own in no precision.
+    """
+    known = vars(module).setdefault("flashmoe_precision", {})
+    dtypes = hidden.dtype, weights.dtype
+    if dtypes not in known:
+        known[dtypes] = _found(module, hidden, weights, arithmetic)
+    found: Precision = known[dtypes]
+    return found
+
+
+@torch.no_grad()
+def _found(
+    module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
+) -> Precision:
+    generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay
+
+    def random(like: torch.Tensor, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+    example = Example(module, {
+        name: random(hidden, EXPERTS, *shape) / shape[-1] ** 0.5
+        for name, shape in _shapes(module, hidden.shape[-1]).items()
+    })  # fmt: skip
+    states, shares = random(hidden, TOKENS, hidden.shape[-1]), random(weights, TOKENS, TOP_K)
+    order = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)
+    inputs = states, order[:, :TOP_K].to(hidden.device), shares.sigmoid()
+    own = type(module).forward.__wrapped__(example, *inputs)  # type: ignore[attr-defined]
+    wide = torch.float32
+    for tried in (Precision(None, hidden.dtype), Precision(None, wide), Precision(wide, wide)):
+        if torch.equal(arithmetic(example, *inputs, tried), own):
+            return tried
+    raise FlashMoEError(
+        f"{type(module).__name__} of transformers computes its experts in a way that FlashMoE does "
+        f"not follow in {hidden.dtype}: use transformers itself for this model, and report it"
+    )
+
+
+def _shapes(module: nn.Module, width: int) -> dict[str, tuple[int, ...]]:
+    """Of one expert's parameters in the example, by name; see `arithmetic.expert_output`."""
+    gated = bool(module.has_gate)
+    up, rows = ("gate_up_proj", 2 * INTERMEDIATE) if gated else ("up_proj", INTERMEDIATE)
+    shapes: dict[str, tuple[int, ...]] = {up: (rows, width), "down_proj": (width, INTERMEDIATE)}
+    if module.is_transposed:
+        shapes = {name: shape[::-1] for name, shape in shapes.items()}
+    if module.has_bias:
+        shapes |= {f"{up}_bias": (rows,), "down_proj_bias": (width,)}
+    return shapes
+
+
+class Example:
+    """An experts module of few small experts; in all else it is `module`."""
+
+    def __init__(self, module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
+        self.module = module
+        self.parameters = parameters  # by name, the first dimension being the expert
+        self.num_experts = EXPERTS
+
+    def __getattr__(self, name: str) -> Any:
+        return self.parameters[name] if name in self.parameters else getattr(self.module, name)
+
+    def expert(self, number: int) -> dict[str, torch.Tensor]:
+        """One expert's parameters, by name."""
+        return {name: stacked[number] for name, stacked in self.parameters.items()}
