@@ -7,6 +7,7 @@ shrunk by the names of its settings; what a family insists on beside that is in 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from flashmoe.errors import FlashMoEError
 _MODELS = Path(transformers.__file__).parent / "models"
 _MARK = "@use_experts_implementation"
 _MOST_PARAMETERS = 30_000_000
+# A router's, of which published half-precision checkpoints keep float32 (GLM-5.2's lie near 7):
+# rounded to bfloat16 they choose other experts.
+_ROUTER_BIAS = re.compile(r"(e_score_correction_bias|expert_bias|balancing_biases)$")
 
 # by setting; a family has some of them
 SMALL = (
@@ -109,6 +113,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mistral4": {"rope_parameters": None},
     "muse_spark": {"audio_config": {"hidden_sizes": [16] * 4, "depths": [1] * 4}},
+    "qwen3_omni_moe": {"vision_start_token_id": 3},  # which its `generate` asks for
     "qwen4_exp": _QSA,
     "zaya": {"num_experts_per_tok": 1},  # the only number that it takes
 }
@@ -154,7 +159,24 @@ def make(family: str) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.1)
+        for bias in _router_biases(model):
+            bias.copy_(7 + torch.rand(bias.shape) / 4)
     return model
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` as a checkpoint in `dtype` has it: its routers' biases stay float32."""
+    kept = [(bias, bias.detach().clone()) for bias in _router_biases(model)]
+    model.to(dtype)
+    for bias, before in kept:
+        bias.data = before
+    model.config.dtype = dtype
+    return model
+
+
+def _router_biases(model: PreTrainedModel) -> list[torch.Tensor]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return [tensor for name, tensor in named if _ROUTER_BIAS.search(name)]
 
 
 def _shrunk(defaults: dict[str, Any]) -> dict[str, Any]:
