@@ -18,6 +18,10 @@ from flashmoe.events import Event, Events
 from flashmoe.policies import state
 from flashmoe.policies.base import Policy
 
+# Tokens times top_k of an event above which no outputs are kept for the order of their sum:
+# 64 MiB at a width of 8192, in 16 bits. 512 tokens of top-8.
+LONG_CHOICES = 4096
+
 
 class Wave(NamedTuple):
     """A part of an event that fits the slots: (key, slot) pairs resident, and to be read."""
@@ -49,81 +53,117 @@ class Residency(NamedTuple):
 
 
 @helper
-def _open(policy, cache, event, now, members):  # type: ignore[no-untyped-def]
-    """Tell the policy; write the event's keys to `members`, hits first; return their number."""
+def is_long(event):  # type: ignore[no-untyped-def]
+    """Too long for its experts' outputs to be kept until those of lower experts are added."""
+    return event.rows.size > LONG_CHOICES
+
+
+@helper
+def _open(policy, residency, event, now, members):  # type: ignore[no-untyped-def]
+    """Tell the policy; write the event's keys to `members` as they are served; how many hit.
+
+    Hits come first, then the others. A long event in more than one wave is served in ascending
+    order, where a hit stays resident until its turn.
+    """
     touch(policy, event, now)
     hits = 0
     for key in event.keys:
-        if cache.slot_of[key] >= 0:
+        if residency.slot_of[key] >= 0:
             members[hits] = key
             hits += 1
-    last = hits
+    n = hits
     for key in event.keys:
-        if cache.slot_of[key] < 0:
-            members[last] = key
-            last += 1
+        if residency.slot_of[key] < 0:
+            members[n] = key
+            n += 1
+    n_slots = len(residency.residents)
+    if is_long(event) and n > n_slots and not policy.bypasses:
+        members[:n] = np.sort(members[:n])
+        if hits == n_slots:  # the lowest hit goes first, so that there is a slot to read into
+            lowest = 0
+            while residency.slot_of[members[lowest]] < 0:
+                lowest += 1
+            key = members[lowest]
+            for i in range(lowest, 0, -1):
+                members[i] = members[i - 1]
+            members[0] = key
     return hits
 
 
 @helper
-def _admit(policy, cache, keys, kept):  # type: ignore[no-untyped-def]
-    """Make `keys` resident; neither they nor `kept` make room (unless the policy bypasses)."""
-    for key in kept:
-        cache.protected[key] = not policy.bypasses
-    for key in keys:
-        cache.protected[key] = not policy.bypasses
-    for key in keys:
-        if cache.sizes[1]:
-            cache.sizes[1] -= 1
-            slot = cache.free[cache.sizes[1]]
-        else:
-            n = 0
-            for resident in cache.residents[: cache.sizes[0]]:
-                if not cache.protected[resident]:
-                    cache.candidates[n] = resident
-                    n += 1
-            if policy.bypasses:
-                cache.candidates[n] = key
-                n += 1
-            evicted = victim(policy, cache.candidates[:n])
-            if evicted == key:
-                continue
-            slot = _remove(cache, evicted)
-        cache.slot_of[key] = slot
-        cache.residents[cache.sizes[0]] = key
-        cache.sizes[0] += 1
-    for key in kept:
-        cache.protected[key] = False
-    for key in keys:
-        cache.protected[key] = False
+def _next_wave(policy, residency, members, start):  # type: ignore[no-untyped-def]
+    """Make members from `start` on resident until no slot is left; where this wave ends.
+
+    None that is still to be served makes room (unless the policy bypasses).
+    """
+    room = len(residency.residents)
+    for key in members[start:]:
+        residency.protected[key] = not policy.bypasses
+        if residency.slot_of[key] >= 0:
+            room -= 1
+    end = start
+    while end < len(members):
+        key = members[end]
+        if residency.slot_of[key] < 0:
+            if not room:
+                break
+            room -= 1
+            _admit(policy, residency, key)
+        end += 1
+    for key in members[start:]:
+        residency.protected[key] = False
+    return end
 
 
 @helper
-def _remove(cache, key):  # type: ignore[no-untyped-def]
+def _admit(policy, residency, key):  # type: ignore[no-untyped-def]
+    """Give `key` a free slot, or that of the resident whom the policy chooses."""
+    if residency.sizes[1]:
+        residency.sizes[1] -= 1
+        slot = residency.free[residency.sizes[1]]
+    else:
+        n = 0
+        for resident in residency.residents[: residency.sizes[0]]:
+            if not residency.protected[resident]:
+                residency.candidates[n] = resident
+                n += 1
+        if policy.bypasses:
+            residency.candidates[n] = key
+            n += 1
+        evicted = victim(policy, residency.candidates[:n])
+        if evicted == key:
+            return
+        slot = _remove(residency, evicted)
+    residency.slot_of[key] = slot
+    residency.residents[residency.sizes[0]] = key
+    residency.sizes[0] += 1
+
+
+@helper
+def _remove(residency, key):  # type: ignore[no-untyped-def]
     """Take `key` out; its slot."""
-    slot = cache.slot_of[key]
-    cache.slot_of[key] = -1
+    slot = residency.slot_of[key]
+    residency.slot_of[key] = -1
     position = 0
-    while cache.residents[position] != key:
+    while residency.residents[position] != key:
         position += 1
-    cache.sizes[0] -= 1
-    for i in range(position, cache.sizes[0]):
-        cache.residents[i] = cache.residents[i + 1]
+    residency.sizes[0] -= 1
+    for i in range(position, residency.sizes[0]):
+        residency.residents[i] = residency.residents[i + 1]
     return slot
 
 
 @helper
-def _shrink(policy, cache, n_slots):  # type: ignore[no-untyped-def]
+def _shrink(policy, residency, n_slots):  # type: ignore[no-untyped-def]
     """Evict, as the policy says, until no more than `n_slots` are resident."""
-    while cache.sizes[0] > n_slots:
-        residents = cache.residents[: cache.sizes[0]].copy()
-        _remove(cache, victim(policy, residents))
+    while residency.sizes[0] > n_slots:
+        residents = residency.residents[: residency.sizes[0]].copy()
+        _remove(residency, victim(policy, residents))
 
 
 @helper
-def _replay(policy, cache, events, now, members):  # type: ignore[no-untyped-def]
+def _replay(policy, residency, events, now, members):  # type: ignore[no-untyped-def]
     """Serve every event, waves included; (requests, hits, tokens served)."""
-    n_slots = len(cache.residents)
     requests, total_hits = 0, 0
     for i in range(len(events.starts) - 1):
         start, end = events.starts[i], events.starts[i + 1]
@@ -137,15 +177,13 @@ def _replay(policy, cache, events, now, members):  # type: ignore[no-untyped-def
             events.below[first:until],
         )
         n = len(event.keys)
-        hits = _open(policy, cache, event, now, members)
+        hits = _open(policy, residency, event, now, members)
         requests += n
         total_hits += hits
         now += len(event.rows)
-        done, room, kept = hits, n_slots - hits, n
+        done = n if hits == n else 0
         while done < n:
-            until = min(done + room, n)
-            _admit(policy, cache, members[done:until], members[:kept])
-            done, room, kept = until, n_slots, 0
+            done = _next_wave(policy, residency, members[:n], done)
     return requests, total_hits, now
 
 
@@ -154,7 +192,8 @@ class ExpertCache:
 
     Hits are counted against residency at the event's start, and no member of an event is
     evicted by it before it was served. An event with more members than slots (a prefill)
-    comes as several waves; each member is served in exactly one of them.
+    comes as several waves; each member is served in exactly one of them, of a long event in
+    ascending order.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -167,33 +206,32 @@ class ExpertCache:
         self._state = freeze(policy)
         self._members = np.empty(policy.n_keys, np.int64)
         self._open = kernel(_open, type(policy))
-        self._admit = kernel(_admit, type(policy))
+        self._next_wave = kernel(_next_wave, type(policy))
 
     def waves(self, event: Event) -> Iterator[Wave]:
         """Serve `event`: take a wave, make its loads resident, use its slots, take the next."""
         started = time.perf_counter()
-        slot_of, members = self.residency.slot_of, self._members
-        n_hits = self._open(self._state, self.residency, event, self.tokens, members)
-        n = len(event.keys)
+        n, slot_of = len(event.keys), self.residency.slot_of
+        n_hits = self._open(self._state, self.residency, event, self.tokens, self._members)
         self.tokens += len(event.rows)
         self.requests += n
         self.hits += n_hits
-        hits = [(key, int(slot_of[key])) for key in members[:n_hits].tolist()]
-        done, room, kept = n_hits, self.n_slots - n_hits, n  # in the first wave all members stay
-        while True:
-            keys = members[done : min(done + room, n)]
-            if len(keys):
-                self._admit(self._state, self.residency, keys, members[:kept])
+        members, done = self._members[:n], 0
+        while done < n:
+            places = slot_of[members[done:]].tolist()  # -1 of those to be read
+            end = n  # where all are resident, there is no one to admit
+            if n_hits < n:
+                end = self._next_wave(self._state, self.residency, members, done)
                 self.most_resident = max(self.most_resident, int(self.residency.sizes[0]))
-            loads = [(key, int(slot_of[key])) for key in keys.tolist()]
+            keys = members[done:end]
+            wave = Wave([], [])
+            for key, slot, before in zip(
+                keys.tolist(), slot_of[keys].tolist(), places, strict=False
+            ):
+                (wave.loads if before < 0 else wave.hits).append((key, slot))
             self.policy_seconds += time.perf_counter() - started
-            if hits or loads:
-                yield Wave(hits, loads)
-            done += len(keys)
-            if done == n:
-                return
-            started = time.perf_counter()
-            hits, room, kept = [], self.n_slots, 0
+            yield wave
+            done, started = end, time.perf_counter()
 
     def replay(self, events: Events) -> None:
         """Serve all of `events`, with nothing to be read in between."""

@@ -14,11 +14,14 @@ from torch import nn
 
 from flashmoe import arithmetic, gradients
 from flashmoe.arena import Arena
-from flashmoe.cache import ExpertCache
+from flashmoe.cache import ExpertCache, is_long
 from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.prefetch import Prefetcher
 from flashmoe.read_queue import Span
 from flashmoe.reader import ExtentReader
+
+# Of a prompt the last tokens vote: a router's work on all of them costs as much again.
+GUESSED_TOKENS = 512
 
 
 @dataclass
@@ -42,7 +45,8 @@ class Routing:
     """What each layer chose for the tokens at hand, which policies of higher layers look at."""
 
     def __init__(self, top_k: int, n_layers: int) -> None:
-        self.chosen = [np.empty((0, top_k), np.int64)] * n_layers
+        self._none = np.empty((0, top_k), np.int64)
+        self.chosen = [self._none] * n_layers
 
     def note(self, layer: int, rows: np.ndarray, n_experts: int) -> np.ndarray:
         """Take in `rows` [tokens, top_k] of `layer`; what lies below them, as `events.below`."""
@@ -51,6 +55,8 @@ class Routing:
         while lowest > max(0, layer - LAYERS_BELOW) and len(self.chosen[lowest - 1]) == len(rows):
             lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
         seen = np.stack(self.chosen[lowest : layer + 1], axis=1)
+        if layer > LAYERS_BELOW:  # no layer above looks so far down: a prompt's rows take megabytes
+            self.chosen[layer - LAYERS_BELOW - 1] = self._none
         return below(seen, layer - lowest, n_experts)
 
 
@@ -116,37 +122,42 @@ class StreamedExperts:
             self._serve(Event.of_rows(rows, self.first_key, scores, known), hidden, compute)
 
     def _serve(self, event: Event, hidden: torch.Tensor, compute: arithmetic.Compute) -> None:
-        """Compute every member of `event`: resident ones first, while the others are read."""
-        clock, timings = time.perf_counter, self.timings
+        """Compute every member of `event`: resident ones first, while the others are read.
+
+        Of a long event, in ascending order: what is computed before its turn would be kept.
+        """
         if self.prefetcher:
             self.prefetcher.drop(self.number, event.keys - self.first_key)
-        guessed = False
+        guessed, ascending = False, is_long(event)
         for wave in self.cache.waves(event):
             if guessed:  # not the first wave: it takes slots from which the last one computes
                 self.arena.settle()
-            pending = dict(wave.loads)
+            loads = sorted(wave.loads) if ascending else wave.loads
+            pending = dict(loads)
             reads: dict[int, Future[None]] = {}
             try:
-                self._start(wave.loads, reads)
+                self._start(loads, reads)
                 if not guessed:  # now that the drive is busy with what is surely needed
                     self._guess(hidden)
                     guessed = True
-                started = clock()
-                for key, slot in wave.hits:
+                turns = wave.hits + [(key, pending[key]) for key in reads]
+                for key, slot in sorted(turns) if ascending else turns:
+                    self._wait_for(reads.get(key))
+                    pending.pop(key, None)
+                    started = time.perf_counter()
                     compute(key - self.first_key, self.arena.parameters[slot])
-                timings.compute_seconds += timings.since(started, "experts")
-                for key, read in reads.items():
-                    started = clock()
-                    read.result()
-                    arrived = clock()
-                    compute(key - self.first_key, self.arena.parameters[pending.pop(key)])
-                    timings.wait_seconds += arrived - started
-                    timings.compute_seconds += timings.since(arrived, "experts")
+                    self.timings.compute_seconds += self.timings.since(started, "experts")
             except BaseException:  # a failed read, or Ctrl-C: nothing half-read stays resident
                 wait(reads.values())
                 for key in pending:
                     self.cache.forget(key)
                 raise
+
+    def _wait_for(self, read: Future[None] | None) -> None:
+        if read:
+            started = time.perf_counter()
+            read.result()
+            self.timings.wait_seconds += time.perf_counter() - started
 
     def _start(self, loads: list[tuple[int, int]], reads: dict[int, Future[None]]) -> None:
         """Start reading `loads` (key, slot) into `reads`; first what a guess has begun with."""
@@ -163,4 +174,4 @@ class StreamedExperts:
     def _guess(self, hidden: torch.Tensor) -> None:
         if self.prefetcher and (above := self.above):
             slot_of = above.cache.residency.slot_of[above.first_key :]
-            self.prefetcher.guess(above.number, hidden, slot_of)
+            self.prefetcher.guess(above.number, hidden[-GUESSED_TOKENS:], slot_of)

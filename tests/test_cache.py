@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe import policies
-from flashmoe.cache import ExpertCache
+from flashmoe.cache import LONG_CHOICES, ExpertCache
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 
@@ -60,6 +61,37 @@ def test_every_event_is_served_whole_and_within_the_slots(name, steps, n_slots):
         assert sorted(served) == sorted(event.keys.tolist())
     assert cache.requests == sum(len(event.keys) for event in events)
     assert cache.hits == hits
+
+
+@pytest.mark.parametrize("name", ADMITTING)
+@settings(max_examples=20, deadline=None)
+@given(before=st.lists(rows_of(3), max_size=12), n_slots=st.integers(2, N_KEYS), seed=st.integers())
+def test_a_long_event_is_served_in_ascending_order_and_its_hits_wait(name, before, n_slots, seed):
+    """All but one hit, where hits take all slots: then it goes first and leaves its own."""
+    chance = np.random.default_rng(abs(seed))
+    some = chance.permutation(N_KEYS)[: chance.integers(3, N_KEYS + 1)]
+    long = some[chance.random((LONG_CHOICES // 3 + 1, len(some))).argsort(1)[:, :3]]
+    events = [*(Event.of_rows(step) for step in before), Event.of_rows(long)]
+    cache, replayed = make(name, n_slots, events), make(name, n_slots, events)
+    for event in events[:-1]:
+        list(cache.waves(event))
+    resident, slots = set(cache.resident), {}
+    for key in resident:
+        slots[int(cache.residency.slot_of[key])] = key
+    served: list[int] = []
+    for wave in cache.waves(events[-1]):
+        slots |= {slot: key for key, slot in wave.loads}
+        assert all(slots[slot] == key for key, slot in wave.hits + wave.loads)
+        served += sorted(key for key, _ in wave.hits + wave.loads)
+        assert all(key in resident for key, _ in wave.hits)  # no hit was evicted and read again
+    members = sorted(events[-1].keys.tolist())
+    early = served[:1] if served != members else []
+    assert served == early + [key for key in members if key not in early]
+    if early:
+        assert early[0] in resident
+        assert len(resident & set(members)) == n_slots
+    replayed.replay(Events.of(events))
+    assert (replayed.hits, replayed.resident) == (cache.hits, cache.resident)
 
 
 @given(steps=steps)
