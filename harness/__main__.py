@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     fewer.add_argument("--rounds", type=_COUNT, default=2)
     fewer.add_argument("--texts", type=Path, help="measure quality instead, on texts fetched here")
     commands.add_parser("families", help="which MoE families are streamed as they should be")
+    commands.add_parser("long-prompts", help="what a prompt of 32k tokens takes beside the budget")
     failing = commands.add_parser("faults", help="failing drives and killed packs, counted")
     failing.add_argument("--count", type=_COUNT, default=1000, help="faults of each kind")
     failing.add_argument("--kills", type=_COUNT, default=500)
@@ -177,6 +178,11 @@ def main() -> None:
 
             report.write(folder, "soak", soak(arguments.seconds, say))
             report.provenance(folder, "soak", provenance.gather(command, folder, seed=0))
+        case "long-prompts":
+            from harness import long_prompts
+
+            report.write(folder, "long_prompts", long_prompts.table())
+            report.provenance(folder, "long_prompts", provenance.gather(command, folder, seed=0))
         case "faults":
             from harness import faults
 
