@@ -40,8 +40,12 @@ def run(
     memory for one expert's arithmetic, and for each output that comes before its turn.
     Raises FlashMoEError when the module's own arithmetic is none that is known here.
     """
-    precision = eager.precision(module, hidden, weights, _of_example)
-    return _run(module, hidden, index, weights, serve, precision)
+    return _run(module, hidden, index, weights, serve, precision(module, hidden, weights))
+
+
+def precision(module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor) -> Precision:
+    """See `eager.precision`, which raises what `run` raises."""
+    return eager.precision(module, hidden, weights, _of_example)
 
 
 def _run(
@@ -57,9 +61,9 @@ def _run(
 
     def compute(expert: int, parameters: Parameters) -> None:
         tokens, positions = choices[expert]
-        output = expert_output(module, parameters, hidden[tokens], precision.computes)
-        output = output * weights[tokens, positions, None]
-        total.add(expert, tokens, output.to(precision.adds))
+        share = weights[tokens, positions, None]
+        output = weighted_output(module, parameters, hidden[tokens], share, precision)
+        total.add(expert, tokens, output)
 
     serve(compute)
     return total.value.to(hidden.dtype)
@@ -120,6 +124,14 @@ class OrderedSum:
                     self.value[tokens].add_(output)
                 else:
                     self.value.index_add_(0, tokens, output)
+
+
+def weighted_output(
+    module: Any, parameters: Parameters, x: torch.Tensor, share: torch.Tensor, precision: Precision
+) -> torch.Tensor:
+    """What one expert adds for x [n, width], with the router's share [n, 1], as it is added."""
+    output = expert_output(module, parameters, x, precision.computes) * share
+    return output.to(precision.adds)
 
 
 def expert_output(

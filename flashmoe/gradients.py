@@ -65,16 +65,18 @@ class _Streamed(torch.autograd.Function):
         """The weights of slots were overwritten since: each expert is served and computed again."""
         hidden, index, weights = context.saved_tensors
         of_hidden, of_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
+        precision = arithmetic.precision(context.module, hidden, weights)
 
         def compute(expert: int, parameters: arithmetic.Parameters) -> None:
             token, position = torch.where(index == expert)
             x = hidden[token].detach().requires_grad_()
             share = weights[token, position].detach().requires_grad_()
             with torch.enable_grad():
-                output = arithmetic.expert_output(context.module, parameters, x)
-                output = (output * share[:, None]).to(hidden.dtype)
+                output = arithmetic.weighted_output(
+                    context.module, parameters, x, share[:, None], precision
+                )
             # and not autograd.grad: a family's own norm behind each expert may be trained as well
-            torch.autograd.backward(output, gradient[token])
+            torch.autograd.backward(output, gradient[token].to(output.dtype))
             of_hidden.index_add_(0, token, x.grad.to(of_hidden.dtype))
             of_weights[token, position] = share.grad
 
