@@ -35,6 +35,8 @@ def table(config: dict[str, Any] | None = None, tokens: tuple[int, ...] = TOKENS
         torch.manual_seed(0)
         made = transformers.OlmoeConfig(**CONFIG | (config or {}))
         model = transformers.OlmoeForCausalLM._from_config(made, dtype=torch.bfloat16)
+        # or attention's mean over the prompt outweighs each token, and all choose the same experts
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
         model.save_pretrained(folder)
         del model
         for length in tokens:
@@ -62,6 +64,7 @@ def _measure(checkpoint: Path, system: str, tokens: int) -> dict[str, Any]:
         "peak_beside_bytes": peaks.whole(),
         "experts_beside_bytes": peaks.experts,
         "hidden_bytes": tokens * model.config.hidden_size * 2,
+        "busiest_expert_tokens": peaks.busiest,
     }
 
 
@@ -79,10 +82,13 @@ def _load(checkpoint: Path, system: str) -> transformers.PreTrainedModel:
 
 
 class _Peaks:
-    """The most that this process held from now on, and that its experts modules took of it."""
+    """The most that this process held from now on, and that its experts modules took of it.
+
+    busiest: the most tokens that chose one expert.
+    """
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
-        self.experts = 0
+        self.experts = self.busiest = 0
         self._restart()
         self._before = self._most = _resident("VmRSS")
         for module in skeleton.expert_modules(model).values():
@@ -93,7 +99,8 @@ class _Peaks:
         """Over what it held at first."""
         return max(self._most, _resident("VmHWM")) - self._before
 
-    def _enter(self, *_: object) -> None:
+    def _enter(self, _: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.busiest = max(self.busiest, int(inputs[1].flatten().bincount().max()))
         self._most = max(self._most, _resident("VmHWM"))
         self._restart()
         self._entered = _resident("VmRSS")

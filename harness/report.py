@@ -96,8 +96,9 @@ NOTES = {
     "its own. What the kernel counts as resident at most over what was resident before: weights "
     "(flashmoe: slots for half of the experts, all taken) do not count. `peak_beside`: of the "
     "whole prompt, attention included. `experts_beside`: within one experts module, most of which "
-    "is the arithmetic of the expert that most tokens chose, at once as in transformers' `eager` "
-    "(`transformers`). `hidden`: one hidden state of all tokens.",
+    "is the arithmetic of the expert that most tokens chose (`busiest_expert_tokens`), at once as "
+    "in transformers' `eager` (`transformers`), and the result. `hidden`: the prompt's hidden "
+    "state once.",
     "warm": "Measured, the demo model, 24 of 64 slots, another prompt of the same kind first, then "
     "this one: hit rates of the first token after the prompt and of the first 100, cold, and with "
     "`--warm`, which begins with the experts and the policy's state that the first prompt left.",

@@ -10,6 +10,7 @@ from test_engine import eager, run
 from flashmoe import arithmetic, simulate
 from flashmoe.cache import LONG_CHOICES
 from flashmoe.record import record
+from harness import long_prompts
 
 FAMILY, TOP_K = "qwen3_moe", 3  # of 8 experts
 TOKENS = LONG_CHOICES // TOP_K + 1
@@ -68,3 +69,17 @@ def test_a_recorded_long_prompt_replayed_gives_the_engines_hits(loaded, policy):
     conditions = simulate.Conditions(warm=True, as_recorded=True)
     outcome = simulate.replay(trace, policy, 1.0, conditions, slots=5)
     assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
+
+
+def test_the_table_of_peaks_is_made_of_what_the_kernel_counts():
+    rows = long_prompts.table(
+        dict(hidden_size=64, intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+             num_attention_heads=2),
+        (3000,),
+    )  # fmt: skip
+    assert [row["system"] for row in rows] == ["flashmoe", "transformers"]
+    for row in rows:
+        assert row["hidden_bytes"] == 3000 * 64 * 2
+        assert row["peak_beside_bytes"] >= row["experts_beside_bytes"] >= row["hidden_bytes"]
+        assert 3000 / 8 < row["busiest_expert_tokens"] <= 3000
+    assert rows[0]["busiest_expert_tokens"] == rows[1]["busiest_expert_tokens"]
