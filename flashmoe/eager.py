@@ -38,7 +38,9 @@ def precision(
     Raises FlashMoEError when `arithmetic` equals the module's own in no precision.
     """
     known = vars(module).setdefault("flashmoe_precision", {})
-    dtypes = hidden.dtype, weights.dtype
+    kind = hidden.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtypes = hidden.dtype, weights.dtype, cast
     if dtypes not in known:
         known[dtypes] = _found(module, hidden, weights, arithmetic)
     found: Precision = known[dtypes]

@@ -55,7 +55,11 @@ class _Streamed(torch.autograd.Function):
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        context.servant, context.module = servant, module
+        context.servant, context.module, kind = servant, module, hidden.device.type
+        context.precision = arithmetic.precision(module, hidden, weights)
+        context.autocast = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        )
         context.save_for_backward(hidden, index, weights)
         return servant.run(module, hidden, index, weights)
 
@@ -65,15 +69,14 @@ class _Streamed(torch.autograd.Function):
         """The weights of slots were overwritten since: each expert is served and computed again."""
         hidden, index, weights = context.saved_tensors
         of_hidden, of_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
-        precision = arithmetic.precision(context.module, hidden, weights)
 
         def compute(expert: int, parameters: arithmetic.Parameters) -> None:
             token, position = torch.where(index == expert)
             x = hidden[token].detach().requires_grad_()
             share = weights[token, position].detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), context.autocast:
                 output = arithmetic.weighted_output(
-                    context.module, parameters, x, share[:, None], precision
+                    context.module, parameters, x, share[:, None], context.precision
                 )
             # and not autograd.grad: a family's own norm behind each expert may be trained as well
             torch.autograd.backward(output, gradient[token].to(output.dtype))

@@ -64,6 +64,18 @@ def test_they_pass_through_packed_layers(tmp_path):
     model.flashmoe.close()
 
 
+def test_they_are_those_of_autocast(checkpoints, loaded):
+    found = []
+    for model in (plain(checkpoints()), loaded(slots=2)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(prompt(21), labels=prompt(21)).loss
+        loss.backward()  # outside, as torch recommends
+        found.append((loss.detach(), model.model.layers[0].self_attn.q_proj.weight.grad))
+    (wanted_loss, wanted), (loss, gradient) = found
+    assert torch.equal(loss, wanted_loss)
+    assert (gradient - wanted).norm() <= 0.01 * wanted.norm()
+
+
 def test_recomputing_activations_gives_them_too(checkpoints, loaded):
     wanted = gradients(plain(checkpoints()))
     model = loaded(slots=2).train()
