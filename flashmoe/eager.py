@@ -42,12 +42,12 @@ def precision(
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtypes = hidden.dtype, weights.dtype, cast
     if dtypes not in known:
-        known[dtypes] = _found(module, hidden, weights, arithmetic)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            known[dtypes] = _found(module, hidden, weights, arithmetic)
     found: Precision = known[dtypes]
     return found
 
 
-@torch.no_grad()
 def _found(
     module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
 ) -> Precision:

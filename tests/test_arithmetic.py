@@ -55,6 +55,20 @@ class Adding32(OlmoeExperts):
         return torch.stack(parts).sum(0).to(hidden.dtype)
 
 
+class Wide(OlmoeExperts):
+    """All in float32, as openai_privacy_filter."""
+
+    def forward(self, hidden, index, weights):
+        total = torch.zeros_like(hidden, dtype=torch.float32)
+        for expert in range(4):
+            position, token = (index == expert).T.nonzero(as_tuple=True)
+            states = hidden[token].float() @ self.gate_up_proj[expert].float().T
+            gate, up = states.chunk(2, dim=-1)
+            states = self.act_fn(gate) * up @ self.down_proj[expert].float().T
+            total.index_add_(0, token, states * weights[token, position, None].float())
+        return total.to(hidden.dtype)
+
+
 class Doubled(OlmoeExperts):
     def forward(self, hidden, index, weights):
         return 2 * OlmoeExperts.forward.__wrapped__(self, hidden, index, weights)
@@ -76,6 +90,14 @@ def test_a_family_that_adds_in_float32_is_followed(dtype):
     expected = module(*inputs)
     assert not torch.equal(expected, experts_of(OlmoeExperts, dtype)(*inputs))
     assert torch.equal(run(module, *inputs), expected)
+
+
+def test_a_family_that_computes_in_float32_is_followed_also_if_met_under_autocast():
+    module = experts_of(use_experts_implementation(Wide), torch.bfloat16)
+    inputs = inputs_of(40, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(module, *inputs)
+    assert torch.equal(run(module, *inputs), module(*inputs))
 
 
 def test_a_family_whose_experts_compute_otherwise_is_refused():
