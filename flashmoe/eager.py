@@ -38,9 +38,7 @@ def precision(
     Raises FlashMoEError when `arithmetic` equals the module's own in no precision.
     """
     known = vars(module).setdefault("flashmoe_precision", {})
-    kind = hidden.device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    dtypes = hidden.dtype, weights.dtype, cast
+    dtypes = hidden.dtype, weights.dtype
     if dtypes not in known:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             known[dtypes] = _found(module, hidden, weights, arithmetic)
