@@ -22,8 +22,8 @@ from flashmoe.quant import Weight
 Parameters = dict[str, torch.Tensor | Weight]  # of an expert, by the module's parameter names
 Compute = Callable[[int, Parameters], None]
 # The tokens that chose an expert [n], and for each its position in top_k [n]. Of one token that
-# decodes: all tokens, and a number; an index of tensors would take as long as the arithmetic.
-Choices = tuple[torch.Tensor, torch.Tensor] | tuple[slice, int]
+# decodes: None, and a number; indexing would take as long as the arithmetic of a small expert.
+Choices = tuple[torch.Tensor, torch.Tensor] | tuple[None, int]
 
 
 def run(
@@ -61,9 +61,11 @@ def _run(
 
     def compute(expert: int, parameters: Parameters) -> None:
         tokens, positions = choices[expert]
-        share = weights[tokens, positions, None]
-        output = weighted_output(module, parameters, hidden[tokens], share, precision)
-        total.add(expert, tokens, output)
+        if tokens is None:
+            x, share = hidden, weights[:, positions, None]
+        else:
+            x, share = hidden[tokens], weights[tokens, positions, None]
+        total.add(expert, tokens, weighted_output(module, parameters, x, share, precision))
 
     serve(compute)
     return total.value.to(hidden.dtype)
@@ -93,7 +95,7 @@ def _by_expert(index: torch.Tensor) -> dict[int, Choices]:
     if tokens == 1:
         row = {expert: position for position, expert in enumerate(index[0].tolist())}
         if len(row) == top_k:  # a token may choose an expert twice: deepseek_v4's hash routing
-            return {expert: (slice(None), position) for expert, position in row.items()}
+            return {expert: (None, position) for expert, position in row.items()}
     by_position = index.T.reshape(-1)  # [top_k * tokens]
     chosen = torch.argsort(by_position, stable=True).split(torch.bincount(by_position).tolist())
     return {
@@ -111,17 +113,17 @@ class OrderedSum:
     def __init__(self, value: torch.Tensor, experts: list[int]) -> None:
         self.value = value
         self._turns = experts[::-1]
-        self.early: dict[int, tuple[torch.Tensor | slice, torch.Tensor]] = {}
+        self.early: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._lock = threading.Lock()
 
-    def add(self, expert: int, tokens: torch.Tensor | slice, output: torch.Tensor) -> None:
-        """Add output [n, width] to these tokens' sums, now or when the experts below have come."""
+    def add(self, expert: int, tokens: torch.Tensor | None, output: torch.Tensor) -> None:
+        """Add output [n, width] to the sums of these tokens (None: of all), or when it is due."""
         with self._lock:
             self.early[expert] = tokens, output
             while self._turns and self._turns[-1] in self.early:
                 tokens, output = self.early.pop(self._turns.pop())
-                if isinstance(tokens, slice):
-                    self.value[tokens].add_(output)
+                if tokens is None:
+                    self.value.add_(output)
                 else:
                     self.value.index_add_(0, tokens, output)
 
