@@ -48,6 +48,7 @@ class Engine:
         self.policy = policies.get(policy, online=True)
         self.guesses = prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES
         self.modules = skeleton.expert_modules(model)
+        self.waiting_bytes = experts.most_waiting_bytes(model)
         self.slots = self._divide(memory_bytes)
         self.lock = threading.RLock()  # a layer at a time, whichever thread asks
         self.timings = experts.Timings()
@@ -188,7 +189,7 @@ class Engine:
         # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
         held = self.resident_bytes if self.device.type == "cpu" else self.memory_bytes
         least = budget.least_bytes(self.manifest)
-        return free_memory.budget_bytes(0, self.device, least, held)
+        return free_memory.budget_bytes(self.waiting_bytes, self.device, least, held)
 
     def _resize_arenas(self) -> None:
         """To `slots`, with what fits still in them; what can fail comes first."""

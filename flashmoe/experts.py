@@ -11,10 +11,11 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from flashmoe import arithmetic, gradients
 from flashmoe.arena import Arena
-from flashmoe.cache import ExpertCache, is_long
+from flashmoe.cache import LONG_CHOICES, ExpertCache, is_long
 from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.prefetch import Prefetcher
 from flashmoe.read_queue import Span
@@ -22,6 +23,11 @@ from flashmoe.reader import ExtentReader
 
 # Of a prompt the last tokens vote: a router's work on all of them costs as much again.
 GUESSED_TOKENS = 512
+
+
+def most_waiting_bytes(model: PreTrainedModel) -> int:
+    """Of outputs that wait for their turn in the sum, at float32: see `cache.LONG_CHOICES`."""
+    return LONG_CHOICES * getattr(model.config.get_text_config(), "hidden_size", 0) * 4
 
 
 @dataclass

@@ -8,7 +8,16 @@ from pathlib import Path
 import torch
 import transformers
 
-from flashmoe import backends, budget, dense, free_memory, quant, skeleton, streamed_model
+from flashmoe import (
+    backends,
+    budget,
+    dense,
+    experts,
+    free_memory,
+    quant,
+    skeleton,
+    streamed_model,
+)
 from flashmoe.backends import Backend
 from flashmoe.engine import Engine
 from flashmoe.errors import FlashMoEError
@@ -49,8 +58,8 @@ def load(
         _check_kernels(backend, where)
         if memory_bytes is None:
             contents = backend.manifest
-            least = budget.least_bytes(contents)
-            memory_bytes = free_memory.budget_bytes(contents.dense_bytes, where, least)
+            beside = contents.dense_bytes + experts.most_waiting_bytes(model)
+            memory_bytes = free_memory.budget_bytes(beside, where, budget.least_bytes(contents))
         engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads, where)
     except BaseException:
         backend.close()
