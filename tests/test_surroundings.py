@@ -136,7 +136,7 @@ def test_auto_says_what_is_free_and_what_is_needed(stores, monkeypatch, free_mib
     message = str(refused.value)
     assert "too little memory is free on cpu" in message
     assert "768.0 MiB of which stay reserved" in message
-    assert "needs 30.1 MiB at least" in message
+    assert "needs 30.6 MiB at least" in message
     assert "give memory= a size" in message
     assert "-" not in message
 
