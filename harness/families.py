@@ -84,7 +84,7 @@ def _outputs(model: transformers.PreTrainedModel) -> Outputs:
         3, 120, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)
     )
     result = model(input_ids=ids)
-    outputs = [result["logits" if "logits" in result else "last_hidden_state"]]
+    outputs = [tiny_models.output(result)]
     if model.can_generate():
         for prompts in (ids[:1], ids):
             generated = model.generate(

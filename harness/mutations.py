@@ -364,7 +364,7 @@ def _plain(folder: Path) -> torch.Tensor | Exception:
         if drawn := [name for name in info["missing_keys"] if name in parameters]:
             return LookupError(f"transformers draws {drawn[0]} at random")
         with torch.inference_mode():
-            return _output(with_own_memory(model.eval())(_IDS))
+            return tiny_models.output(with_own_memory(model.eval())(_IDS))
     except Exception as error:
         return error
 
@@ -377,14 +377,9 @@ def _streamed(folder: Path, packed: bool) -> torch.Tensor:
             pack(folder, path)
         model = flashmoe.load(path, memory="64MiB", policy="lru")
         try:
-            return _output(model(_IDS))
+            return tiny_models.output(model(_IDS))
         finally:
             model.flashmoe.close()
-
-
-def _output(result: Any) -> torch.Tensor:
-    found: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
-    return found
 
 
 def examine(

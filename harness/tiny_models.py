@@ -179,6 +179,12 @@ def _router_biases(model: PreTrainedModel) -> list[torch.Tensor]:
     return [tensor for name, tensor in named if _ROUTER_BIAS.search(name)]
 
 
+def output(result: Any) -> torch.Tensor:
+    """Of a forward pass: logits, or a bare model's hidden states."""
+    found: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
+    return found
+
+
 def _shrunk(defaults: dict[str, Any]) -> dict[str, Any]:
     """Only what SMALL knows of a configuration, nested ones included."""
     small = dict(_small_values(defaults))

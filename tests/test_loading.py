@@ -65,7 +65,7 @@ def load(request, tmp_path):
 
 @torch.inference_mode()
 def output(model: transformers.PreTrainedModel) -> torch.Tensor:
-    return families._output(model(prompt(13)))
+    return tiny_models.output(model(prompt(13)))
 
 
 def plain(folder: Path, model_class=transformers.AutoModelForCausalLM) -> torch.Tensor:

@@ -202,4 +202,4 @@ def test_a_directory_that_is_no_model_is_told_as_such(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "not a configuration" in complaint(tmp_path)
     assert "no such directory" in complaint(tmp_path / "config.json")
-    assert "cannot be opened (File name too long)" in complaint(tmp_path / ("x" * 300))
+    assert "cannot be read (File name too long)" in complaint(tmp_path / ("x" * 300))
