@@ -190,10 +190,10 @@ def main() -> None:
             report.write(folder, "faults-kills", faults.kills(arguments.kills))
             report.provenance(folder, "faults", provenance.gather(command, folder, seed=0))
         case "mutations":
-            from harness import mutations
+            from harness import mutants
             from harness.say import say
 
-            rows = mutations.examine(arguments.count, arguments.seed, say)
+            rows = mutants.examine(arguments.count, arguments.seed, say)
             report.write(folder, "mutations", rows)
             found = provenance.gather(command, folder, seed=arguments.seed)
             report.provenance(folder, "mutations", found)

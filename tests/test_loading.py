@@ -19,7 +19,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.store.pack import pack
 from flashmoe.streamed_parameter import StreamedParameter
 from flashmoe.weight_files import INDEX_NAME
-from harness import families, mutations, tiny_models
+from harness import families, mutants, tiny_models
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_all_but_the_experts_is_as_from_pretrained_has_it(family, dtype, tmp_pat
 
 def test_mutated_checkpoints_give_transformers_output_or_a_sentence():
     """A short form of `python -m harness mutations`."""
-    rows = mutations.examine(60, seed=1, say=pytest.fail)
+    rows = mutants.examine(60, seed=1, say=pytest.fail)
     assert sum(row["equal"] for row in rows) > 5
     assert sum(row["refused"] for row in rows) > 5
 
