@@ -12,6 +12,7 @@ import torch
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.shards import TensorEntry
+from flashmoe.store.manifest import dtype_name
 
 _SETTINGS = ("quantization_config", "compression_config")
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -36,12 +37,12 @@ def refuse(
         name = found[0]
         raise FlashMoEError(
             f"{directory} is already quantised ({method or 'its config.json does not say how'}; "
-            f"{name.rpartition('.')[0] or name} holds {_named(tensors[name].dtype)}), which "
+            f"{name.rpartition('.')[0] or name} holds {dtype_name(tensors[name].dtype)}), which "
             "FlashMoE cannot stream yet: use the checkpoint's float16, bfloat16 or float32 version"
         )
     if claims:
         where = next(iter(claims))
-        kinds = {_named(tensors[name].dtype) for name in floats}
+        kinds = {dtype_name(tensors[name].dtype) for name in floats}
         raise FlashMoEError(
             f"{directory}: {where} says that the weights are quantised ({method}), but they are "
             f"{' and '.join(sorted(kinds))}: remove that entry from config.json"
@@ -74,7 +75,3 @@ def _claims(settings: Any, where: str) -> Iterator[tuple[str, str]]:
                 yield f"{where}'s {key}", str(method or "unknown")
         elif isinstance(value, dict):
             yield from _claims(value, f"{where}'s {key}")
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

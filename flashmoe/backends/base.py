@@ -33,7 +33,7 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self) -> PreTrainedModel:
-        """The model, with no weights yet: see `skeleton.build`. To be called once."""
+        """The model, with no weights yet: see `skeleton.build`."""
 
     @abstractmethod
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:

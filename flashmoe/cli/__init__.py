@@ -14,6 +14,15 @@ from collections.abc import Sequence
 from flashmoe.errors import FlashMoEError
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """The budget of every command that runs a model."""
+    parser.add_argument(
+        "--memory",
+        default="auto",
+        help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="flashmoe", description="Run Mixture-of-Experts models whose experts stay on the SSD."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flashmoe
+from flashmoe.cli import add_memory
 from flashmoe.store import files
 
 HELP = "generate text from a prompt"
@@ -20,11 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, help="Hugging Face directory or store (default: the demo)"
     )
     parser.add_argument("--prompt", required=True)
-    parser.add_argument(
-        "--memory",
-        default="auto",
-        help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
-    )
+    add_memory(parser)
     parser.add_argument(
         "--raw",
         action="store_true",

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import flashmoe
+from flashmoe.cli import add_memory
 from flashmoe.store import files
 
 HELP = "write a trace of a model's routing"
@@ -20,11 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="TRACE.npz")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="0: only the prompts")
-    parser.add_argument(
-        "--memory",
-        default="auto",
-        help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
-    )
+    add_memory(parser)
     parser.add_argument(
         "--raw",
         action="store_true",
