@@ -28,6 +28,7 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.extending import overload, register_jitable
 
+import flashmoe
 from flashmoe.locations import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ os.register_at_fork(
     after_in_parent=_compiling.release,
     after_in_child=_compiling.release,
 )
-_SOURCES = ("compiled.py", "events.py", "cache.py")  # of all compiled code, beside policies/
+# Of all compiled code, relative to the package.
+SOURCES = ("compiled.py", "events.py", "cache.py", "policies/**/*.py")
 helper = register_jitable  # a function that policies may call, compiled or not
 
 
@@ -124,8 +126,8 @@ def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., An
 def _digest(policy_class: type) -> str:
     """Of all that decides what a kernel does: editing a policy never runs its old code."""
     own = Path(inspect.getfile(policy_class))
-    package = Path(__file__).parent
-    sources = [own, *(package / name for name in _SOURCES), *(package / "policies").glob("*.py")]
+    package = Path(flashmoe.__file__).parent
+    sources = [own, *(file for pattern in SOURCES for file in package.glob(pattern))]
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {os.uname().machine}".encode())
     for source in sorted(set(sources)):
         digest.update(source.read_bytes())
