@@ -155,11 +155,11 @@ def fuzz(session: nox.Session) -> None:
     install(session, "harness")
     session.install("atheris")
     seconds = session.posargs[0] if session.posargs else "600"
-    listing = "from harness.untrusted import INPUTS; print(*INPUTS, sep='\\n')"
+    listing = "from harness.torture.untrusted import INPUTS; print(*INPUTS, sep='\\n')"
     names = str(session.run("python", "-c", listing, silent=True)).strip().splitlines()
     with tempfile.TemporaryDirectory() as findings, session.chdir(findings):
         for name in names:
-            session.run("python", "-m", "harness.fuzz", name, seconds)
+            session.run("python", "-m", "harness.torture.fuzz", name, seconds)
 
 
 @nox.session

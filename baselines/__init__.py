@@ -7,7 +7,7 @@ from functools import cache
 
 from baselines.base import System
 from flashmoe.errors import FlashMoEError
-from flashmoe.registry import discover
+from flashmoe.util.registry import discover
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from flashmoe.lookahead import Lookahead
-from flashmoe.read_queue import Span
+from flashmoe.engines.transformers.lookahead import Lookahead
+from flashmoe.reading.read_queue import Span
 from flashmoe.trace import Trace
 
 

@@ -27,8 +27,8 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe import arithmetic
-from flashmoe.lookahead import Guess, Lookahead
+from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.lookahead import Guess, Lookahead
 
 PINNED_SHARE = 0.5
 TRUE_ROUTER_LAYERS = 5

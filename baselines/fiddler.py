@@ -22,8 +22,8 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe import arithmetic
-from flashmoe.arena import Arena
+from flashmoe.engines.transformers import arithmetic
+from flashmoe.memory.arena import Arena
 
 PINNED_SHARE = 0.5
 _MEASURED_TOKENS = (1, 8, 32)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import flashmoe
 from baselines.base import Setting, System
-from flashmoe.read_queue import Span
+from flashmoe.reading.read_queue import Span
 
 
 class FlashMoELRU(System):

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.base import Setting, System
-from flashmoe import dense, skeleton, streamed_module
-from flashmoe.backends.packed import PackedStore
+from flashmoe.engines.transformers import dense_weights, skeleton, streamed_module
+from flashmoe.engines.transformers.backends.packed import PackedStore
 from flashmoe.store.manifest import Manifest
 
 
@@ -22,7 +22,7 @@ class LayeredSystem(System):
         self.manifest: Manifest = backend.manifest
         self.model = backend.build()
         self.modules = list(skeleton.expert_modules(self.model).values())
-        dense.fill(self.model, backend.dense(), backend.path, backend.remedy)
+        dense_weights.fill(self.model, backend.dense(), backend.path, backend.remedy)
         backend.close()
         self.prepare(setting)
         for number, module in enumerate(self.modules):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from baselines.base import Setting
 from baselines.flashmoe_lru import FlashMoELRU
-from flashmoe.cache import ExpertCache, Wave
+from flashmoe.cache.expert_cache import ExpertCache, Wave
 from flashmoe.events import Event
 from flashmoe.store import manifest as manifests
 

@@ -14,7 +14,7 @@ import torch
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier
-from flashmoe import arithmetic
+from flashmoe.engines.transformers import arithmetic
 
 
 class OSPaging(LayeredSystem):

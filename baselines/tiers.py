@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.arena import Arena, Memory, views
-from flashmoe.arithmetic import Parameters
-from flashmoe.backends.packed import PackedStore
-from flashmoe.reader import ExtentReader
+from flashmoe.engines.transformers.arithmetic import Parameters
+from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.memory.arena import Arena, Memory, views
+from flashmoe.reading.reader import ExtentReader
 from flashmoe.store.manifest import Manifest
 
 

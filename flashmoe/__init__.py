@@ -17,7 +17,7 @@ __all__ = ["FlashMoEError", "demo_path", "demo_routing_path", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # transformers takes seconds to import, the command line often needs none
-        from flashmoe.loading import load
+        from flashmoe.engines.transformers.loading import load
 
         return load
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

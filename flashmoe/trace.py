@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe import plain_npz
+from flashmoe.disk import files, plain_npz
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import files
 
 _OPTIONAL = ("weights", "probabilities", "step", "guesses")
 

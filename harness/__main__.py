@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     long.add_argument("--seconds", type=_AMOUNT, default=3600)
     run = commands.add_parser("run", help="one system, once, in this process; prints JSON")
     run.add_argument("system")
-    run.add_argument("--job", help="a harness.job.Job as JSON (default: the demo model)")
+    run.add_argument("--job", help="a harness.runs.job.Job as JSON (default: the demo model)")
     run.add_argument("--memory", default="12MiB")
     run.add_argument("--prompt", default="And it came to pass")
     run.add_argument("--max-new-tokens", type=int, default=48)
@@ -95,9 +95,9 @@ def main() -> None:
     if arguments.command == "run":  # nothing else imported: it may have little memory
         _run_one(arguments)
         return
-    from flashmoe.sizes import parse_bytes
-    from harness import provenance, report
+    from flashmoe.util.sizes import parse_bytes
     from harness import reproduce as steps
+    from harness.report import provenance, report
 
     folder = steps.folder_for("quick")
     command = f"python -m harness {arguments.command}"
@@ -108,7 +108,8 @@ def main() -> None:
             check()
             return
         case "families":
-            from harness import families, tiny_models
+            from harness import tiny_models
+            from harness.tables import families
 
             families.write([families.examine(family) for family in tiny_models.families()])
             return
@@ -124,7 +125,7 @@ def main() -> None:
         case "speedups":
             steps.run_speedups(folder, command)
         case "full-scale":
-            from harness.full_scale import Model, full_scale
+            from harness.tables.full_scale import Model, full_scale
 
             if (arguments.routing is None) != (arguments.sequence is None):
                 raise FlashMoEError("--routing and --sequence go together: give both or neither")
@@ -155,8 +156,8 @@ def main() -> None:
                 **({"decode_seconds": seconds} if seconds else {}),
             )
         case "peers":
-            from harness.full_scale import CAPS
-            from harness.peer_table import peer_table
+            from harness.tables.full_scale import CAPS
+            from harness.tables.peer_table import peer_table
 
             caps = arguments.caps or CAPS
             command += (
@@ -173,32 +174,32 @@ def main() -> None:
                 scheme=arguments.quant,
             )
         case "soak":
-            from harness.say import say
-            from harness.soak import soak
+            from harness.report.progress import say
+            from harness.torture.soak import soak
 
             report.write(folder, "soak", soak(arguments.seconds, say))
             report.provenance(folder, "soak", provenance.gather(command, folder, seed=0))
         case "long-prompts":
-            from harness import long_prompts
+            from harness.tables import long_prompts
 
             report.write(folder, "long_prompts", long_prompts.table())
             report.provenance(folder, "long_prompts", provenance.gather(command, folder, seed=0))
         case "faults":
-            from harness import faults
+            from harness.torture import faults
 
             report.write(folder, "faults-reads", faults.reads(arguments.count))
             report.write(folder, "faults-kills", faults.kills(arguments.kills))
             report.provenance(folder, "faults", provenance.gather(command, folder, seed=0))
         case "mutations":
-            from harness import mutants
-            from harness.say import say
+            from harness.report.progress import say
+            from harness.torture import mutants
 
             rows = mutants.examine(arguments.count, arguments.seed, say)
             report.write(folder, "mutations", rows)
             found = provenance.gather(command, folder, seed=arguments.seed)
             report.provenance(folder, "mutations", found)
         case "quant":
-            from harness import quant_table
+            from harness.tables import quant_table
 
             folder = steps.folder_for("full-scale")
             if arguments.texts:
@@ -220,10 +221,10 @@ def _run_one(arguments: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
     import flashmoe
-    from flashmoe.sizes import parse_bytes
     from flashmoe.store.pack import pack
-    from harness.job import Job
-    from harness.run import run
+    from flashmoe.util.sizes import parse_bytes
+    from harness.runs.job import Job
+    from harness.runs.run import run
 
     if arguments.job:
         print(json.dumps(run(Job.from_json(arguments.job))))

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import baselines
 import flashmoe
 from baselines.flashmoe_lru import FlashMoELRU
-from flashmoe import simulate, trace
+from flashmoe import trace
+from flashmoe.cache import simulate
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import record
-from harness import hit_rates, report, texts
-from harness.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WARM_UP_TOKENS
+from harness.report import report
+from harness.report.progress import say
 from harness.reproduce import demo_expert_bytes
-from harness.say import say
+from harness.tables import hit_rates, text_table
+from harness.tables.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WARM_UP_TOKENS
 
 
 def check() -> None:
@@ -111,7 +113,7 @@ def _engine() -> Iterator[str]:
     say("generating with the engine, in memory, and in the simulator")
     path = flashmoe.demo_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(texts.PROMPTS["bible"], return_tensors="pt")["input_ids"]
+    ids = tokenizer(text_table.PROMPTS["bible"], return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     mask = torch.ones_like(ids)
     expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import flashmoe
-from flashmoe import reader
+from flashmoe.reading import reader
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
 

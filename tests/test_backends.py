@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import flashmoe
-from flashmoe import backends
-from flashmoe.backends.in_place import InPlace
-from flashmoe.backends.packed import PackedStore
+from flashmoe.disk import direct_io
+from flashmoe.disk.direct_io import aligned_memory
+from flashmoe.engines.transformers import backends
+from flashmoe.engines.transformers.backends.in_place import InPlace
+from flashmoe.engines.transformers.backends.packed import PackedStore
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import direct_io
-from flashmoe.store.direct_io import aligned_memory
 from harness import tiny_models
-from harness.page_cache import cached_bytes
+from harness.runs.page_cache import cached_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,8 +14,8 @@ from baselines.base import Setting
 from baselines.daop import SWAP_RATIO, TRUE_ROUTER_LAYERS
 from baselines.fiddler import Latencies
 from baselines.tiers import MappedTier, PinnedTier
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import record
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
@@ -144,7 +144,7 @@ def test_daop_without_predictions_would_be_exact(deep):
 
 
 def test_daop_degrades_gracefully(deep):
-    from flashmoe.lookahead import Guess
+    from flashmoe.engines.transformers.lookahead import Guess
 
     system = baselines.get("daop")()
     system.load(deep)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe import policies
-from flashmoe.cache import LONG_CHOICES, ExpertCache
+from flashmoe.cache.expert_cache import LONG_CHOICES, ExpertCache
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 

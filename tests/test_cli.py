@@ -17,7 +17,9 @@ import torch
 import transformers
 
 import flashmoe
-from flashmoe import cli, policies, simulate, synth, trace
+from flashmoe import cli, policies, trace
+from flashmoe.cache import simulate
+from flashmoe.engines.transformers import synth
 from flashmoe.store import manifest
 
 PROMPT = "And it came to pass"
@@ -309,7 +311,9 @@ def test_an_instruct_model_is_prompted_through_its_template(
 
 
 def test_the_tokenizer_is_loaded_before_the_model(capfd, own_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("flashmoe.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "flashmoe.engines.transformers.loading.load", lambda *_, **__: pytest.fail("loaded")
+    )
     assert "holds no tokenizer" in refused(capfd, "generate", own_store, "--prompt", "x")
     (tmp_path / "p.txt").write_text("x")
     record = ("record", own_store, "--prompts", tmp_path / "p.txt", "--out")
@@ -319,12 +323,12 @@ def test_the_tokenizer_is_loaded_before_the_model(capfd, own_store, tmp_path, mo
 
 
 def test_the_default_budget_is_what_memory_is_free(capfd, demo_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("flashmoe.free_memory.budget_bytes", lambda *_: 9 << 20)
+    monkeypatch.setattr("flashmoe.memory.free_memory.budget_bytes", lambda *_: 9 << 20)
     options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--json")
     status, out, _ = run(capfd, "generate", demo_store, *options)
     assert (status, json.loads(out)["stats"]["slots_per_layer"]) == (0, 12)
     (tmp_path / "p.txt").write_text(PROMPT)
-    monkeypatch.setattr("flashmoe.free_memory.budget_bytes", lambda *_: 1 << 10)
+    monkeypatch.setattr("flashmoe.memory.free_memory.budget_bytes", lambda *_: 1 << 10)
     options = ("--prompts", tmp_path / "p.txt", "--out", tmp_path / "t.npz")
     assert "too small" in refused(capfd, "record", demo_store, *options)
 

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import budget, engine, loading, simulate
-from flashmoe.backends.packed import PackedStore
-from flashmoe.device_arena import DeviceArena
+from flashmoe.cache import simulate
+from flashmoe.engines.transformers import engine, loading
+from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.reader import ExtentReader
-from flashmoe.record import record
-from flashmoe.staging import STAGED_BYTES, Staging
+from flashmoe.memory.device_arena import DeviceArena
+from flashmoe.reading.reader import ExtentReader
+from flashmoe.reading.staging import STAGED_BYTES, Staging
+from flashmoe.residency import budget
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
 

@@ -18,8 +18,8 @@ from conftest import make_checkpoint, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe.engines.transformers.packed_linear import PackedLinear
 from flashmoe.errors import FlashMoEError
-from flashmoe.packed_linear import PackedLinear
 
 
 @torch.inference_mode()

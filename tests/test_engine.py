@@ -13,9 +13,10 @@ from conftest import FAMILIES, budget, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe import policies, simulate
+from flashmoe import policies
+from flashmoe.cache import simulate
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import record
 from flashmoe.store import manifest
 
 ONLINE = [name for name, policy in policies.available().items() if not policy.offline]

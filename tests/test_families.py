@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness import families, tiny_models
+from harness import tiny_models
+from harness.tables import families
 
 
 @pytest.mark.parametrize("family", tiny_models.families())

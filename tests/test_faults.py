@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import faults
+from harness.torture import faults
 
 
 def test_no_fault_of_the_drive_gives_a_wrong_token():

@@ -12,11 +12,12 @@ import pytest
 from conftest import budget, generate, prompt
 
 import flashmoe
-from flashmoe import synth
+from flashmoe.disk import direct_io
+from flashmoe.engines.transformers import synth
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import direct_io, manifest
+from flashmoe.reading.verify import verify
+from flashmoe.store import manifest
 from flashmoe.store.pack import pack
-from flashmoe.verify import verify
 
 
 def refuse(code: int):

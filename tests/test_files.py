@@ -8,10 +8,9 @@ import stat
 import numpy as np
 import pytest
 
-from flashmoe import plain_npz
+from flashmoe.disk import files, plain_npz
 from flashmoe.errors import FlashMoEError
-from flashmoe.policies import policy_file
-from flashmoe.store import files
+from flashmoe.policies.parts import policy_file
 from flashmoe.store.manifest import FILE_NAME, Manifest
 from flashmoe.trace import Trace
 

@@ -18,9 +18,10 @@ from conftest import budget, generate, prompt
 from torch.utils.data import DataLoader, Dataset
 
 import flashmoe
-from flashmoe import budget as budgets
-from flashmoe import compiled, engine
-from flashmoe.read_queue import ReadQueue
+from flashmoe.engines.transformers import engine
+from flashmoe.policies.parts import compiled
+from flashmoe.reading.read_queue import ReadQueue
+from flashmoe.residency import budget as budgets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 HANGS_AFTER_SECONDS = 120

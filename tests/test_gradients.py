@@ -9,8 +9,8 @@ import transformers
 from conftest import FAMILIES, make_checkpoint, prompt
 
 import flashmoe
+from flashmoe.engines.transformers.packed_linear import PackedLinear
 from flashmoe.errors import FlashMoEError
-from flashmoe.packed_linear import PackedLinear
 
 
 def plain(checkpoint) -> transformers.PreTrainedModel:

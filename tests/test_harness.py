@@ -22,27 +22,18 @@ import torch
 import baselines
 import flashmoe
 from flashmoe import policies, trace
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import record
 from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
-from harness import (
-    alone,
-    check,
-    full_scale,
-    hit_rates,
-    plots,
-    provenance,
-    report,
-    speedups,
-    splits,
-    ssd,
-    texts,
-)
+from harness import check
 from harness.__main__ import build_parser
-from harness.forced_routing import forced_routing
-from harness.job import Job
-from harness.memory_cap import ReadLimit, memory_cap
+from harness.report import plots, provenance, report
+from harness.runs import isolated_run, ssd
+from harness.runs.forced_routing import forced_routing
+from harness.runs.job import Job
+from harness.runs.memory_cap import ReadLimit, memory_cap
+from harness.tables import data_splits, full_scale, hit_rates, speedups, text_table
 
 ROOT = Path(__file__).parents[1]
 needs_fio = pytest.mark.skipif(ssd.fio_path() is None, reason="fio is not installed")
@@ -131,7 +122,7 @@ def test_the_hit_rate_table_means_what_it_says(tmp_path):
     routing = Trace(
         part.experts[early][:, :3], part.sequence[early], part.n_experts, info=part.info
     )
-    cases = [hit_rates.Case("demo", splits.SEEN_DOMAIN, routing, 1000)]
+    cases = [hit_rates.Case("demo", data_splits.SEEN_DOMAIN, routing, 1000)]
     done: list[int] = []
     found, layers = hit_rates.table(cases, done.append)
     rows = pd.DataFrame(found)
@@ -162,14 +153,15 @@ def test_the_hit_rate_table_means_what_it_says(tmp_path):
 
 
 def test_the_split_keeps_kinds_and_subjects_whole():
-    assert splits.part_of("kernel-docs-4") == splits.UNSEEN_DOMAIN
-    assert splits.part_of("python-1") == splits.SEEN_DOMAIN
-    assert splits.part_of("python-2") == splits.TRAINED
+    assert data_splits.part_of("kernel-docs-4") == data_splits.UNSEEN_DOMAIN
+    assert data_splits.part_of("python-1") == data_splits.SEEN_DOMAIN
+    assert data_splits.part_of("python-2") == data_splits.TRAINED
     subjects = {f"mmlu_dev/subject{n}/{m}" for n in range(40) for m in range(2)}
-    assert len({(n.split("/")[1], splits.part_of(n)) for n in subjects}) == 40
-    whole = dict(splits.shipped())["demo"]
+    assert len({(n.split("/")[1], data_splits.part_of(n)) for n in subjects}) == 40
+    whole = dict(data_splits.shipped())["demo"]
     parts = [
-        splits.take(whole, p) for p in (splits.TRAINED, splits.SEEN_DOMAIN, splits.UNSEEN_DOMAIN)
+        data_splits.take(whole, p)
+        for p in (data_splits.TRAINED, data_splits.SEEN_DOMAIN, data_splits.UNSEEN_DOMAIN)
     ]
     assert sorted(name for part in parts for name in part.names()) == sorted(whole.names())
 
@@ -182,7 +174,7 @@ def generation(tmp_path_factory):
     """Every system, once, each in a process of its own, on the demo model."""
     folder = tmp_path_factory.mktemp("generation")
     pack(flashmoe.demo_path(), folder / "store")
-    prompt = texts.PROMPTS["bible"]
+    prompt = text_table.PROMPTS["bible"]
     base = Job("flashmoe", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
     base = replace(base, routing=flashmoe.demo_routing_path())
     jobs = speedups.jobs_for(base, [16], [16])
@@ -247,12 +239,12 @@ def test_the_roofline_is_the_slower_of_drive_and_arithmetic(generation):
 def test_a_run_that_fails_says_so(generation):
     _, base, _ = generation
     with pytest.raises(FlashMoEError, match=r"flashmoe failed: .*too small"):
-        alone.run_alone(replace(base, memory_bytes=1))
+        isolated_run.run_alone(replace(base, memory_bytes=1))
     with memory_cap(1 << 30) as cap:
         if cap is None:
             pytest.skip("no memory cgroup can be made here")
-    killed = alone.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
-    assert killed["outcome"] == alone.OUT_OF_MEMORY
+    killed = isolated_run.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
+    assert killed["outcome"] == isolated_run.OUT_OF_MEMORY
 
 
 def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monkeypatch):
@@ -261,7 +253,7 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     noted = len(kept.read_text().splitlines())
     assert noted == len(rows)
     monkeypatch.setattr(speedups, "run_alone", lambda job: {
-        "system": job.system, "outcome": alone.OUT_OF_MEMORY, "cap_bytes": 1,
+        "system": job.system, "outcome": isolated_run.OUT_OF_MEMORY, "cap_bytes": 1,
         "read_limit_bytes_per_second": None, "peak_memory_bytes": 1,
     })  # fmt: skip
     memory_bytes = speedups.budget_for(base.store, 16)
@@ -269,7 +261,7 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     fresh = replace(known, cap_bytes=1)
     again = speedups.table([known, fresh], 1, None, lambda text: None, kept)
     assert again[0]["tokens_per_second"] == rows["flashmoe"]["tokens_per_second"]
-    assert again[1]["outcome"] == alone.OUT_OF_MEMORY
+    assert again[1]["outcome"] == isolated_run.OUT_OF_MEMORY
     assert len(kept.read_text().splitlines()) == noted + 1
 
 
@@ -296,7 +288,7 @@ def test_the_drive_is_asked_before_and_after_what_streams(generation, monkeypatc
 def test_a_token_s_reads_and_computations_are_drawn(generation, tmp_path):
     _, base, _ = generation
     job = replace(base, memory_bytes=speedups.budget_for(base.store, 16), timeline=True)
-    run = alone.run_alone(job)
+    run = isolated_run.run_alone(job)
     kinds = {what for what, _, _ in run["timeline"]}
     assert {"experts", "layer", "demand"} <= kinds
     layers = [(start, end) for what, start, end in run["timeline"] if what == "layer"]
@@ -319,7 +311,7 @@ def test_speedups_are_drawn_for_one_cap_and_for_several(tmp_path, caps):
          "roofline_tokens_per_second": rate + 1 if system == "flashmoe" else np.nan}
         for cap in (*caps, None)
         for system, rate, outcome in (("flashmoe", 3.0, "ok"), ("daop", 1.0, "ok"),
-                                      ("fiddler", np.nan, alone.OUT_OF_MEMORY))
+                                      ("fiddler", np.nan, isolated_run.OUT_OF_MEMORY))
     ]  # fmt: skip
     plots.speedups(pd.DataFrame(rows), tmp_path, "speedups-m")
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
@@ -434,8 +426,8 @@ def test_medians_are_of_the_rounds():
     assert speedups._row([*runs, runs[0] | {"tokens": 3}], 0.1)["warm_up_tokens"] is None
     assert row["tokens_per_second"] == statistics.median((1.0, 2.0, 3.0))
     assert (row["tokens_per_second_min"], row["tokens_per_second_max"]) == (1.0, 3.0)
-    killed = runs[0] | {"outcome": alone.OUT_OF_MEMORY}
-    assert speedups._row([*runs, killed], 0.1)["outcome"] == alone.OUT_OF_MEMORY
+    killed = runs[0] | {"outcome": isolated_run.OUT_OF_MEMORY}
+    assert speedups._row([*runs, killed], 0.1)["outcome"] == isolated_run.OUT_OF_MEMORY
 
 
 def test_a_system_with_a_few_very_slow_tokens_is_named(capsys):

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import policies, simulate, trace, train
+from flashmoe import policies, trace, train
+from flashmoe.cache import simulate
 from flashmoe.cli import main
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import LAYERS_BELOW, Event, below
-from flashmoe.policies import learned, policy_file
+from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
-from flashmoe.policies.features import N_FEATURES, NAMES, Memory, describe, recall, remember
+from flashmoe.policies.parts import policy_file
+from flashmoe.policies.parts.features import N_FEATURES, NAMES, Memory, describe, recall, remember
 from flashmoe.trace import Trace
 
 TOKENS = 1200

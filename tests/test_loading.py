@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
+from flashmoe.engines.transformers.weight_files import INDEX_NAME
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.pack import pack
-from flashmoe.streamed_parameter import StreamedParameter
-from flashmoe.weight_files import INDEX_NAME
-from harness import families, mutants, tiny_models
+from harness import tiny_models
+from harness.tables import families
+from harness.torture import mutants
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

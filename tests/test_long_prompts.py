@@ -7,10 +7,11 @@ import torch
 from conftest import prompt
 from test_engine import eager, run
 
-from flashmoe import arithmetic, simulate
-from flashmoe.cache import LONG_CHOICES
-from flashmoe.record import record
-from harness import long_prompts
+from flashmoe.cache import simulate
+from flashmoe.cache.expert_cache import LONG_CHOICES
+from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.recorder import record
+from harness.tables import long_prompts
 
 FAMILY, TOP_K = "qwen3_moe", 3  # of 8 experts
 TOKENS = LONG_CHOICES // TOP_K + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.memory_cap import memory_cap
+from harness.runs.memory_cap import memory_cap
 
 MIB = 1 << 20
 SLACK_BYTES = 24 * MIB  # what two runs of the same Python process differ by
@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 import torch
 import flashmoe
-from harness.page_cache import cached_bytes
+from harness.runs.page_cache import cached_bytes
 from flashmoe.store import manifest
 torch.set_num_threads(1)
 store, memory = Path(sys.argv[1]), int(sys.argv[2])

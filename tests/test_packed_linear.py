@@ -15,8 +15,8 @@ from torch import nn
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe import packed_linear
-from flashmoe.packed_linear import PackedLinear
+from flashmoe.engines.transformers import packed_linear
+from flashmoe.engines.transformers.packed_linear import PackedLinear
 from flashmoe.store.pack import pack
 
 LARGER = dict(

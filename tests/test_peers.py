@@ -13,13 +13,13 @@ import torch
 import transformers
 
 import flashmoe
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import record
 from flashmoe.store.pack import write_store
 from flashmoe.trace import Trace
-from harness import peers
-from harness.job import FIRST_TOKEN, Job
-from harness.steered import SteeredWeights
+from harness.runs import peers
+from harness.runs.job import FIRST_TOKEN, Job
+from harness.runs.self_routing_weights import SteeredWeights
 
 TOKENS, PROMPT = 40, 30
 
@@ -60,7 +60,7 @@ def test_a_model_laid_out_otherwise_is_refused(steered):
 
 def test_a_peer_is_a_file_and_runs_where_its_library_is(monkeypatch):
     peer = peers.available()["llama-cpp"]
-    assert peer.command == [sys.executable, "-m", "harness.peers.llama_cpp"]
+    assert peer.command == [sys.executable, "-m", "harness.runs.peers.llama_cpp"]
     monkeypatch.setenv("FLASHMOE_PYTHON_LLAMA_CPP", "/another/python")
     assert peer.command[0] == "/another/python"
     monkeypatch.setenv("FLASHMOE_PYTHON_AIRLLM", shutil.which("false"))
@@ -91,8 +91,8 @@ def test_a_job_goes_to_another_process_and_back():
 def test_llama_cpp_says_what_flashmoe_says(tmp_path, steered, scheme, monkeypatch):
     pytest.importorskip("gguf")
     bindings = pytest.importorskip("llama_cpp.llama_cpp")
-    from harness import gguf_file
-    from harness.peers import llama_cpp
+    from harness.runs import gguf_file
+    from harness.runs.peers import llama_cpp
 
     _, _, weights = steered
     gguf_file.write(weights, tmp_path / "a.gguf", scheme)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe import policies
-from flashmoe.cache import ExpertCache
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import budget, engine, trace
+from flashmoe import trace
+from flashmoe.engines.transformers import engine
+from flashmoe.engines.transformers.lookahead import Guess
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.lookahead import Guess
-from flashmoe.read_queue import ReadQueue
-from flashmoe.record import record
+from flashmoe.reading.read_queue import ReadQueue
+from flashmoe.residency import budget
 from flashmoe.store import manifest
 
 

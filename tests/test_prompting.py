@@ -13,9 +13,9 @@ import transformers
 from tiny_tokenizer import CHAT, ids_of
 
 import flashmoe
-from flashmoe import prompting
+from flashmoe.engines.transformers import prompting
+from flashmoe.engines.transformers.prompting import Prompter
 from flashmoe.errors import FlashMoEError
-from flashmoe.prompting import Prompter
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from test_engine import eager
 
 import flashmoe
-import flashmoe.checkpoint
-from flashmoe import quant, skeleton
+from flashmoe import quant
+from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
@@ -65,7 +66,7 @@ def test_output_is_that_of_the_same_weights_in_memory(packed, family, scheme):
     reference = eager(checkpoint)
     modules = skeleton.expert_modules(reference)
     sources = {}
-    with flashmoe.checkpoint.Checkpoint(checkpoint) as source:
+    with Checkpoint(checkpoint) as source:
         for layer in contents.layers:
             for expert in range(layer.n_experts):
                 sources[layer.module, expert] = source.expert(layer.module, expert)

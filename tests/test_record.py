@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import prompt
 
-from flashmoe import record
+from flashmoe.engines.transformers import recorder
+from flashmoe.engines.transformers.recorder import Recorder
 from flashmoe.errors import FlashMoEError
-from flashmoe.record import Recorder
 
 
 def hooks(model: torch.nn.Module) -> int:
@@ -20,8 +20,8 @@ def hooks(model: torch.nn.Module) -> int:
 def test_recording_leaves_no_hook_behind(loaded):
     model = loaded()
     before = hooks(model)
-    recorder = Recorder(model, probabilities=True)
-    with recorder.recording():
+    recording = Recorder(model, probabilities=True)
+    with recording.recording():
         assert hooks(model) > before
     assert hooks(model) == before
 
@@ -32,9 +32,9 @@ def test_a_recording_that_cannot_begin_leaves_no_hook_behind(loaded, monkeypatch
 
     model = loaded()
     before = hooks(model)
-    monkeypatch.setattr(record, "_routers", hidden)
-    recorder = Recorder(model, probabilities=True)
-    with pytest.raises(FlashMoEError, match="without --probabilities"), recorder.recording():
+    monkeypatch.setattr(recorder, "_routers", hidden)
+    recording = Recorder(model, probabilities=True)
+    with pytest.raises(FlashMoEError, match="without --probabilities"), recording.recording():
         pass
     assert hooks(model) == before
     model(prompt(3))
@@ -51,8 +51,8 @@ def test_a_recording_that_stops_leaves_no_hook_behind(loaded):
 
 def test_what_is_kept_as_probabilities_are_probabilities(loaded):
     model = loaded()
-    recorder = Recorder(model, probabilities=True)
-    with recorder.recording():
+    recording = Recorder(model, probabilities=True)
+    with recording.recording():
         recorder.next_sequence()
         model(prompt(5))
     for (layer,) in recorder.probabilities:

@@ -12,11 +12,11 @@ import torch
 from conftest import budget, generate, prompt
 
 import flashmoe
-from flashmoe import arena as arenas
-from flashmoe import budget as budgets
-from flashmoe import engine
-from flashmoe.device_arena import DeviceArena
+from flashmoe.engines.transformers import engine
 from flashmoe.errors import FlashMoEError
+from flashmoe.memory import arena as arenas
+from flashmoe.memory.device_arena import DeviceArena
+from flashmoe.residency import budget as budgets
 
 COUNTS = ("requests", "hits", "prefetch_used", "prefetch_wasted", "bytes_read", "policy_seconds")
 

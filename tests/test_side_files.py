@@ -10,9 +10,9 @@ import tiny_tokenizer
 import transformers
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.reading.verify import verify
 from flashmoe.store import manifest, side_files
 from flashmoe.store.pack import pack
-from flashmoe.verify import verify
 
 WANTED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

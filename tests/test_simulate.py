@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe import policies, simulate, trace
+from flashmoe import policies, trace
+from flashmoe.cache import simulate
+from flashmoe.cache.simulate import Conditions
 from flashmoe.errors import FlashMoEError
-from flashmoe.simulate import Conditions
 from flashmoe.trace import Trace
 
 SHARED = Path(__file__).parents[2] / "shared" / "traces"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.soak import soak
+from harness.torture.soak import soak
 
 
 def test_nothing_grows():

@@ -18,16 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from flashmoe import skeleton
-from flashmoe.arena import Arena
-from flashmoe.backends.packed import PackedStore
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.disk import direct_io
+from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers.checkpoint import Checkpoint
 from flashmoe.errors import FlashMoEError
-from flashmoe.reader import ExtentReader
-from flashmoe.store import direct_io, manifest
+from flashmoe.memory.arena import Arena
+from flashmoe.reading.reader import ExtentReader
+from flashmoe.reading.verify import verify
+from flashmoe.store import manifest
 from flashmoe.store.pack import pack
-from flashmoe.verify import verify
-from harness.page_cache import cached_bytes
+from harness.runs.page_cache import cached_bytes
 
 
 def read_all(store: Path) -> dict[str, torch.Tensor]:

@@ -17,13 +17,15 @@ import torch
 from conftest import budget, generate, prompt
 
 import flashmoe
-from flashmoe import budget as budgets
-from flashmoe import compiled, free_memory, locations
-from flashmoe.cache import ExpertCache
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event
+from flashmoe.memory import free_memory
 from flashmoe.policies import get
 from flashmoe.policies.base import Scope
+from flashmoe.policies.parts import compiled
+from flashmoe.residency import budget as budgets
+from flashmoe.util import locations
 
 MIB = 1 << 20
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe import plain_npz, trace
+from flashmoe import trace
+from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
 from flashmoe.store.pack import pack
-from harness import untrusted
+from harness.torture import untrusted
 
 NUMBERS = [-1, 0, 1, 7, 4096, 1 << 31, 1 << 40, 1 << 63, 1 << 70, 0.5, 1e300, float("inf")]
 VALUES = [*NUMBERS, None, True, "", "x", "../x", "/etc/passwd", [], [[]], {}, {"a": 1}]

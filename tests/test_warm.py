@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import free_memory, policies, warm
+from flashmoe import policies
 from flashmoe.errors import FlashMoEError
+from flashmoe.memory import free_memory
+from flashmoe.residency import warm_start
 
 ONLINE = [name for name, policy in policies.available().items() if not policy.offline]
 
@@ -84,8 +86,8 @@ def test_a_restored_cache_goes_on_as_if_it_had_never_stopped(loaded, tmp_path, p
     file = tmp_path / "kept.npz"
     one, other = loaded(slots=3, policy=policy), loaded(slots=3, policy=policy)
     generate(one, prompt(9), 12)
-    warm.save(one.flashmoe, file)
-    restored = warm.restore(other.flashmoe, file)
+    warm_start.save(one.flashmoe, file)
+    restored = warm_start.restore(other.flashmoe, file)
     assert restored == sum(len(cache.resident) for cache in one.flashmoe.caches)
     one.flashmoe.reset_counts()
     texts = [generate(model, prompt(11), 12) for model in (one, other)]
@@ -100,8 +102,8 @@ def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
     file = tmp_path / "kept.npz"
     one, other = loaded(slots=4), loaded(slots=slots)
     expected = generate(one, prompt(9), 12)
-    warm.save(one.flashmoe, file)
-    warm.restore(other.flashmoe, file)
+    warm_start.save(one.flashmoe, file)
+    warm_start.restore(other.flashmoe, file)
     first = other.flashmoe.stats()
     assert first["requests"] == 0
     assert generate(other, prompt(9), 12) == expected
@@ -110,18 +112,18 @@ def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
 
 def test_what_was_kept_of_another_policy_is_refused(loaded, tmp_path):
     file = tmp_path / "kept.npz"
-    warm.save(loaded(slots=4, policy="lfu").flashmoe, file)
+    warm_start.save(loaded(slots=4, policy="lfu").flashmoe, file)
     with pytest.raises(FlashMoEError, match="another model, policy"):
-        warm.restore(loaded(slots=4, policy="lru").flashmoe, file)
+        warm_start.restore(loaded(slots=4, policy="lru").flashmoe, file)
     with pytest.raises(FlashMoEError, match="keeps a cache warm"):
-        warm.restore(loaded(slots=4, policy="lru").flashmoe, tmp_path / "none.npz")
+        warm_start.restore(loaded(slots=4, policy="lru").flashmoe, tmp_path / "none.npz")
 
 
 @pytest.fixture
 def kept(loaded, tmp_path):
     model = loaded(slots=3, policy="arc")
     generate(model, prompt(9), 3)
-    warm.save(model.flashmoe, tmp_path / "kept.npz")
+    warm_start.save(model.flashmoe, tmp_path / "kept.npz")
     return model, tmp_path / "kept.npz"
 
 
@@ -140,7 +142,7 @@ def test_a_damaged_file_is_refused_in_a_sentence_or_harmless(kept, data):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     damaged.write_bytes(content)
     try:
-        warm.restore(model.flashmoe, damaged)
+        warm_start.restore(model.flashmoe, damaged)
     except FlashMoEError as error:
         assert str(damaged) in str(error)
     held = [cache.resident for cache in model.flashmoe.caches]

@@ -11,7 +11,7 @@ from typing import Any
 
 import flashmoe
 from flashmoe.cli import add_memory
-from flashmoe.store import files
+from flashmoe.disk import files
 
 HELP = "generate text from a prompt"
 
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from flashmoe import warm
-    from flashmoe.prompting import Prompter
-    from flashmoe.telemetry import Telemetry
+    from flashmoe.engines.telemetry import Telemetry
+    from flashmoe.engines.transformers.prompting import Prompter
+    from flashmoe.residency import warm_start
 
     if arguments.max_new_tokens < 1:
         raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         ids = ids.to(model.device)
         if arguments.warm and arguments.warm.exists():
-            warm.restore(model.flashmoe, arguments.warm)
+            warm_start.restore(model.flashmoe, arguments.warm)
         telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
         shown = TextStreamer(
             prompter, skip_prompt=prompter.chats, skip_special_tokens=prompter.chats
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         new = output.shape[1] - ids.shape[1]
         stats = model.flashmoe.stats()
         if arguments.warm:
-            warm.save(model.flashmoe, arguments.warm)
+            warm_start.save(model.flashmoe, arguments.warm)
     finally:
         model.flashmoe.close()
     if arguments.json:

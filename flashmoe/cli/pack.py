@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flashmoe.sizes import format_bytes
+from flashmoe.util.sizes import format_bytes
 
 HELP = "turn a checkpoint into a store"
 
@@ -22,8 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.progress import byte_bar
     from flashmoe.store.pack import pack
+    from flashmoe.util.progress import byte_bar
 
     with byte_bar("packing") as progress:
         manifest = pack(

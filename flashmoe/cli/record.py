@@ -11,7 +11,7 @@ from pathlib import Path
 
 import flashmoe
 from flashmoe.cli import add_memory
-from flashmoe.store import files
+from flashmoe.disk import files
 
 HELP = "write a trace of a model's routing"
 
@@ -56,8 +56,8 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.prompting import Prompter
-    from flashmoe.record import record
+    from flashmoe.engines.transformers.prompting import Prompter
+    from flashmoe.engines.transformers.recorder import record
 
     if arguments.out.suffix != ".npz":
         raise flashmoe.FlashMoEError(f"--out {arguments.out} must end in .npz")

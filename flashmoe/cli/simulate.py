@@ -6,9 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from flashmoe import policies, simulate, trace
-from flashmoe.progress import count_bar
-from flashmoe.replay_pool import ReplayJob, replay_all
+from flashmoe import policies, trace
+from flashmoe.cache import simulate
+from flashmoe.cache.replay_pool import ReplayJob, replay_all
+from flashmoe.util.progress import count_bar
 
 HELP = "replay a trace against policies and capacities"
 

@@ -21,8 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.progress import byte_bar
-    from flashmoe.synth import synthesise, synthesise_store
+    from flashmoe.engines.transformers.synth import synthesise, synthesise_store
+    from flashmoe.util.progress import byte_bar
 
     write = synthesise_store if arguments.store else synthesise
     with byte_bar("writing") as progress:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from flashmoe import trace
 from flashmoe.cli import seed
+from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import files
 
 HELP = "train a policy on traces"
 SEED = 20261124

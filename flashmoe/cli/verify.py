@@ -13,8 +13,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.progress import byte_bar
-    from flashmoe.verify import verify
+    from flashmoe.reading.verify import verify
+    from flashmoe.util.progress import byte_bar
 
     with byte_bar("verifying") as progress:
         manifest = verify(arguments.store, progress)

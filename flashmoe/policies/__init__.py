@@ -9,7 +9,7 @@ from typing import Any
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.registry import discover
+from flashmoe.util.registry import discover
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event, Events
+from flashmoe.policies.parts.compiled import helper
 
 
 @helper

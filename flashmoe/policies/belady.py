@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper, kernel
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.parts.compiled import helper, kernel
 
 
 def next_uses(events: Events, n_keys: int) -> np.ndarray:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
-from flashmoe.policies import policy_file
 from flashmoe.policies.base import Policy, Scope, least
-from flashmoe.policies.features import N_FEATURES, Memory, describe, recall, remember
+from flashmoe.policies.parts import policy_file
+from flashmoe.policies.parts.compiled import helper
+from flashmoe.policies.parts.features import N_FEATURES, Memory, describe, recall, remember
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 KIND = "learned"

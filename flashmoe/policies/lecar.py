@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
+from flashmoe.policies.parts.compiled import helper
 
 LEARNING_RATE = 0.45
 DISCOUNT = 0.005  # to the power of 1 / n_slots, a token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.policies.forward_passes import ForwardPasses, layers_until
+from flashmoe.policies.parts.forward_passes import ForwardPasses, layers_until
 
 
 class LLRU(ForwardPasses):

@@ -6,7 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.policies.lists import move, oldest
+from flashmoe.policies.parts.queues import move, oldest
 
 NOWHERE, SMALL, MAIN, GHOST = 0, 1, 2, 3
 

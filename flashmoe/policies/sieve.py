@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.compiled import helper
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.policies.parts.compiled import helper
 
 
 class SIEVE(Policy):

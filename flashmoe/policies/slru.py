@@ -6,7 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
-from flashmoe.policies.lists import move, oldest
+from flashmoe.policies.parts.queues import move, oldest
 
 ABSENT, PROBATION, PROTECTED = 0, 1, 2
 

@@ -7,7 +7,7 @@ from functools import cache
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant.base import Parts, Scheme, Weight, by_weight, part_name
-from flashmoe.registry import discover
+from flashmoe.util.registry import discover
 
 NONE = "none"
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from flashmoe import quant
+from flashmoe.disk import files
+from flashmoe.disk.direct_io import ALIGNMENT_BYTES
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
-from flashmoe.store import files
-from flashmoe.store.direct_io import ALIGNMENT_BYTES
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"

@@ -24,23 +24,17 @@ import torch
 import transformers
 import xxhash
 
-from flashmoe import dense, skeleton
 from flashmoe import quant as schemes
-from flashmoe.checkpoint import REMEDY, Checkpoint
+from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, reserve, write_all
+from flashmoe.disk.shards import header
+from flashmoe.engines.transformers import dense_weights, skeleton
+from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE, Scheme
-from flashmoe.shards import header
-from flashmoe.sizes import format_bytes
 from flashmoe.store import manifest as manifests
 from flashmoe.store import side_files
-from flashmoe.store.direct_io import (
-    aligned_memory,
-    drop_page_cache,
-    open_direct,
-    reserve,
-    write_all,
-)
 from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
+from flashmoe.util.sizes import format_bytes
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
@@ -55,7 +49,7 @@ def pack(
     """
     with Checkpoint(checkpoint) as source:
         model = skeleton.build(source.config, source.dtype)
-        dense.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
+        dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
         return write_store(source, checkpoint, store, progress, quant)
 
 

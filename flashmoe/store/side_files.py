@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
-from flashmoe.sizes import format_bytes
-from flashmoe.store import files, manifest
+from flashmoe.store import manifest
+from flashmoe.util.sizes import format_bytes
 
 LARGEST_BYTES = 128 << 20  # a tokenizer.json of 262 thousand tokens has 33 MB
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack",

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flashmoe.registry import discover
 from flashmoe.trace import Trace
+from flashmoe.util.registry import discover
 
 
 class Training(ABC):

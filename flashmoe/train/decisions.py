@@ -9,14 +9,14 @@ from itertools import repeat
 
 import numpy as np
 
-from flashmoe import simulate
-from flashmoe.cache import ExpertCache
-from flashmoe.compiled import helper
+from flashmoe.cache import simulate
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 from flashmoe.policies.belady import next_uses
-from flashmoe.policies.features import N_FEATURES, Memory, describe, recall, remember
 from flashmoe.policies.lru import LRU
+from flashmoe.policies.parts.compiled import helper
+from flashmoe.policies.parts.features import N_FEATURES, Memory, describe, recall, remember
 from flashmoe.trace import Trace
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.policies import policy_file
-from flashmoe.policies.features import N_FEATURES, NAMES
 from flashmoe.policies.learned import HIDDEN, KIND, Network
+from flashmoe.policies.parts import policy_file
+from flashmoe.policies.parts.features import N_FEATURES, NAMES
 from flashmoe.trace import Trace
 from flashmoe.train import Training
 from flashmoe.train.decisions import Decisions, gather

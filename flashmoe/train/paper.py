@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flashmoe import simulate
-from flashmoe.cache import ExpertCache
+from flashmoe.cache import simulate
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event, Events
-from flashmoe.policies import policy_file
 from flashmoe.policies.base import Scope
 from flashmoe.policies.belady import next_uses
 from flashmoe.policies.flashmoe_paper import KIND, FlashMoEPaper, inputs_of, leave, observe, shapes
+from flashmoe.policies.parts import policy_file
 from flashmoe.trace import Trace
 from flashmoe.train import Training
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import flashmoe
 from flashmoe.store.pack import pack
-from harness import speedups
+from harness.tables import speedups
 
 TOKENS = 16
 ROUNDS = 5

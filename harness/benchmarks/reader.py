@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from harness import ssd
+from harness.runs import ssd
 
 FILE_BYTES = 192 << 20
 SECONDS = 0.3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import flashmoe
-from flashmoe import policies, simulate, trace
+from flashmoe import policies, trace
+from flashmoe.cache import simulate
 from flashmoe.trace import Trace
 
 TOKENS = 256

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from flashmoe.record import record
+from flashmoe.engines.transformers.recorder import record
 from flashmoe.trace import Trace
 from harness.demo import corpus, train
-from harness.texts import PROMPTS
+from harness.tables.text_table import PROMPTS
 
 DEMO = Path(__file__).parents[2] / "flashmoe" / "demo"
 WINDOW = 256

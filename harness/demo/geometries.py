@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
-from flashmoe.record import record
+from flashmoe.engines.transformers.recorder import record
 from harness.demo import corpus, train
 
 ROUTING = Path(__file__).parents[2] / "flashmoe" / "routing"

@@ -1,0 +1,160 @@
+"""Replays a trace against a policy and a capacity, through the engine's own cache code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashmoe import policies
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.errors import FlashMoEError
+from flashmoe.events import LAYERS_BELOW, Event, Events, below
+from flashmoe.policies.base import Scope
+from flashmoe.trace import Trace
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What arXiv 2608.07911 asks every replayed figure to state."""
+
+    warm: bool = False  # residency and statistics carry over from sequence to sequence
+    shared: bool = False  # one budget for all layers instead of one cache each
+    as_recorded: bool = False  # events are the recorded forward passes, not single tokens
+    interleaved: int = 1  # sequences served in turn, token by token, by one cache
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Outcome for one policy and capacity."""
+
+    policy: str
+    capacity: float  # fraction of a layer's experts
+    slots: float  # per layer
+    conditions: Conditions
+    policy_seconds: float  # cache and policy together
+    counted: np.ndarray  # [caches, streams, 2] int64: requests and hits
+
+    @property
+    def per_stream(self) -> np.ndarray:
+        """[streams, 2]: requests and hits, for bootstrap intervals."""
+        return self.counted.sum(axis=0)
+
+    @property
+    def requests(self) -> int:
+        return int(self.counted[..., 0].sum())
+
+    @property
+    def hits(self) -> int:
+        return int(self.counted[..., 1].sum())
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.requests
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "capacity": self.capacity,
+            "slots": self.slots,
+            "requests": self.requests,
+            "hits": self.hits,
+            "misses": self.requests - self.hits,
+            "hit_rate": self.hit_rate,
+            "policy_seconds": self.policy_seconds,
+        }
+
+
+def slots_for(trace: Trace, capacity: float) -> int:
+    """round(capacity * experts), but at least top_k and at most all."""
+    if not 0 < capacity <= 1:
+        raise FlashMoEError(f"capacity {capacity} must be a fraction above 0 and at most 1")
+    return min(max(round(capacity * trace.n_experts), trace.top_k), trace.n_experts)
+
+
+def events_of(
+    trace: Trace, tokens: np.ndarray, layers: range, conditions: Conditions | None = None
+) -> Events:
+    """Events of some tokens at some layers, in the order in which the model meets them."""
+    offsets = np.arange(len(layers), dtype=np.int64) * trace.n_experts
+    span = slice(layers.start, layers.stop)
+    weights = None if trace.weights is None else trace.weights[tokens, span]
+    if conditions is None or not conditions.as_recorded:
+        keys = trace.experts[tokens, span] + offsets[:, None]
+        lowest = max(0, layers.start - LAYERS_BELOW)
+        seen = trace.experts[tokens, lowest : layers.stop]
+        lower = [below(seen, layer - lowest, trace.n_experts) for layer in layers]
+        shape = (-1, trace.top_k)
+        return Events.of_tokens(
+            keys.reshape(shape),
+            None if weights is None else weights.reshape(shape),
+            np.stack(lower, axis=1).reshape(len(keys) * len(layers), -1),
+        )
+    found = []
+    for step in trace.steps(slice(tokens[0], tokens[-1] + 1)):
+        part = slice(step.start - tokens[0], step.stop - tokens[0])
+        for layer in layers:
+            rows = trace.experts[step, layer]
+            shares = None if weights is None else weights[part, layer - layers.start]
+            known = below(trace.experts[step], layer, trace.n_experts)
+            found.append(Event.of_rows(rows, int(offsets[layer - layers.start]), shares, known))
+    return Events.of(found)
+
+
+def streams(trace: Trace, interleaved: int = 1) -> list[np.ndarray]:
+    """The tokens of each stream, in order: a sequence, or several taken token by token in turn."""
+    runs = [np.arange(tokens.start, tokens.stop) for _, tokens in trace.sequences()]
+    if interleaved == 1:
+        return runs
+    groups = []
+    for first in range(0, len(runs), interleaved):
+        group = runs[first : first + interleaved]
+        turn = np.concatenate([np.arange(len(run)) for run in group])
+        groups.append(np.concatenate(group)[np.argsort(turn, kind="stable")])
+    return groups
+
+
+def replay(
+    trace: Trace,
+    policy: str,
+    capacity: float,
+    conditions: Conditions | None = None,
+    *,
+    slots: float | None = None,
+) -> Replay:
+    """Replay every stream of `trace` at every layer.
+
+    policy: a name, or `name:argument`. `slots` overrides the slots per layer that `capacity`
+    gives. A request is one distinct expert of an event.
+    """
+    conditions = conditions or Conditions()
+    choice = policies.get(policy)
+    slots = slots or slots_for(trace, capacity)  # a fraction where layers share odd numbers
+    width = trace.n_layers if conditions.shared else 1
+    turns = streams(trace, conditions.interleaved)
+    counted = np.zeros((trace.n_layers // width, len(turns), 2), np.int64)
+    policy_seconds = 0.0
+    for group, first in enumerate(range(0, trace.n_layers, width)):
+        layers = range(first, first + width)
+        scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
+
+        def new_cache(future: Events | None, scope: Scope = scope) -> ExpertCache:
+            made = choice(scope, round(slots * width))
+            if made.offline and future is not None:
+                made.foresee(future)
+            return ExpertCache(made)
+
+        if conditions.warm:
+            offline = choice.policy_class.offline
+            whole = np.concatenate(turns)
+            cache = new_cache(events_of(trace, whole, layers, conditions) if offline else None)
+        for number, tokens in enumerate(turns):
+            events = events_of(trace, tokens, layers, conditions)
+            if not conditions.warm:
+                cache = new_cache(events)
+            requests, hits, seconds = cache.requests, cache.hits, cache.policy_seconds
+            cache.replay(events)
+            counted[group, number] = cache.requests - requests, cache.hits - hits
+            policy_seconds += cache.policy_seconds - seconds
+    return Replay(policy, capacity, slots, conditions, policy_seconds, counted)

@@ -1,0 +1,86 @@
+"""What the engine did in the last second, from two of its counts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flashmoe.engines.transformers.engine import Engine
+
+INTERVAL_SECONDS = 1.0
+
+
+class Second(NamedTuple):
+    """An interval of some length. The drive's shares are 0 where nothing was read."""
+
+    at_seconds: float  # since the start
+    tokens_per_second: float
+    hit_rate: float
+    read_bytes_per_second: float
+    drive_busy: float  # share of the time with a read in flight
+    share_of_roofline: float  # what it read of what the drive gave at most in any interval so far
+    resident_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.at_seconds:4.0f} s  {self.tokens_per_second:6.2f} token/s  "
+            f"hits {self.hit_rate:6.1%}  {self.read_bytes_per_second / 1e6:6.0f} MB/s, "
+            f"{self.share_of_roofline:4.0%} of the drive's best, busy {self.drive_busy:4.0%}  "
+            f"{self.resident_bytes / 2**20:6.0f} MiB of experts"
+        )
+
+
+class Telemetry:
+    """Watches an engine while it is used as a context manager; `seconds` are what it saw."""
+
+    def __init__(self, engine: Engine, tell: Callable[[Second], object] | None):
+        self.engine = engine
+        self.tell = tell
+        self.seconds: list[Second] = []
+        self.tokens = 0  # the owner counts them up
+        self._best = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="flashmoe-stats", daemon=True)
+
+    def __enter__(self) -> Telemetry:
+        self._started = self._last = time.perf_counter()
+        self._before, self._tokens_before = self.engine.stats(), 0
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(INTERVAL_SECONDS):
+            second = self._take()
+            if self.tell:
+                self.tell(second)
+        self._take()
+
+    def _take(self) -> Second:
+        stats, now, tokens = self.engine.stats(), time.perf_counter(), self.tokens
+        before, length = self._before, now - self._last
+
+        def grown(name: str) -> Any:
+            return stats[name] - before[name]
+
+        busy = grown("read_seconds")
+        if busy > 0:  # the speed while it read, which no roofline can be below
+            self._best = max(self._best, grown("bytes_read") / max(busy, length / 100))
+        rate = grown("bytes_read") / length
+        second = Second(
+            at_seconds=now - self._started,
+            tokens_per_second=(tokens - self._tokens_before) / length,
+            hit_rate=grown("hits") / max(1, grown("requests")),
+            read_bytes_per_second=rate,
+            drive_busy=min(1.0, busy / length),
+            share_of_roofline=rate / self._best if self._best else 0.0,
+            resident_bytes=stats["resident_bytes"],
+        )
+        self.seconds.append(second)
+        self._before, self._tokens_before, self._last = stats, tokens, now
+        return second

@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint as it is: experts are read out of its safetensors shards.
+
+No second copy on disk. An expert's tensors lie in several places and at odd offsets, so the
+enclosing aligned ranges are read past the page cache into a buffer, and copied from there to
+where the extent has them. docs/speed.md says what that costs against a packed store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from flashmoe.disk.direct_io import (
+    ALIGNMENT_BYTES,
+    aligned_memory,
+    drop_page_cache,
+    open_direct,
+    read_all,
+)
+from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers.backends.base import Backend
+from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
+from flashmoe.errors import FlashMoEError
+from flashmoe.store import manifest as manifests
+from flashmoe.store.manifest import LayerSpec, Manifest, dtype_name
+from flashmoe.store.pack import config_digest, lay_out_layers
+
+_AT_ONCE_BYTES = 1 << 20
+_BUFFER_BYTES = _AT_ONCE_BYTES + 2 * ALIGNMENT_BYTES  # what encloses so many at any offset
+
+
+class _Segment(NamedTuple):
+    """Bytes of an extent that lie side by side in a file."""
+
+    start: int  # in the extent
+    size: int
+    file: Path
+    offset: int  # in the file
+
+
+class InPlace(Backend):
+    """The shards of a checkpoint whose experts' tensors are stored as the model uses them."""
+
+    name = "in-place"
+    remedy = REMEDY
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return (path / "config.json").is_file() and not manifests.is_store(path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._buffers = threading.local()
+        self._checkpoint = Checkpoint(path)
+        try:
+            layers = lay_out_layers(self._checkpoint, None)
+            for layer in layers:
+                self._check_layout(layer)
+            self._segments = [
+                [self._find(layer, expert) for expert in range(layer.n_experts)] for layer in layers
+            ]
+            for segment in itertools.chain.from_iterable(itertools.chain(*self._segments)):
+                if segment.file not in self._files:
+                    self._files[segment.file] = open_direct(segment.file, os.O_RDONLY)
+        except BaseException:
+            self.close()
+            raise
+        self.direct = all(direct for _, direct in self._files.values())
+        self.manifest = Manifest(
+            architecture=type(self._checkpoint.model).__name__,
+            config_sha256=config_digest(path),
+            top_k=skeleton.top_k(self._checkpoint.config),
+            experts_file="",
+            dense_file="",
+            dense_bytes=self._checkpoint.dense_bytes(),
+            layers=tuple(layers),
+            dtype=dtype_name(self._checkpoint.dtype),
+        )
+
+    def _find(self, layer: LayerSpec, expert: int) -> list[_Segment]:
+        """Where the extent's bytes are; neighbours in both places are one segment."""
+        found: list[_Segment] = []
+        for spec in layer.tensors:
+            start = spec.offset_bytes
+            for place in self._checkpoint.places(layer.module, spec.name, expert):
+                new = _Segment(start, place.size_bytes, place.file, place.offset_bytes)
+                last = found[-1] if found else None
+                if (
+                    last
+                    and last.file == new.file
+                    and last.offset + last.size == new.offset
+                    and last.start + last.size == new.start
+                ):
+                    new = found.pop()._replace(size=last.size + new.size)
+                found.append(new)
+                start += place.size_bytes
+        return found
+
+    def _check_layout(self, layer: LayerSpec) -> None:
+        """Raises FlashMoEError unless the bytes on disk are those that the model computes with."""
+        for name, stored_as_used in self._checkpoint.stored_as_used(layer.module).items():
+            if not stored_as_used:
+                raise self._refusal(f"{layer.module}.{name} is converted when it is loaded")
+
+    def _refusal(self, why: str) -> FlashMoEError:
+        return FlashMoEError(
+            f"{self.path} cannot be read in place ({why}): run `flashmoe pack {self.path} STORE` "
+            "and use the store"
+        )
+
+    def build(self) -> PreTrainedModel:
+        return skeleton.build(skeleton.read_config(self.path), self._checkpoint.dtype)
+
+    def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
+        end = start + len(memory)
+        for segment in self._segments[layer][expert]:
+            first, last = max(segment.start, start), min(segment.start + segment.size, end)
+            while first < last:
+                size = min(last - first, _AT_ONCE_BYTES)
+                offset = segment.offset + first - segment.start
+                self._copy(segment.file, offset, memory[first - start : first - start + size])
+                first += size
+
+    def _copy(self, file: Path, offset: int, target: memoryview) -> None:
+        """Read what encloses `target`'s bytes, then copy them: numpy lets other threads run."""
+        descriptor, direct = self._files[file]
+        if not hasattr(self._buffers, "view"):
+            self._buffers.view = memoryview(aligned_memory(_BUFFER_BYTES))
+        begin = offset // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        skipped = offset - begin
+        needed = skipped + len(target)
+        whole = -(-needed // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = self._buffers.view[:whole]
+        read_all(descriptor, buffer, needed, begin)
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer, np.uint8)[skipped:needed])
+        if not direct:
+            drop_page_cache(descriptor, begin, whole)
+
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._checkpoint.dense()
+        self._checkpoint.forget_pages()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+        self._files.clear()

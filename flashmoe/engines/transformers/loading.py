@@ -1,0 +1,124 @@
+"""Joins a model and its weights on disk: `load` gives a transformers model whose experts stream."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+
+from flashmoe import quant
+from flashmoe.engines.transformers import (
+    backends,
+    dense_weights,
+    skeleton,
+    streamed_experts,
+    streamed_model,
+)
+from flashmoe.engines.transformers.backends import Backend
+from flashmoe.engines.transformers.engine import Engine
+from flashmoe.errors import FlashMoEError
+from flashmoe.memory import free_memory
+from flashmoe.residency import budget
+from flashmoe.util.sizes import parse_bytes
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str,
+    policy: str = "learned",
+    device: str = "cpu",
+    prefetch: bool = True,
+    check_reads: bool = False,
+) -> transformers.PreTrainedModel:
+    """A transformers model, ready for `.generate`, whose experts stay on the SSD.
+
+    path: a store, or a Hugging Face directory, whose experts are read in place.
+    memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
+        (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
+        (see `free_memory`). Output does not depend on it.
+    policy: a name from `flashmoe policies`, or name:argument.
+    device: where the model computes: "cpu", or an accelerator that torch knows, such as "cuda".
+        There `memory` is the accelerator's; reads pass through 2 MiB of pinned DRAM a thread.
+    prefetch: while a layer computes, read what the next one is guessed to need (where that
+        pays: experts of a MiB or more). Output does not depend on it either.
+    check_reads: compare every read with its checksum, not only the first of each expert: for
+        drives that are not trusted, where cores are idle (see docs/speed.md).
+    Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
+    for one token, or there is no such device. `model.flashmoe` is the Engine.
+    """
+    where = _usable(device)
+    memory_bytes = None if memory == "auto" else parse_bytes(memory)
+    backend = backends.open_path(Path(path))
+    try:
+        model = backend.build()
+        _check_fit(model, backend)
+        _check_kernels(backend, where)
+        if memory_bytes is None:
+            contents = backend.manifest
+            beside = contents.dense_bytes + streamed_experts.most_waiting_bytes(model)
+            memory_bytes = free_memory.budget_bytes(beside, where, budget.least_bytes(contents))
+        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads, where)
+    except BaseException:
+        backend.close()
+        raise
+    try:
+        dense_weights.fill(model, backend.dense(), backend.path, backend.remedy, where)
+    except BaseException:
+        engine.close()
+        raise
+    model.flashmoe = engine  # type: ignore[assignment]
+    model.name_or_path = str(path)
+    streamed_model.protect(model)
+    return model
+
+
+def _usable(device: str) -> torch.device:
+    """Raises FlashMoEError when torch knows no such device, or sees none here."""
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+        here = module.is_available() and (found.index or 0) < module.device_count()
+        here = here and hasattr(module, "Stream")  # Apple's has none yet
+    except (RuntimeError, AttributeError):
+        here = False
+    if not here:
+        raise FlashMoEError(
+            f"device {device!r}: torch {torch.__version__} sees no such device on this machine: "
+            'use device="cpu", or install the build of torch for your accelerator'
+        )
+    return found
+
+
+def _check_kernels(backend: Backend, device: torch.device) -> None:
+    scheme = quant.get(backend.manifest.layers[0].quantisation)
+    if scheme and device.type not in scheme.device_types:
+        raise FlashMoEError(
+            f"store {backend.path}: its {scheme.name} weights can be multiplied on "
+            f"{' and '.join(scheme.device_types)} only: use that device, or pack without --quant"
+        )
+
+
+def _check_fit(model: transformers.PreTrainedModel, backend: Backend) -> None:
+    """Raises FlashMoEError when the experts on disk are not of the shapes that the model has."""
+    modules = skeleton.expert_modules(model)
+    wanted = {
+        name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
+        for name, module in modules.items()
+    }
+    turned = {name for name, module in modules.items() if module.is_transposed}
+    held = {
+        layer.module: {
+            name: (layer.n_experts, *shape)
+            for name, shape in layer.shapes(transposed=layer.module in turned).items()
+        }
+        for layer in backend.manifest.layers
+    }
+    if wanted != held:
+        differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
+        raise FlashMoEError(
+            f"store {backend.path} is of another model (its experts differ at {differing[0]}); "
+            "pack it again with `flashmoe pack`"
+        )

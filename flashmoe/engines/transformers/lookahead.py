@@ -1,0 +1,64 @@
+"""Guesses which experts a layer will choose before its hidden state is known."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from flashmoe.engines.transformers import skeleton
+
+logger = logging.getLogger(__name__)
+
+
+class Guess(NamedTuple):
+    """What a router says, in the order in which transformers' routers return it."""
+
+    scores: torch.Tensor  # [tokens, experts], logits
+    weights: torch.Tensor  # [tokens, top_k]
+    experts: torch.Tensor  # [tokens, top_k]
+
+
+class Lookahead:
+    """A layer's own router on the layer below's hidden state (mixtral-offloading, DAOP, Fate).
+
+    Residual connections change the hidden state little from one layer to the next, so the
+    guess is mostly right: docs/speed.md has the shares by model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routers = [
+            _router_beside(model, name, module)
+            for name, module in skeleton.expert_modules(model).items()
+        ]
+
+    def route(self, layer: int, hidden: torch.Tensor) -> Guess | None:
+        """What `layer` would choose for hidden [tokens, width], another layer's input.
+
+        None where the layer has no router that can be asked, or does not exist.
+        """
+        router = self.routers[layer] if layer < len(self.routers) else None
+        if router is None:
+            return None
+        try:
+            guess = Guess(*router.forward(hidden))  # not called: hooks are for the real routing
+            if guess.experts.is_floating_point() or len(guess.experts) != len(hidden):
+                raise TypeError("it does not return logits, weights and experts")
+        except Exception as error:  # a family's router may want more, or return something else
+            logger.debug("no guesses for MoE layer %d: %r", layer, error)
+            self.routers[layer] = None
+            return None
+        return guess
+
+
+def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:
+    """The sibling of an experts module that scores its experts, if it also picks them."""
+    count = skeleton.n_experts(experts)
+    for sibling in model.get_submodule(name.rpartition(".")[0]).children():
+        weight = getattr(sibling, "weight", None)
+        scores = isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) == count
+        if scores and not isinstance(sibling, nn.Linear):
+            return sibling
+    return None

@@ -1,0 +1,136 @@
+"""The slots: memory that holds resident experts, seen as the parameters that the modules expect."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from flashmoe import quant
+from flashmoe.disk.direct_io import aligned_memory
+from flashmoe.engines.transformers.arithmetic import Parameters
+from flashmoe.errors import FlashMoEError
+from flashmoe.store.manifest import DTYPES, LayerSpec
+from flashmoe.util.sizes import format_bytes
+
+Memory = memoryview | torch.Tensor  # an extent's bytes: the host's, or an accelerator's (uint8)
+
+
+class Slot(NamedTuple):
+    """Room for one extent."""
+
+    memory: Memory
+    parameters: Parameters
+    free: Callable[[], None]  # gives the memory back, which may be used again all the same
+
+
+class Arena:
+    """`n_slots` extents of one layer in DRAM, each filled by one read.
+
+    `parameters[slot]` are the expert's tensors as views of the slot's bytes (no copy), by
+    the module's parameter names. Memory is resident only where a slot was filled.
+    """
+
+    resizable: ClassVar[bool] = True
+
+    def __init__(self, layer: LayerSpec, n_slots: int) -> None:
+        self.layer = layer
+        self.extent_bytes = layer.extent_bytes
+        self._own = self.new_slots(n_slots)
+        self._given_back: list[Slot] = []  # address space without memory, to be used again
+        self._show()
+
+    def new_slots(self, n_slots: int) -> list[Slot]:
+        """Slots side by side, for this arena or its next `resize`.
+
+        Raises FlashMoEError where this process may not have the memory.
+        """
+        if n_slots <= 0:
+            return []
+        size = self.extent_bytes
+        try:
+            memory = aligned_memory(n_slots * size)
+        except OSError as error:
+            raise FlashMoEError(
+                f"no memory for {n_slots} experts of {self.layer.module} "
+                f"({format_bytes(n_slots * size)}): {error.strerror or error}; give a smaller "
+                "memory=, or raise the limit (`ulimit -v`, vm.overcommit_memory)"
+            ) from None
+        whole, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
+        return [
+            Slot(
+                view[at : at + size],
+                views(whole[at : at + size], self.layer),
+                partial(memory.madvise, mmap.MADV_DONTNEED, at, size),
+            )
+            for at in range(0, n_slots * size, size)
+        ]
+
+    def _show(self) -> None:
+        self.slots = [slot.memory for slot in self._own]
+        self.parameters = [slot.parameters for slot in self._own]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self._own)
+
+    def settle(self) -> None:
+        """Wait until nothing that was asked for computes from the slots any more."""
+
+    def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
+        """Two slots' memory changes places, of arenas of layers laid out alike."""
+        self._own[slot], other._own[other_slot] = other._own[other_slot], self._own[slot]
+        for arena, place in ((self, slot), (other, other_slot)):
+            arena.slots[place] = arena._own[place].memory
+            arena.parameters[place] = arena._own[place].parameters
+
+    def lacks(self, n_slots: int) -> int:
+        """How many `new_slots` a `resize` to `n_slots` needs."""
+        return max(0, n_slots - self.n_slots - len(self._given_back))
+
+    def resize(self, kept: Sequence[int], n_slots: int, new: Sequence[Slot]) -> None:
+        """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed.
+
+        new: as many as this arena `lacks`, so that nothing can fail here.
+        """
+        chosen = set(kept)
+        rest = [slot for number, slot in enumerate(self._own) if number not in chosen]
+        own = [self._own[number] for number in kept] + rest
+        for slot in own[n_slots:]:
+            slot.free()
+        self._given_back += [*own[n_slots:], *new]
+        own = own[:n_slots]
+        while len(own) < n_slots:
+            own.append(self._given_back.pop())
+        self._own = own
+        self._show()
+
+    def close(self) -> None:
+        """Give the memory back. Tensors handed out must not be used afterwards."""
+        self.parameters.clear()
+        self.slots.clear()
+        for slot in (*self._own, *self._given_back):
+            # exchanged slots may lie in memory that another arena goes on using
+            slot.free()
+            if isinstance(slot.memory, memoryview):
+                slot.memory.release()
+        self._own.clear()  # unmapped when the last tensor view goes
+        self._given_back.clear()
+
+
+def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:
+    """An expert's tensors, by the module's parameter names, as views of its bytes (uint8)."""
+    tensors = {
+        spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
+        .view(DTYPES[spec.dtype])
+        .view(spec.shape)
+        for spec in layer.tensors
+    }
+    plain, weights = quant.by_weight(tensors)
+    scheme = quant.get(layer.quantisation)
+    if scheme is None:
+        return dict(plain)
+    return plain | {name: quant.Weight(scheme, parts) for name, parts in weights.items()}

@@ -1,0 +1,71 @@
+"""Carries what is read into an accelerator's memory."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from flashmoe.disk.direct_io import ALIGNMENT_BYTES
+from flashmoe.engines.transformers.backends import Backend
+
+STAGED_BYTES = 2 << 20  # of pinned memory, for each thread that reads
+
+
+class _Lane:
+    """A thread's way to the device: a pinned buffer, and a stream beside the computing one."""
+
+    def __init__(self, device: torch.device) -> None:
+        whole = torch.empty(
+            STAGED_BYTES + ALIGNMENT_BYTES, dtype=torch.uint8, pin_memory=device.type != "cpu"
+        )
+        first = -whole.data_ptr() % ALIGNMENT_BYTES
+        self.buffer = whole[first : first + STAGED_BYTES]
+        self.view = self.buffer.numpy().data
+        self.module = torch.get_device_module(device)
+        self.stream = self.module.Stream(device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Done when it returns; meanwhile other threads run, and the device computes."""
+        with torch.inference_mode(), self.module.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            event = self.module.Event()
+            event.record(self.stream)
+        event.synchronize()
+
+
+class Staging:
+    """Reads of one backend by way of pinned memory, 2 MiB a thread. Thread-safe.
+
+    A read is over when its bytes are on the device, so whoever waits for it need know nothing of
+    streams. Copying 2 MiB takes a tenth of their read from the fastest drives (PCIe 4.0 x16
+    carries some 25 GB/s), and the other threads read in the meantime.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._own = threading.local()
+
+    def read(self, layer: int, expert: int, start: int, memory: torch.Tensor) -> None:
+        """As `Backend.read`, into uint8 [bytes] of a device."""
+        lane = self._lane(memory.device)
+        for at in range(0, len(memory), STAGED_BYTES):
+            target = memory[at : at + STAGED_BYTES]
+            self.backend.read(layer, expert, start + at, lane.view[: len(target)])
+            lane.copy(target, lane.buffer[: len(target)])
+
+    def bytes_of(self, memory: torch.Tensor) -> memoryview:
+        """What is on the device, on its way back."""
+        lane, held = self._lane(memory.device), np.empty(len(memory), np.uint8)
+        for at in range(0, len(memory), STAGED_BYTES):
+            source = memory[at : at + STAGED_BYTES]
+            lane.copy(lane.buffer[: len(source)], source)
+            held[at : at + len(source)] = lane.view[: len(source)]
+        return held.data
+
+    def _lane(self, device: torch.device) -> _Lane:
+        if not hasattr(self._own, "lane"):
+            self._own.lane = _Lane(device)
+        lane: _Lane = self._own.lane
+        return lane

@@ -1,0 +1,49 @@
+"""Checks every byte of a store against its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from flashmoe.disk.direct_io import aligned_memory
+from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.errors import FlashMoEError, reading
+from flashmoe.reading.reader import ExtentReader
+from flashmoe.store import manifest as manifests
+
+
+def verify(
+    store: Path, progress: Callable[[int, int], object] = lambda done, total: None
+) -> manifests.Manifest:
+    """Read every extent and compare its checksum; check that the dense file parses.
+
+    Raises FlashMoEError for the first that fails, naming layer and expert.
+    """
+    with reading(store):
+        backend = PackedStore(store)
+    manifest = backend.manifest
+    try:
+        with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):
+            pass
+    except (SafetensorError, OSError) as error:
+        backend.close()
+        raise FlashMoEError(f"store {store}: {manifest.dense_file} is damaged ({error})") from None
+    largest = max(layer.extent_bytes for layer in manifest.layers)
+    reader = ExtentReader(backend)
+    try:
+        view = memoryview(aligned_memory(largest * reader.readers))
+        for number, layer in enumerate(manifest.layers):
+            for first in range(0, layer.n_experts, reader.readers):
+                experts = range(first, min(first + reader.readers, layer.n_experts))
+                pieces = [
+                    view[i * largest : i * largest + layer.extent_bytes]
+                    for i in range(len(experts))
+                ]
+                for read in reader.submit(number, list(zip(experts, pieces, strict=True))):
+                    read.result()
+                progress(layer.extent_offset(experts[-1] + 1), manifest.experts_bytes)
+    finally:
+        reader.close()
+    return manifest

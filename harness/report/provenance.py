@@ -1,0 +1,99 @@
+"""Where a figure comes from: machine, drive, commit, versions, seed, date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from harness.runs.ssd import fio_path
+
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pandas", "tokenizers")
+
+_ALL_BUT_RESULTS = (":(top)", ":(top,exclude)results")  # wherever git is called from
+
+
+def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat the figures in `folder`'s run."""
+    fio = fio_path()
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": psutil.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "kernel": platform.release(),
+            "file_system": _file_system(folder),
+            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+            "bf16_instructions": sorted(_flags() & {"avx512_bf16", "amx_bf16"}),
+        },
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", *_ALL_BUT_RESULTS)
+        ),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "fio": _said([fio, "--version"]) if fio else None,
+    } | more
+
+
+def machine_slug() -> str:
+    """A folder name for this machine: processor, its vectors (as torch sees them), cores, memory.
+
+    Virtual processors of one name may be of two kinds: with AVX-512 torch multiplies bf16 by
+    other kernels than without.
+    """
+    cpu = re.sub(r"\(.*?\)|CPU|Processor|@.*", " ", cpu_name())
+    memory = round(psutil.virtual_memory().total / 2**30)
+    vectors = torch.backends.cpu.get_cpu_capability()
+    words = f"{cpu} {vectors} {psutil.cpu_count()}-core {memory}gib".lower()
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def cpu_name() -> str:
+    match = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _flags() -> set[str]:
+    match = re.search(r"flags\s*:\s*(.+)", _cpuinfo())
+    return set(match[1].split()) if match else set()
+
+
+def _file_system(folder: Path) -> str:
+    best = max(
+        (p for p in psutil.disk_partitions(all=True) if _holds(p.mountpoint, folder)),
+        key=lambda p: len(p.mountpoint),
+        default=None,
+    )
+    return best.fstype if best else "unknown"
+
+
+def _holds(mountpoint: str, folder: Path) -> bool:
+    return os.path.commonpath([mountpoint, folder.resolve()]) == mountpoint
+
+
+def _git(*arguments: str) -> str | None:
+    return _said(["git", *arguments])
+
+
+def _said(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,106 @@
+"""What each feature of `learned` is worth: `python -m harness.tables.ablation TRACES_FOLDER`.
+
+Trains it again and again on the shipped split without a group of features, and without some of
+the traces, and prints the gap closed on the held-out part of the folder's traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from flashmoe import trace
+from flashmoe.cache import simulate
+from flashmoe.policies.learned import KIND, Network
+from flashmoe.policies.parts import policy_file
+from flashmoe.policies.parts.features import NAMES
+from flashmoe.train.decisions import Decisions, gather
+from flashmoe.train.learned import fit
+from harness.tables import data_splits, hit_rates
+from harness.tables.hit_rates import Case
+
+CAPACITY = 0.375
+ROWS = 1_500_000
+SEED = 1
+GROUPS = {
+    "nothing": (),
+    "votes": ("vote", "similar"),
+    "votes of pairs and triples": ("vote 2", "vote 3", "similar pairs"),
+    "votes that fade slowly": tuple(
+        f"vote {weighting}, fading {fading}"
+        for weighting in range(4)
+        for fading in (0.85, 0.9, 0.95)
+    ),
+    "router weights": ("weight",),
+    "fading counts": ("fading count",),
+    "recency": ("recency",),
+    "sizes and depth": ("slots", "experts / top_k", "depth", "tokens so far"),
+}  # fmt: skip
+
+
+def train_without(
+    parts: Sequence[Decisions], weights: Sequence[float], prefixes: tuple[str, ...]
+) -> Network:
+    """The network that never sees features whose names start with one of `prefixes`."""
+    columns = [i for i, name in enumerate(NAMES) if name.startswith(prefixes)] if prefixes else []
+    blind = []
+    for part in parts:
+        features = part.features.copy()
+        features[:, columns] = 0
+        blind.append(Decisions(features, part.distance_gaps))
+    network, _ = fit(blind, weights, SEED)
+    network["w1"][columns] = 0
+    return network
+
+
+def closed(case: Case, network: Network) -> float:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "p.safetensors"
+        policy_file.save(path, KIND, network, {})
+        lru, ours, belady = (
+            simulate.replay(case.routing, name, CAPACITY).hit_rate
+            for name in ("lru", f"learned:{path}", "belady")
+        )
+    return (ours - lru) / (belady - lru)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", type=Path, metavar="TRACES_FOLDER")
+    folder = parser.parse_args().traces
+    cases = hit_rates.outside_cases(folder)
+    wholes = dict(data_splits.shipped())
+    for path in sorted(folder.glob("*.npz")):
+        whole = trace.load(path)
+        if any(data_splits.part_of(name) == data_splits.UNSEEN_DOMAIN for name in whole.names()):
+            wholes[path.stem] = whole
+    taken = {name: data_splits.take(whole, data_splits.TRAINED) for name, whole in wholes.items()}
+    sizes = {name: float(np.sqrt(part.experts[..., 0].size)) for name, part in taken.items()}
+    total = sum(sizes.values())
+    parts = {
+        name: gather(part, int(ROWS * sizes[name] / total), SEED) for name, part in taken.items()
+    }
+    print("| without | " + " | ".join(f"{case.trace}, {case.part}" for case in cases) + " |")
+    print("|---|" + "---|" * len(cases))
+
+    def row(label: str, names: Sequence[str], prefixes: tuple[str, ...]) -> None:
+        network = train_without([parts[n] for n in names], [sizes[n] for n in names], prefixes)
+        print(
+            f"| {label} | " + " | ".join(f"{closed(c, network):.1%}" for c in cases) + " |",
+            flush=True,
+        )
+
+    for label, prefixes in GROUPS.items():
+        row(label, list(parts), prefixes)
+    real = [name for name in parts if name not in dict(data_splits.shipped())]
+    row("the small models' routing", real, ())
+    row("the real model's routing", [name for name in parts if name not in real], ())
+    row("all but the demo model's", ["demo"], ())
+
+
+if __name__ == "__main__":
+    main()

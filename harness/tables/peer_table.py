@@ -1,0 +1,83 @@
+"""The table against engines that are not ours, on the same weights and routing, real caps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from flashmoe import quant, trace
+from flashmoe.engines.transformers.synth import config_of, synthesise_store, total_bytes
+from flashmoe.errors import FlashMoEError
+from flashmoe.store import manifest as manifests
+from harness.report import plots, report
+from harness.report.progress import say
+from harness.runs import peers
+from harness.runs.self_routing_weights import SteeredWeights
+from harness.tables import full_scale, speedups
+
+
+def peer_table(
+    folder: Path,
+    command: str,
+    name: str,
+    *,
+    caps: Sequence[float] = full_scale.CAPS,
+    rounds: int = 1,
+    stores: Path | None = None,
+    scheme: str = quant.NONE,
+) -> None:
+    """Write the same weights for every engine (given back but for `stores`), run, report."""
+    model = full_scale.MODELS[name]
+    routing = trace.load(model.routing).named(model.sequence)
+    with report.scratch(stores or folder) as work:
+        home = stores or work
+        store = home / "steered-store"
+        base = full_scale.job(model, store, store)
+        seen = routing.first(base.prompt_tokens + base.tokens)
+        weights = partial(SteeredWeights, trace=seen)
+        if not manifests.is_store(store):
+            say(f"writing {name} with random weights and solved routers")
+            synthesise_store(name, store, weights=weights, quant=scheme)
+        systems = {speedups.OURS: store}
+        for peer in peers.available().values():
+            path = home / f"steered-{peer.name}"
+            if not peer.installed():
+                say(f"{peer.name} is not installed: `nox -s peers` installs it; left out")
+                continue
+            try:
+                if not path.exists():
+                    say(f"writing the same for {peer.name}")
+                    partial_path = path.with_name(f"{path.name}.partial")
+                    _remove(partial_path)
+                    peer.write(weights(config_of(name), 0), partial_path, scheme)
+                    partial_path.rename(path)
+                systems[peer.name] = path
+            except FlashMoEError as error:
+                say(f"{peer.name} is left out: {error}")
+        if len(systems) == 1:
+            raise FlashMoEError("there is no peer to compare with: run `nox -s peers`")
+        manifest = manifests.load(store)
+        total = total_bytes(name)  # of bf16, whatever the scheme: caps are bytes
+        jobs = [
+            replace(capped, system=system, checkpoint=path)
+            for share in caps
+            if full_scale.fits(share * total)
+            for capped in [full_scale.capped(base, manifest, share * total)]
+            for system, path in systems.items()
+        ]
+        title = full_scale.titled("peers", name, scheme)
+        found = full_scale.measured(folder, title, jobs, rounds)
+    rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
+    full_scale.publish_tokens(folder, title)
+    plots.speedups(full_scale.published(folder, title, rows, command), folder, title)
+
+
+def _remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

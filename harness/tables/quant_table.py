@@ -1,0 +1,124 @@
+"""What fewer bytes an expert bring in speed, at a real model's size, and cost in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import flashmoe
+from flashmoe import quant
+from flashmoe.engines.transformers.synth import synthesise_store, total_bytes
+from flashmoe.store import manifest as manifests
+from flashmoe.store.pack import pack
+from harness.demo import corpus, train
+from harness.demo.describe import EVALUATED_TOKENS, perplexity
+from harness.report import provenance, report
+from harness.report.progress import say
+from harness.tables import full_scale, speedups
+
+SCHEMES = (quant.NONE, *quant.available())
+CAPS = (0.25, 0.4)
+
+
+def speed(
+    folder: Path,
+    command: str,
+    name: str,
+    *,
+    caps: Sequence[float] = CAPS,
+    rounds: int = 2,
+    stores: Path | None = None,
+) -> None:
+    """Every scheme at the same caps, shares of the bf16 model's size; interleaved."""
+    model = full_scale.MODELS[name]
+    total = total_bytes(name)
+    with report.scratch(stores or folder) as work:
+        home = stores or work
+        paths = {scheme: home / f"store-{scheme}" for scheme in SCHEMES}
+        for scheme, store in paths.items():
+            if not manifests.is_store(store):
+                say(f"writing {name}, {scheme}")
+                synthesise_store(name, store, quant=scheme)
+        contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
+        cases = [(share, scheme) for share in caps for scheme in SCHEMES]
+        jobs = [
+            full_scale.capped(
+                full_scale.job(model, paths[scheme], paths[scheme]), contents[scheme], share * total
+            )
+            for share, scheme in cases
+        ]
+        title = f"quant-{name}"
+        found = full_scale.measured(folder, title, jobs, rounds)
+    rows = []
+    for (share, scheme), row in zip(cases, found, strict=True):
+        plain = found[cases.index((share, quant.NONE))]
+        of_plain = {
+            "expert_bytes": contents[scheme].layers[0].extent_bytes,
+            "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
+            "over_bf16_min": row["tokens_per_second_min"] / plain["tokens_per_second_max"],
+            "over_bf16_max": row["tokens_per_second_max"] / plain["tokens_per_second_min"],
+        }
+        kinds = {"model": name, "cap_share": share, "quant": scheme}
+        rows.append(kinds | of_plain | {k: v for k, v in row.items() if not _of_pairs(k)})
+    full_scale.published(folder, title, rows, command)
+
+
+def _of_pairs(column: str) -> bool:
+    """Columns that compare systems on one set of weights."""
+    return column.startswith(("flashmoe_speedup", "tokens_differing", "same_output"))
+
+
+def quality(folder: Path, command: str, texts: Path) -> None:
+    """Perplexity of the demo model on held-out documents of every kind, under each scheme.
+
+    texts: where harness.demo.corpus keeps what it fetches (from Debian's packages).
+    """
+    path = flashmoe.demo_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    held_out = {
+        kind: train.encode(tokenizer, documents)[:EVALUATED_TOKENS]
+        for kind, documents in corpus.load(texts, held_out=True).items()
+    }
+    whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
+    plain = {kind: perplexity(whole, stream) for kind, stream in held_out.items()}
+    rows: list[dict[str, Any]] = []
+    with report.scratch(folder) as work:
+        for scheme in SCHEMES:
+            store = work / scheme
+            expert_bytes = pack(path, store, quant=scheme).layers[0].extent_bytes
+            model = flashmoe.load(store, memory="1GiB")
+            try:
+                for kind, stream in held_out.items():
+                    found = perplexity(model, stream)
+                    rows.append(
+                        {
+                            "quant": scheme,
+                            "expert_bytes": expert_bytes,
+                            "kind": kind,
+                            "tokens": len(stream),
+                            "perplexity": found,
+                            "change": found / plain[kind] - 1,
+                            "same_as_held": _same_as_held(model, store, stream),
+                        }
+                    )
+                    say(f"{scheme}, {kind}: perplexity {found:.2f} ({rows[-1]['change']:+.2%})")
+            finally:
+                model.flashmoe.close()
+    report.write(folder, "quant-quality", rows)
+    report.provenance(folder, "quant-quality", provenance.gather(command, folder))
+
+
+@torch.inference_mode()
+def _same_as_held(model: PreTrainedModel, store: Path, stream: Any) -> bool:
+    """Are logits with few slots bit for bit those with all quantised experts in memory?"""
+    ids = torch.from_numpy(stream[:64].astype("int64"))[None]
+    held = model(ids).logits
+    least = flashmoe.load(store, memory=speedups.budget_for(store, model.flashmoe.manifest.top_k))
+    try:
+        return bool(torch.equal(least(ids).logits, held))
+    finally:
+        least.flashmoe.close()
