@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.base import Setting, System
-from flashmoe.engines.transformers import dense_weights, skeleton, streamed_module
-from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers import dense_weights, moe_modules, streamed_module
+from flashmoe.engines.transformers.backends.packed import PackedModel
 from flashmoe.store.manifest import Manifest
 
 
@@ -18,10 +18,10 @@ class LayeredSystem(System):
     """Loads everything but the experts (pinned), then answers for each layer's experts."""
 
     def load(self, setting: Setting) -> PreTrainedModel:
-        backend = PackedStore(setting.store)
+        backend = PackedModel(setting.store)
         self.manifest: Manifest = backend.manifest
         self.model = backend.build()
-        self.modules = list(skeleton.expert_modules(self.model).values())
+        self.modules = list(moe_modules.expert_modules(self.model).values())
         dense_weights.fill(self.model, backend.dense(), backend.path, backend.remedy)
         backend.close()
         self.prepare(setting)

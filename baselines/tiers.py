@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from flashmoe.engines.transformers.arithmetic import Parameters
-from flashmoe.engines.transformers.backends.packed import PackedStore
 from flashmoe.memory.arena import Arena, Memory, views
+from flashmoe.reading.packed import PackedExperts
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.store.manifest import Manifest
 
@@ -73,7 +73,7 @@ class PinnedTier:
             Arena(spec, len(experts)) for spec, experts in zip(manifest.layers, chosen, strict=True)
         ]
         self.slot_of = [{expert: slot for slot, expert in enumerate(e)} for e in chosen]
-        reader = ExtentReader(PackedStore(store, manifest))
+        reader = ExtentReader(PackedExperts(store, manifest))
         try:
             for layer, slots in enumerate(self.slot_of):
                 memory = self.arenas[layer].slots

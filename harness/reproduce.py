@@ -9,7 +9,7 @@ import torch
 
 import flashmoe
 from flashmoe.engines.transformers import backends
-from flashmoe.store.pack import pack
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.util import workers
 from flashmoe.util.progress import count_bar
 from harness.report import plots, provenance, report

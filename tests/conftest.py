@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import flashmoe
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.reading import reader
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 
 FAMILIES = {
     "olmoe": dict(num_experts=8, num_experts_per_tok=2),

@@ -18,7 +18,7 @@ from flashmoe.disk import direct_io
 from flashmoe.disk.direct_io import aligned_memory
 from flashmoe.engines.transformers import backends
 from flashmoe.engines.transformers.backends.in_place import InPlace
-from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers.backends.packed import PackedModel
 from flashmoe.errors import FlashMoEError
 from harness import tiny_models
 from harness.runs.page_cache import cached_bytes
@@ -37,7 +37,7 @@ def test_output_is_that_of_the_packed_store(checkpoints, stores, reading, family
 
 @pytest.fixture(scope="module")
 def both(checkpoints, stores):
-    pair = InPlace(checkpoints("qwen3_moe")), PackedStore(stores("qwen3_moe"))
+    pair = InPlace(checkpoints("qwen3_moe")), PackedModel(stores("qwen3_moe"))
     yield pair
     for backend in pair:
         backend.close()

@@ -14,10 +14,10 @@ from baselines.base import Setting
 from baselines.daop import SWAP_RATIO, TRUE_ROUTER_LAYERS
 from baselines.fiddler import Latencies
 from baselines.tiers import MappedTier, PinnedTier
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
 
 EXACT = [name for name, system in baselines.available().items() if system.exact]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import flashmoe
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers import engine, loading
-from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers.backends.packed import PackedModel
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.device_arena import DeviceArena
@@ -23,7 +24,6 @@ from flashmoe.reading.reader import ExtentReader
 from flashmoe.reading.staging import STAGED_BYTES, Staging
 from flashmoe.residency import budget
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 
 HAS_CARD = torch.cuda.is_available()
 
@@ -113,7 +113,7 @@ def test_a_damaged_expert_is_found_on_the_device(own_store, device):
     with open(own_store / contents.experts_file, "r+b") as file:
         file.seek(contents.layers[1].extent_offset(2) + 77)
         file.write(b"damage")
-    reader = ExtentReader(PackedStore(own_store))
+    reader = ExtentReader(PackedModel(own_store))
     arena = DeviceArena(contents.layers[1], 2, torch.device(device))
     damaged = reader.submit(1, [(2, arena.slots[0])])[0]  # apart: a group shares one future
     sound = reader.submit(1, [(3, arena.slots[1])])[0]
@@ -143,7 +143,7 @@ def test_staging_carries_any_bytes_both_ways(size, start):
 
 def test_weights_without_a_kernel_there_are_refused(checkpoints, tmp_path):
     pack(checkpoints(), tmp_path / "store", quant="int8")
-    backend = PackedStore(tmp_path / "store")
+    backend = PackedModel(tmp_path / "store")
     with pytest.raises(FlashMoEError, match="int8 weights can be multiplied on cpu only"):
         loading._check_kernels(backend, torch.device("cuda"))
     backend.close()

@@ -14,10 +14,10 @@ from conftest import budget, generate, prompt
 import flashmoe
 from flashmoe.disk import direct_io
 from flashmoe.engines.transformers import synth
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 
 
 def refuse(code: int):

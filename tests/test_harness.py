@@ -22,9 +22,9 @@ import torch
 import baselines
 import flashmoe
 from flashmoe import policies, trace
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
 from harness import check
 from harness.__main__ import build_parser

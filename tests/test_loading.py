@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
 from flashmoe.engines.transformers.weight_files import INDEX_NAME
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import pack
 from harness import tiny_models
 from harness.tables import families
 from harness.torture import mutants

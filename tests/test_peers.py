@@ -15,7 +15,7 @@ import transformers
 import flashmoe
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import write_store
+from flashmoe.store.writer import write_store
 from flashmoe.trace import Trace
 from harness.runs import peers
 from harness.runs.job import FIRST_TOKEN, Job

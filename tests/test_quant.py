@@ -11,11 +11,11 @@ from test_engine import eager
 
 import flashmoe
 from flashmoe import quant
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.checkpoint import Checkpoint
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from flashmoe.store.pack import pack
 
 STEPS = {"int8": 127, "int4": 7.5}  # between zero (or the middle) and the greatest of a row (group)
 SIZES = dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
@@ -64,7 +64,7 @@ def test_output_is_that_of_the_same_weights_in_memory(packed, family, scheme):
     checkpoint, store = packed(family, scheme)
     contents = manifests.load(store)
     reference = eager(checkpoint)
-    modules = skeleton.expert_modules(reference)
+    modules = moe_modules.expert_modules(reference)
     sources = {}
     with Checkpoint(checkpoint) as source:
         for layer in contents.layers:

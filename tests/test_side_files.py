@@ -9,10 +9,10 @@ import pytest
 import tiny_tokenizer
 import transformers
 
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest, side_files
-from flashmoe.store.pack import pack
 
 WANTED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -19,22 +19,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flashmoe.disk import direct_io
-from flashmoe.engines.transformers import skeleton
-from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers import empty_model
+from flashmoe.engines.transformers.backends.packed import PackedModel
 from flashmoe.engines.transformers.checkpoint import Checkpoint
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.arena import Arena
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 from harness.runs.page_cache import cached_bytes
 
 
 def read_all(store: Path) -> dict[str, torch.Tensor]:
     """Every expert parameter, read through reader and arena, stacked as the module has it."""
     contents = manifest.load(store)
-    reader = ExtentReader(PackedStore(store))
+    reader = ExtentReader(PackedModel(store))
     result = {}
     for number, layer in enumerate(contents.layers):
         arena = Arena(layer, layer.n_experts)
@@ -304,6 +304,6 @@ def test_a_dense_model_is_refused(tmp_path):
 
 
 def test_the_skeleton_holds_no_weights(checkpoints):
-    model = skeleton.build(skeleton.read_config(checkpoints()))
+    model = empty_model.build(empty_model.read_config(checkpoints()))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert all(buffer.is_meta for buffer in model.buffers())

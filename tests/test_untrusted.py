@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from flashmoe import trace
 from flashmoe.disk import plain_npz
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
-from flashmoe.store.pack import pack
 from harness.torture import untrusted
 
 NUMBERS = [-1, 0, 1, 7, 4096, 1 << 31, 1 << 40, 1 << 63, 1 << 70, 0.5, 1e300, float("inf")]

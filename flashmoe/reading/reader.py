@@ -9,9 +9,9 @@ from functools import partial
 
 import xxhash
 
-from flashmoe.engines.transformers.backends import Backend
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.arena import Memory
+from flashmoe.reading.backend import Backend
 from flashmoe.reading.read_queue import Read, ReadQueue, Span
 from flashmoe.reading.staging import Staging
 

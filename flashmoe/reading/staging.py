@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flashmoe.disk.direct_io import ALIGNMENT_BYTES
-from flashmoe.engines.transformers.backends import Backend
+from flashmoe.reading.backend import Backend
 
 STAGED_BYTES = 2 << 20  # of pinned memory, for each thread that reads
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from flashmoe.disk.direct_io import aligned_memory
-from flashmoe.engines.transformers.backends.packed import PackedStore
 from flashmoe.errors import FlashMoEError, reading
+from flashmoe.reading.packed import PackedExperts
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.store import manifest as manifests
 
@@ -22,7 +22,7 @@ def verify(
     Raises FlashMoEError for the first that fails, naming layer and expert.
     """
     with reading(store):
-        backend = PackedStore(store)
+        backend = PackedExperts(store)
     manifest = backend.manifest
     try:
         with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):

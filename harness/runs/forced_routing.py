@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.lookahead import Lookahead
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
@@ -29,8 +29,8 @@ def forced_routing(
     transformers' experts modules. Raises FlashMoEError when the geometry differs, and when the
     trace is used up.
     """
-    modules = skeleton.expert_modules(model)
-    counts = set(map(skeleton.n_experts, modules.values()))
+    modules = moe_modules.expert_modules(model)
+    counts = set(map(moe_modules.n_experts, modules.values()))
     if len(modules) != trace.n_layers or counts != {trace.n_experts}:
         raise FlashMoEError(
             f"the trace is {trace.n_layers} layers x {trace.n_experts} experts, the model "

@@ -14,16 +14,16 @@ from gguf import GGMLQuantizationType as Kind
 
 from flashmoe import quant
 from flashmoe.disk.direct_io import drop_page_cache
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
+from flashmoe.engines.transformers.synth import RandomWeights
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import Source
 
 _ARCHITECTURES = {"olmoe": gguf.MODEL_ARCH.OLMOE, "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE}
 # Of experts; what comes nearest to our schemes in bits a weight (8.5 to 8, 4.5 to 5).
 _KINDS = {quant.NONE: Kind.BF16, "int8": Kind.Q8_0, "int4": Kind.Q4_0}
 
 
-def write(source: Source, path: Path, scheme: str = quant.NONE) -> None:
+def write(source: RandomWeights, path: Path, scheme: str = quant.NONE) -> None:
     """Experts as `scheme` says, norms and routers float32, the rest bf16, as llama.cpp has it.
 
     Memory is bounded by a layer's experts of one kind. Raises FlashMoEError for a family or a
@@ -76,13 +76,13 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_tokenizer_model("none")  # prompts are token ids
 
 
-def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+def _shapes(source: RandomWeights) -> dict[str, tuple[int, ...]]:
     """Of every tensor, in the order of `_tensors`."""
-    held = skeleton.expert_parameter_names(source.model)
+    held = moe_modules.expert_parameter_names(source.model)
     state = source.model.state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in held}
     for module_name, module in source.experts.items():
-        parameters = skeleton.expert_parameters(module)
+        parameters = moe_modules.expert_parameters(module)
         count, twice, width = parameters["gate_up_proj"].shape
         for part in ("gate_proj", "up_proj"):
             shapes[f"{module_name}.{part}.weight"] = (count, twice // 2, width)
@@ -90,11 +90,11 @@ def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: RandomWeights) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything but the experts, then every layer's gate, up and down, experts side by side."""
     yield from source.dense()
     for module_name, module in source.experts.items():
-        experts = [source.expert(module_name, e) for e in range(skeleton.n_experts(module))]
+        experts = [source.expert(module_name, e) for e in range(moe_modules.n_experts(module))]
         both = torch.stack([expert["gate_up_proj"] for expert in experts])
         half = both.shape[1] // 2
         yield f"{module_name}.gate_proj.weight", both[:, :half]

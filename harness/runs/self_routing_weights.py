@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.synth import RandomWeights
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
@@ -60,5 +60,5 @@ class SteeredWeights(RandomWeights):
         """What the layer's router is to say of each token, [tokens, experts]."""
         chosen = torch.from_numpy(self.trace.experts[:, layer].astype(np.int64))
         ranked = LOGIT - RANK_STEP * torch.arange(chosen.shape[1], dtype=torch.float32)
-        logits = torch.zeros(len(chosen), skeleton.n_experts(list(self.experts.values())[layer]))
+        logits = torch.zeros(len(chosen), moe_modules.n_experts(list(self.experts.values())[layer]))
         return logits.scatter_(1, chosen, ranked.expand(len(chosen), -1))

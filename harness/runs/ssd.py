@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache
-from flashmoe.engines.transformers.backends.packed import PackedStore
+from flashmoe.engines.transformers.backends.packed import PackedModel
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 from flashmoe.store.manifest import Manifest, lay_out
@@ -134,7 +134,7 @@ class ReaderBench:
         # depth counts extents; a large one is read by the engine's own number of threads
         small = extent_bytes < GROUPED_BELOW_BYTES
         self.reader = ExtentReader(
-            PackedStore(path.parent, manifest), readers=depth if small else READERS
+            PackedModel(path.parent, manifest), readers=depth if small else READERS
         )
         self.n_extents = layer.n_experts
         self.extent_bytes = extent_bytes

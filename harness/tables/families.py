@@ -11,9 +11,9 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.manifest import Manifest
-from flashmoe.store.pack import pack
 from harness import tiny_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,7 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import empty_model, moe_modules
 from flashmoe.util import workers
 from harness.report.progress import say
 
@@ -71,7 +71,7 @@ def _measure(checkpoint: Path, system: str, tokens: int) -> dict[str, Any]:
 
 def _load(checkpoint: Path, system: str) -> transformers.PreTrainedModel:
     if system == "flashmoe":
-        config = skeleton.read_config(checkpoint)
+        config = empty_model.read_config(checkpoint)
         layer_bytes = 3 * config.hidden_size * config.intermediate_size * 2 * config.num_experts
         memory = int(SLOT_SHARE * config.num_hidden_layers * layer_bytes)
         return flashmoe.load(checkpoint, memory=memory, policy="lru")
@@ -92,7 +92,7 @@ class _Peaks:
         self.experts = self.busiest = 0
         self._restart()
         self._before = self._most = _resident("VmRSS")
-        for module in skeleton.expert_modules(model).values():
+        for module in moe_modules.expert_modules(model).values():
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave)
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import flashmoe
 from flashmoe import quant
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.synth import synthesise_store, total_bytes
 from flashmoe.store import manifest as manifests
-from flashmoe.store.pack import pack
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
 from harness.report import provenance, report

@@ -24,10 +24,10 @@ import torch
 import transformers
 
 import flashmoe
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest as manifests
-from flashmoe.store.pack import pack
 from harness import tiny_models
 from harness.tables.speedups import budget_for
 

@@ -20,8 +20,8 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import pack
 from harness import tiny_models
 from harness.torture.mutations import MUTATIONS, Mutant
 

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 import flashmoe
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.pack import pack
 from harness.tables.speedups import Say, budget_for
 
 SETTLED_AFTER = 0.2  # share of the time; until then allocators and compiled code still grow

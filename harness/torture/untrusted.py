@@ -19,13 +19,13 @@ import flashmoe
 from flashmoe import policies, trace
 from flashmoe.disk.shards import Shard
 from flashmoe.engines.transformers.checkpoint import Checkpoint
+from flashmoe.engines.transformers.pack import pack
 from flashmoe.engines.transformers.prompting import Prompter
 from flashmoe.engines.transformers.weight_files import INDEX_NAME
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
 from flashmoe.store import manifest as manifests
-from flashmoe.store.pack import pack
 from flashmoe.trace import Trace
 from harness import tiny_models
 

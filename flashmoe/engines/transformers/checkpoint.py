@@ -25,7 +25,12 @@ from transformers.core_model_loading import (
 )
 
 from flashmoe.disk.shards import Place, Shard, TensorEntry
-from flashmoe.engines.transformers import published_quantisation, skeleton, weight_files
+from flashmoe.engines.transformers import (
+    empty_model,
+    moe_modules,
+    published_quantisation,
+    weight_files,
+)
 from flashmoe.errors import FlashMoEError
 
 REMEDY = "fetch the checkpoint again"
@@ -63,7 +68,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = skeleton.read_config(directory)
+        self.config = empty_model.read_config(directory)
         self._shards: list[Shard] = []
         self._shard_of: dict[str, Shard] = {}
         try:
@@ -72,15 +77,16 @@ class Checkpoint:
                 self._shards.append(shard)
                 self._shard_of.update(dict.fromkeys(shard.tensors, shard))
             self.dtype = weight_files.dtype_of(directory, self.config)
-            self.model = skeleton.build(self.config, self.dtype)
-            self.experts = skeleton.expert_modules(self.model)
+            self.model = empty_model.build(self.config, self.dtype)
+            self.experts = moe_modules.expert_modules(self.model)
             if not self.experts:
                 raise FlashMoEError(
                     f"{directory} ({type(self.model).__name__}) has no experts that transformers "
                     f"dispatches: FlashMoE streams Mixture-of-Experts models only"
                 )
+            self.description = moe_modules.describe(self.model, self.config)
             self.parameters = self.model.state_dict()
-            self.expert_names = skeleton.expert_parameter_names(self.model)
+            self.expert_names = moe_modules.expert_parameter_names(self.model)
             self._recipes = self._plan()
             self._refuse_quantised()
             self._check_experts()
@@ -129,7 +135,7 @@ class Checkpoint:
     def _check_experts(self) -> None:
         """Raises FlashMoEError unless every expert has its tensors, all of one shape."""
         for full, (module, _) in self.expert_names.items():
-            count = skeleton.n_experts(self.experts[module])
+            count = moe_modules.n_experts(self.experts[module])
             if full not in self._recipes:
                 raise FlashMoEError(f"{self.directory}: no tensors for the experts' {full}")
             recipe = self._recipes[full]
@@ -238,7 +244,7 @@ class Checkpoint:
 
         No row: the tensor is that expert's alone.
         """
-        count = skeleton.n_experts(self.experts[self.expert_names[full][0]])
+        count = moe_modules.n_experts(self.experts[self.expert_names[full][0]])
         return {
             pattern: (keys[0], expert) if self._fused(keys, count) else (keys[expert], None)
             for pattern, keys in self._recipes[full].sources.items()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from flashmoe.engines.transformers import packed_linear, skeleton
+from flashmoe.engines.transformers import moe_modules, packed_linear
 from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
@@ -29,7 +29,7 @@ def fill(
 ) -> None:
     """Weights, buffers and generation settings; its experts' parameters become placeholders.
 
-    model: fresh from `skeleton.build`. tensors: by the model's own names. path: where they are
+    model: fresh from `empty_model.build`. tensors: by the model's own names. path: where they are
     from; remedy: what to do when it lacks some. transformers ties weights, casts them and
     initialises what no checkpoint holds (such as rotary frequencies) as in `from_pretrained`.
     Raises FlashMoEError when a weight is missing, where transformers would draw it at random, or
@@ -48,7 +48,7 @@ def check_complete(
 ) -> None:
     """Raise FlashMoEError where `tensors`, on the meta device, would not fill `model`.
 
-    model: fresh from `skeleton.build`; it is used up.
+    model: fresh from `empty_model.build`; it is used up.
     """
     _load(model, dict(tensors), path, remedy, torch.device("meta"))
 
@@ -106,7 +106,7 @@ def _refuse_missing(
 
 def _put_placeholders(model: nn.Module, device: torch.device) -> set[str]:
     """In place of the experts' parameters, whose full names are returned."""
-    names = skeleton.expert_parameter_names(model)
+    names = moe_modules.expert_parameter_names(model)
     for module, name in names.values():
         parameter = StreamedParameter(model.get_parameter(f"{module}.{name}"), device)
         parameter._is_hf_initialized = True  # for transformers: no values are to be drawn

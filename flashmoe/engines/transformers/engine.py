@@ -12,14 +12,14 @@ import transformers
 
 from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.engines.transformers import skeleton, streamed_experts, streamed_module
-from flashmoe.engines.transformers.backends import Backend
+from flashmoe.engines.transformers import moe_modules, streamed_experts, streamed_module
 from flashmoe.engines.transformers.lookahead import Lookahead
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.memory.arena import Arena
 from flashmoe.memory.device_arena import arena_on
 from flashmoe.policies.base import Policy, Scope
+from flashmoe.reading.backend import Backend
 from flashmoe.reading.read_queue import Span
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.residency import budget
@@ -51,7 +51,7 @@ class Engine:
         self.policy_name = policy
         self.policy = policies.get(policy, online=True)
         self.guesses = prefetch and self.manifest.layers[0].extent_bytes >= PAYS_FROM_BYTES
-        self.modules = skeleton.expert_modules(model)
+        self.modules = moe_modules.expert_modules(model)
         self.waiting_bytes = streamed_experts.most_waiting_bytes(model)
         self.slots = self._divide(memory_bytes)
         self.lock = threading.RLock()  # a layer at a time, whichever thread asks

@@ -12,11 +12,11 @@ from flashmoe import quant
 from flashmoe.engines.transformers import (
     backends,
     dense_weights,
-    skeleton,
+    moe_modules,
     streamed_experts,
     streamed_model,
 )
-from flashmoe.engines.transformers.backends import Backend
+from flashmoe.engines.transformers.backends import ModelBackend
 from flashmoe.engines.transformers.engine import Engine
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
@@ -92,7 +92,7 @@ def _usable(device: str) -> torch.device:
     return found
 
 
-def _check_kernels(backend: Backend, device: torch.device) -> None:
+def _check_kernels(backend: ModelBackend, device: torch.device) -> None:
     scheme = quant.get(backend.manifest.layers[0].quantisation)
     if scheme and device.type not in scheme.device_types:
         raise FlashMoEError(
@@ -101,11 +101,11 @@ def _check_kernels(backend: Backend, device: torch.device) -> None:
         )
 
 
-def _check_fit(model: transformers.PreTrainedModel, backend: Backend) -> None:
+def _check_fit(model: transformers.PreTrainedModel, backend: ModelBackend) -> None:
     """Raises FlashMoEError when the experts on disk are not of the shapes that the model has."""
-    modules = skeleton.expert_modules(model)
+    modules = moe_modules.expert_modules(model)
     wanted = {
-        name: {n: tuple(p.shape) for n, p in skeleton.expert_parameters(module).items()}
+        name: {n: tuple(p.shape) for n, p in moe_modules.expert_parameters(module).items()}
         for name, module in modules.items()
     }
     turned = {name for name, module in modules.items() if module.is_transposed}

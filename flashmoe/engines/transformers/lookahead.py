@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Lookahead:
     def __init__(self, model: nn.Module) -> None:
         self.routers = [
             _router_beside(model, name, module)
-            for name, module in skeleton.expert_modules(model).items()
+            for name, module in moe_modules.expert_modules(model).items()
         ]
 
     def route(self, layer: int, hidden: torch.Tensor) -> Guess | None:
@@ -55,7 +55,7 @@ class Lookahead:
 
 def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:
     """The sibling of an experts module that scores its experts, if it also picks them."""
-    count = skeleton.n_experts(experts)
+    count = moe_modules.n_experts(experts)
     for sibling in model.get_submodule(name.rpartition(".")[0]).children():
         weight = getattr(sibling, "weight", None)
         scores = isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) == count

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from flashmoe.engines.transformers import backends, skeleton
+from flashmoe.engines.transformers import backends, empty_model
 from flashmoe.errors import FlashMoEError
 
 _FILES = ("tokenizer*.json", "*.model", "*.tiktoken", "tekken*.json", "vocab*", "merges.txt",
@@ -39,7 +39,7 @@ class Prompter:
 
     def __init__(self, directory: Path, *, raw: bool = False) -> None:
         backends.backend_for(directory)
-        config = skeleton.read_config(directory)
+        config = empty_model.read_config(directory)
         self.directory = directory
         self.vocabulary_size = getattr(config.get_text_config(), "vocab_size", None)
         self.tokenizer = _load_tokenizer(directory)

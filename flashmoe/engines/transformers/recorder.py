@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.lookahead import Lookahead
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
@@ -22,7 +22,7 @@ class Recorder:
     def __init__(
         self, model: PreTrainedModel, *, probabilities: bool = False, guesses: bool = False
     ) -> None:
-        self.modules = skeleton.expert_modules(model)
+        self.modules = moe_modules.expert_modules(model)
         if not self.modules:
             raise FlashMoEError("this model has no experts to record")
         self.model = model
@@ -82,7 +82,7 @@ class Recorder:
 
     def trace(self, info: Mapping[str, object]) -> Trace:
         """All that was recorded, as one trace."""
-        n_experts = max(map(skeleton.n_experts, self.modules.values()))
+        n_experts = max(map(moe_modules.n_experts, self.modules.values()))
         number_type = np.uint8 if n_experts <= 256 else np.uint16
 
         def joined(parts: list[list[np.ndarray]]) -> np.ndarray:

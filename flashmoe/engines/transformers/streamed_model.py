@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
@@ -22,7 +22,7 @@ def protect(model: transformers.PreTrainedModel) -> None:
 
     That holds for the model and for every part of it with experts in it.
     """
-    for name in skeleton.expert_modules(model):
+    for name in moe_modules.expert_modules(model):
         experts = model.get_submodule(name)
         experts._apply = partial(_apply_to_rest, experts)  # type: ignore[method-assign]
         while name:

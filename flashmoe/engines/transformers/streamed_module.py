@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import moe_modules
 from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
@@ -27,7 +27,7 @@ def install(module: nn.Module, experts: Experts) -> None:
 
     The configuration is left alone, so that a plain model can be made of it.
     """
-    names = tuple(skeleton.expert_parameters(module))
+    names = tuple(moe_modules.expert_parameters(module))
     module.forward = partial(_forward, module, names, experts)  # type: ignore[method-assign]
 
 

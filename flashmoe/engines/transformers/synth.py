@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from flashmoe.disk.shards import header
-from flashmoe.engines.transformers import skeleton
+from flashmoe.engines.transformers import empty_model, moe_modules
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE
-from flashmoe.store.pack import Source, write_store
+from flashmoe.store.writer import Source, write_store
 from flashmoe.util.sizes import format_bytes
 
 # The published config.json of each model, as far as it differs from transformers' defaults.
@@ -133,7 +133,7 @@ def synthesise(
     """
     _refuse_occupied(directory)
     torch_dtype, config = _DTYPES[dtype], config_of(name, dtype)
-    model = skeleton.build(config)
+    model = empty_model.build(config)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
     sizes = {key: math.prod(shape) * torch_dtype.itemsize for key, shape in shapes.items()}
     total = sum(sizes.values())
@@ -206,7 +206,7 @@ def synthesise_store(
 
 def total_bytes(name: str, dtype: str = "bf16") -> int:
     """Bytes of all weights of a named model. Raises FlashMoEError for an unknown name."""
-    model = skeleton.build(config_of(name, dtype))
+    model = empty_model.build(config_of(name, dtype))
     return sum(p.numel() for p in model.parameters()) * _DTYPES[dtype].itemsize
 
 
@@ -234,19 +234,20 @@ class RandomWeights:
 
     def __init__(self, config: transformers.PretrainedConfig, seed: int) -> None:
         self.config = config
-        self.model = skeleton.build(config)
-        self.experts = skeleton.expert_modules(self.model)
+        self.model = empty_model.build(config)
+        self.experts = moe_modules.expert_modules(self.model)
+        self.description = moe_modules.describe(self.model, config)
         self.seed = seed
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
-        parameters = skeleton.expert_parameters(self.experts[module_name])
+        parameters = moe_modules.expert_parameters(self.experts[module_name])
         return {
             name: self._draw(f"{module_name}.{name}.{expert}", tuple(p.shape[1:]), p.dtype)
             for name, p in parameters.items()
         }
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
-        held = skeleton.expert_parameter_names(self.model)
+        held = moe_modules.expert_parameter_names(self.model)
         for key, tensor in self.model.state_dict().items():
             if key not in held:
                 yield key, self._draw(key, tuple(tensor.shape), tensor.dtype)

@@ -24,7 +24,7 @@ from harness.runs.clock import Clock
 from harness.runs.job import FIRST_TOKEN, Job
 
 if TYPE_CHECKING:  # the programs do without the engine
-    from flashmoe.store.pack import Source
+    from flashmoe.engines.transformers.synth import RandomWeights
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,10 +37,10 @@ class Peer:
     module: str
 
     @property
-    def write(self) -> Callable[[Source, Path, str], None]:
+    def write(self) -> Callable[[RandomWeights, Path, str], None]:
         """write(source, path, scheme): its weights. FlashMoEError where it cannot take those."""
         written = importlib.import_module(self.module).write
-        return cast(Callable[["Source", Path, str], None], written)
+        return cast(Callable[["RandomWeights", Path, str], None], written)
 
     @property
     def command(self) -> list[str]:

@@ -21,10 +21,10 @@ from harness.runs.job import Job
 if TYPE_CHECKING:  # writing happens where the harness is, running where AirLLM is
     import torch
 
-    from flashmoe.store.pack import Source
+    from flashmoe.engines.transformers.synth import RandomWeights
 
 
-def write(source: Source, path: Path, scheme: str) -> None:
+def write(source: RandomWeights, path: Path, scheme: str) -> None:
     """A Hugging Face directory as OLMoE's and Qwen3-MoE's are on the hub, bf16.
 
     Memory is bounded by a layer without its experts. Raises FlashMoEError for other schemes.
@@ -67,15 +67,15 @@ def _owner(key: str) -> str:
 
 
 def _experts(
-    source: Source, owner: str, tensors_of: Callable[[str, int], dict[str, torch.Tensor]]
+    source: RandomWeights, owner: str, tensors_of: Callable[[str, int], dict[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a layer's experts, by their names on the hub."""
-    from flashmoe.engines.transformers import skeleton
+    from flashmoe.engines.transformers import moe_modules
 
     for module_name, module in source.experts.items():
         if not module_name.startswith(f"{owner}."):
             continue
-        for expert in range(skeleton.n_experts(module)):
+        for expert in range(moe_modules.n_experts(module)):
             tensors = tensors_of(module_name, expert)
             gate, up = tensors["gate_up_proj"].chunk(2)
             for part, tensor in zip(
@@ -84,11 +84,11 @@ def _experts(
                 yield f"{module_name}.{expert}.{part}.weight", tensor
 
 
-def _outline(source: Source, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+def _outline(source: RandomWeights, module_name: str, expert: int) -> dict[str, torch.Tensor]:
     """As `source.expert`, on the meta device: shapes without drawing gigabytes for them."""
-    from flashmoe.engines.transformers import skeleton
+    from flashmoe.engines.transformers import moe_modules
 
-    parameters = skeleton.expert_parameters(source.experts[module_name])
+    parameters = moe_modules.expert_parameters(source.experts[module_name])
     return {name: parameter[expert] for name, parameter in parameters.items()}
 
 

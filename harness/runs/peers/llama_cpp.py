@@ -15,10 +15,10 @@ from harness.runs import peers
 from harness.runs.job import Job
 
 if TYPE_CHECKING:
-    from flashmoe.store.pack import Source
+    from flashmoe.engines.transformers.synth import RandomWeights
 
 
-def write(source: Source, path: Path, scheme: str) -> None:
+def write(source: RandomWeights, path: Path, scheme: str) -> None:
     """As `gguf_file.write`."""
     from harness.runs import gguf_file
 

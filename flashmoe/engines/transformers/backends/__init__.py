@@ -1,4 +1,4 @@
-"""Where experts are read from, one file each behind `Backend`. `available()` lists them."""
+"""Where models are read from, one file each behind `ModelBackend`; `available()` lists them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from flashmoe.engines.transformers.backends.base import Backend
+from flashmoe.engines.transformers.backends.base import ModelBackend
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.util.registry import discover
 
-__all__ = ["Backend", "available", "backend_for", "open_path"]
+__all__ = ["ModelBackend", "available", "backend_for", "open_path"]
 
 
 @cache
-def available() -> dict[str, type[Backend]]:
+def available() -> dict[str, type[ModelBackend]]:
     """Every backend by name."""
-    return discover(sys.modules[__name__], Backend)  # type: ignore[type-abstract]
+    return discover(sys.modules[__name__], ModelBackend)  # type: ignore[type-abstract]
 
 
-def backend_for(path: Path) -> type[Backend]:
+def backend_for(path: Path) -> type[ModelBackend]:
     """The backend for what lies at `path`, not opened yet. Raises FlashMoEError without one."""
     with reading(path):
         if not path.is_dir():
@@ -32,7 +32,7 @@ def backend_for(path: Path) -> type[Backend]:
     )
 
 
-def open_path(path: Path) -> Backend:
+def open_path(path: Path) -> ModelBackend:
     """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
     backend = backend_for(path)
     with reading(path):

@@ -1,8 +1,8 @@
-"""What a storage backend is."""
+"""What a model on disk is, to this engine."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -10,17 +10,16 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from flashmoe.store.manifest import Manifest
+from flashmoe.reading.backend import Backend
 
 
-class Backend(ABC):
-    """An open model on disk: its experts, extent by extent, and everything else."""
+class ModelBackend(Backend):
+    """A model on disk, open: its experts, extent by extent, and everything else.
+
+    `path` is a directory, where config.json and the tokenizer lie.
+    """
 
     name: ClassVar[str]
-    remedy: ClassVar[str]  # what to do when an expert cannot be read
-    path: Path  # config.json and the tokenizer lie there
-    manifest: Manifest  # how an expert lies in its extent; checksums only where they are known
-    direct: bool  # reads bypass the page cache
 
     @classmethod
     @abstractmethod
@@ -33,20 +32,8 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self) -> PreTrainedModel:
-        """The model, with no weights yet: see `skeleton.build`."""
-
-    @abstractmethod
-    def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
-        """Fill `memory`, page-aligned, with an extent's bytes from `start` on. Thread-safe.
-
-        Leaves nothing in the page cache. Raises OSError when the drive fails, EOFError when the
-        file ends too early.
-        """
+        """The model, with no weights yet: see `empty_model.build`."""
 
     @abstractmethod
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that belongs to no expert, with its name in the model, one at a time."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the files."""

@@ -25,13 +25,13 @@ from flashmoe.disk.direct_io import (
     open_direct,
     read_all,
 )
-from flashmoe.engines.transformers import skeleton
-from flashmoe.engines.transformers.backends.base import Backend
+from flashmoe.engines.transformers import empty_model
+from flashmoe.engines.transformers.backends.base import ModelBackend
 from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
+from flashmoe.store.layout import config_digest, lay_out_layers
 from flashmoe.store.manifest import LayerSpec, Manifest, dtype_name
-from flashmoe.store.pack import config_digest, lay_out_layers
 
 _AT_ONCE_BYTES = 1 << 20
 _BUFFER_BYTES = _AT_ONCE_BYTES + 2 * ALIGNMENT_BYTES  # what encloses so many at any offset
@@ -46,7 +46,7 @@ class _Segment(NamedTuple):
     offset: int  # in the file
 
 
-class InPlace(Backend):
+class InPlace(ModelBackend):
     """The shards of a checkpoint whose experts' tensors are stored as the model uses them."""
 
     name = "in-place"
@@ -62,7 +62,8 @@ class InPlace(Backend):
         self._buffers = threading.local()
         self._checkpoint = Checkpoint(path)
         try:
-            layers = lay_out_layers(self._checkpoint, None)
+            description = self._checkpoint.description
+            layers = lay_out_layers(description.layers, None)
             for layer in layers:
                 self._check_layout(layer)
             self._segments = [
@@ -76,9 +77,9 @@ class InPlace(Backend):
             raise
         self.direct = all(direct for _, direct in self._files.values())
         self.manifest = Manifest(
-            architecture=type(self._checkpoint.model).__name__,
+            architecture=description.architecture,
             config_sha256=config_digest(path),
-            top_k=skeleton.top_k(self._checkpoint.config),
+            top_k=description.top_k,
             experts_file="",
             dense_file="",
             dense_bytes=self._checkpoint.dense_bytes(),
@@ -118,7 +119,7 @@ class InPlace(Backend):
         )
 
     def build(self) -> PreTrainedModel:
-        return skeleton.build(skeleton.read_config(self.path), self._checkpoint.dtype)
+        return empty_model.build(empty_model.read_config(self.path), self._checkpoint.dtype)
 
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         end = start + len(memory)

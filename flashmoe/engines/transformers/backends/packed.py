@@ -1,51 +1,34 @@
-"""A packed store: an expert is one aligned extent, so a miss is one read."""
+"""A packed store as a model: its experts, and the tensors beside them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from flashmoe.disk.direct_io import drop_page_cache, open_direct, read_all
 from flashmoe.disk.shards import Shard
-from flashmoe.engines.transformers import skeleton
-from flashmoe.engines.transformers.backends.base import Backend
+from flashmoe.engines.transformers import empty_model
+from flashmoe.engines.transformers.backends.base import ModelBackend
 from flashmoe.errors import FlashMoEError
+from flashmoe.reading.packed import PackedExperts
 from flashmoe.store import manifest as manifests
-from flashmoe.store.manifest import DTYPES, Manifest
-from flashmoe.store.pack import config_digest
+from flashmoe.store.manifest import DTYPES
 
 
-class PackedStore(Backend):
+class PackedModel(PackedExperts, ModelBackend):
     """What `flashmoe pack` writes."""
 
     name = "packed"
-    remedy = "run `flashmoe verify`, and pack the store again if it fails"
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
         return manifests.is_store(path)
 
-    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
-        """manifest: its table of contents, if that is known already."""
-        self.path = path
-        self.manifest = manifest or open_manifest(path)
-        file = path / self.manifest.experts_file
-        self._descriptor, self.direct = open_direct(file, os.O_RDONLY)
-
     def build(self) -> PreTrainedModel:
         dtype = DTYPES.get(self.manifest.dtype)
-        return skeleton.build(skeleton.read_config(self.path), dtype)
-
-    def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
-        offset = self.manifest.layers[layer].extent_offset(expert) + start
-        if os.preadv(self._descriptor, (memory,), offset) < len(memory):
-            read_all(self._descriptor, memory, len(memory), offset)
-        if not self.direct:
-            drop_page_cache(self._descriptor, offset, len(memory))
+        return empty_model.build(empty_model.read_config(self.path), dtype)
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         try:
@@ -58,22 +41,3 @@ class PackedStore(Backend):
         finally:
             shard.forget_pages()
             shard.close()
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def open_manifest(store: Path) -> Manifest:
-    """The manifest, checked against the files beside it but not against every byte.
-
-    Raises FlashMoEError when the store is torn, foreign or belongs to another model.
-    """
-    manifest = manifests.load(store)
-    if config_digest(store) != manifest.config_sha256:
-        raise FlashMoEError(
-            f"store {store}: its config.json is not the one it was packed with, so it would be "
-            "a store of another model; pack it again with `flashmoe pack`"
-        )
-    return manifest

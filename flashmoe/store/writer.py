@@ -1,4 +1,4 @@
-"""Writes a store from a checkpoint, streaming: memory is bounded by a few experts.
+"""Writes a store, streaming: memory is bounded by a few experts.
 
 The manifest's rename is the moment at which a store changes. Before it, the data files have
 names that no manifest knows; after it, files that the manifest does not name are removed. A
@@ -8,7 +8,6 @@ pack that dies at any point therefore leaves the previous store as it was.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -21,57 +20,51 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import transformers
 import xxhash
 
 from flashmoe import quant as schemes
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, reserve, write_all
 from flashmoe.disk.shards import header
-from flashmoe.engines.transformers import dense_weights, skeleton
-from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE, Scheme
 from flashmoe.store import manifest as manifests
 from flashmoe.store import side_files
-from flashmoe.store.manifest import LayerSpec, Manifest, lay_out
+from flashmoe.store.layout import ModelDescription, config_digest, lay_out_layers, stored_tensors
+from flashmoe.store.manifest import LayerSpec, Manifest
 from flashmoe.util.sizes import format_bytes
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
 
-def pack(
-    checkpoint: Path, store: Path, *, quant: str = NONE, progress: Progress = lambda d, t: None
-) -> Manifest:
-    """Pack the Hugging Face directory `checkpoint` into the directory `store`.
-
-    Raises FlashMoEError when the checkpoint is unusable, the disk full, another pack into
-    `store` under way, or `store` of another model; a store that was there stays usable then.
-    """
-    with Checkpoint(checkpoint) as source:
-        model = skeleton.build(source.config, source.dtype)
-        dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
-        return write_store(source, checkpoint, store, progress, quant)
-
-
 class Source(Protocol):
-    """What a store is written from: a checkpoint, or weights made on the way (see `synth`)."""
+    """What a store is written from: a checkpoint, or weights that are drawn on the way."""
 
-    config: transformers.PretrainedConfig
-    model: transformers.PreTrainedModel
-    experts: dict[str, torch.nn.Module]
+    @property
+    def description(self) -> ModelDescription:
+        """The model's architecture, and the shapes of its experts."""
 
-    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]: ...
-    def dense(self) -> Iterator[tuple[str, torch.Tensor]]: ...
-    def forget_pages(self) -> None: ...
+    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+        """One expert's parameters by name, contiguous, without the expert dimension."""
+
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every other tensor with its name in the model, one at a time; asked for twice."""
+
+    def forget_pages(self) -> None:
+        """Let the kernel drop the pages of what was read."""
 
 
 def write_store(
     source: Source, checkpoint: Path, store: Path, progress: Progress, quant: str = NONE
 ) -> Manifest:
-    """`pack`, from a source of weights and a directory with the files that go beside them."""
+    """Write the directory `store` from `source`, with the files beside `checkpoint`'s weights.
+
+    Raises FlashMoEError when the disk is full, another pack into `store` is under way, or `store`
+    is of another model; a store that was there stays usable then.
+    """
     scheme = schemes.get(quant)
-    made = not _is_there(store, checkpoint)
-    layers = lay_out_layers(source, scheme)
+    is_new = not _is_there(store, checkpoint)
+    model = source.description
+    layers = lay_out_layers(model.layers, scheme)
     total = layers[-1].end_bytes
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -86,16 +79,16 @@ def write_store(
             dense_bytes = _write_dense(source, store / dense_name)
             side_files.copy(checkpoint, store)
             manifest = Manifest(
-                architecture=type(source.model).__name__,
+                architecture=model.architecture,
                 config_sha256=config_digest(store),
-                top_k=skeleton.top_k(source.config),
+                top_k=model.top_k,
                 experts_file=experts_name,
                 dense_file=dense_name,
                 dense_bytes=dense_bytes,
                 layers=tuple(layers),
                 quantisation=quant,
                 layout=scheme.layout() if scheme else "",
-                dtype=manifests.dtype_name(source.model.config.dtype),
+                dtype=manifests.dtype_name(model.dtype),
             )
             manifest.save(store)
             return manifest
@@ -105,7 +98,7 @@ def write_store(
             "a store that was there before is unchanged"
         ) from None
     finally:
-        if made and store.is_dir() and not manifests.is_store(store):
+        if is_new and store.is_dir() and not manifests.is_store(store):
             shutil.rmtree(store, ignore_errors=True)
 
 
@@ -124,48 +117,6 @@ def _is_there(store: Path, checkpoint: Path) -> bool:
                 "or remove that store first"
             )
     return True
-
-
-def config_digest(directory: Path) -> str:
-    """sha256 of the directory's config.json; of nothing where it has none."""
-    path = directory / "config.json"
-    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
-
-
-def lay_out_layers(source: Source, scheme: Scheme | None) -> list[LayerSpec]:
-    """Every MoE layer's extents, one after the other; checksums are not known yet."""
-    layers: list[LayerSpec] = []
-    for module_name, module in source.experts.items():
-        empty = {
-            name: torch.zeros(parameter.shape[1:], dtype=parameter.dtype)
-            for name, parameter in skeleton.expert_parameters(module).items()
-        }
-        tensors = [
-            (name, tensor.dtype, tuple(tensor.shape))
-            for name, tensor in _quantised(module, empty, scheme).items()
-        ]
-        offset = layers[-1].end_bytes if layers else 0
-        count, kind = skeleton.n_experts(module), scheme.name if scheme else NONE
-        layers.append(lay_out(module_name, count, offset, tensors, kind))
-    return layers
-
-
-def _quantised(
-    module: torch.nn.Module, tensors: dict[str, torch.Tensor], scheme: Scheme | None
-) -> dict[str, torch.Tensor]:
-    """An expert's tensors as they are stored: weights in parts, always [out, in]; biases as is."""
-    if scheme is None:
-        return tensors
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.dim() == 2:
-            weight = tensor.T if module.is_transposed else tensor
-            stored |= {
-                schemes.part_name(name, part): held for part, held in scheme.parts(weight).items()
-            }
-        else:
-            stored[name] = tensor
-    return stored
 
 
 @contextmanager
@@ -210,13 +161,17 @@ def _write_experts(
     try:
         reserve(descriptor, total)
         finished = []
-        for layer in layers:
+        for layer, shapes in zip(layers, source.description.layers, strict=True):
             checksums = []
             extent = aligned_memory(layer.extent_bytes)
             view = memoryview(extent)[: layer.extent_bytes]
             for expert in range(layer.n_experts):
-                tensors = source.expert(layer.module, expert)
-                _fill(extent, layer, _quantised(source.experts[layer.module], tensors, scheme))
+                parameters = source.expert(layer.module, expert)
+                _fill(
+                    extent,
+                    layer,
+                    stored_tensors(parameters, scheme, transposed=shapes.transposed),
+                )
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
                 write_all(descriptor, view, layer.extent_offset(expert))
                 progress(layer.extent_offset(expert + 1), total)

@@ -1,0 +1,25 @@
+"""Packs a Hugging Face checkpoint into a store, once it is known that a model can be made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashmoe.engines.transformers import dense_weights, empty_model
+from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
+from flashmoe.quant import NONE
+from flashmoe.store.manifest import Manifest
+from flashmoe.store.writer import Progress, write_store
+
+
+def pack(
+    checkpoint: Path, store: Path, *, quant: str = NONE, progress: Progress = lambda d, t: None
+) -> Manifest:
+    """Pack the Hugging Face directory `checkpoint` into the directory `store`.
+
+    Raises FlashMoEError when the checkpoint is unusable, and as `write_store` does; a store that
+    was there stays usable then.
+    """
+    with Checkpoint(checkpoint) as source:
+        model = empty_model.build(source.config, source.dtype)
+        dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
+        return write_store(source, checkpoint, store, progress, quant)

@@ -1,0 +1,80 @@
+"""How a model's experts lie in a store: every layer's extents, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flashmoe import quant
+from flashmoe.quant import NONE, Scheme
+from flashmoe.store.manifest import LayerSpec, lay_out
+
+
+@dataclass(frozen=True)
+class ExpertShapes:
+    """One MoE layer as its model has it."""
+
+    module: str  # full name
+    n_experts: int
+    transposed: bool  # weights are [in, out], not [out, in]
+    parameters: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of one expert, by name
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a store says of the model that its experts belong to."""
+
+    architecture: str
+    top_k: int
+    dtype: torch.dtype  # in which the model computes
+    layers: tuple[ExpertShapes, ...]
+
+
+def lay_out_layers(layers: Iterable[ExpertShapes], scheme: Scheme | None) -> list[LayerSpec]:
+    """Every layer's extents, stored by `scheme`; checksums are not known yet.
+
+    Raises FlashMoEError for a dtype or a shape that cannot be stored so.
+    """
+    specs: list[LayerSpec] = []
+    for layer in layers:
+        empty = {
+            name: torch.zeros(shape, dtype=dtype)
+            for name, (dtype, shape) in layer.parameters.items()
+        }
+        tensors = [
+            (name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in stored_tensors(empty, scheme, transposed=layer.transposed).items()
+        ]
+        offset_bytes = specs[-1].end_bytes if specs else 0
+        kind = scheme.name if scheme else NONE
+        specs.append(lay_out(layer.module, layer.n_experts, offset_bytes, tensors, kind))
+    return specs
+
+
+def stored_tensors(
+    parameters: Mapping[str, torch.Tensor], scheme: Scheme | None, *, transposed: bool
+) -> dict[str, torch.Tensor]:
+    """An expert's parameters as a store has them: weights in the scheme's parts, biases as is.
+
+    A weight [out, in], or [in, out] if `transposed`, is quantised as [out, in].
+    """
+    if scheme is None:
+        return dict(parameters)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters.items():
+        if tensor.dim() == 2:
+            parts = scheme.parts(tensor.T if transposed else tensor)
+            stored |= {quant.part_name(name, part): stored_as for part, stored_as in parts.items()}
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def config_digest(directory: Path) -> str:
+    """sha256 of the directory's config.json; of nothing where it has none."""
+    path = directory / "config.json"
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
