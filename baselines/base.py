@@ -41,11 +41,11 @@ class System(ABC):
         """Called between warm-up and decode."""
 
     def stats(self) -> dict[str, Any]:
-        """Counts since `reset_counts`, by the names of `Engine.stats`; absent where unknown."""
+        """Counts since `reset_counts`, by the names of `engines.stats.Stats`; those it knows."""
         return {}
 
-    def watch(self) -> list[Span]:
-        """As `Engine.watch`; always empty where a system cannot tell."""
+    def record_spans(self) -> list[Span]:
+        """As `Engine.record_spans`; always empty where a system cannot tell."""
         return []
 
     def close(self) -> None:  # noqa: B027  (some hold nothing)

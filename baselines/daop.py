@@ -1,17 +1,19 @@
 """DAOP (arXiv 2501.10375): placement that follows the sequence, experts calculated a layer ahead.
 
-From the paper: A holds an equal quota of each layer's popular experts. In prefill, before a layer's
-experts run, the busiest in H change places with the least busy in A, up to half of the layer's
-experts, where n_hot > 1.05 n_cold; the placement stays. In decode the first five MoE layers use
-their router; from there on layer l+1's router is applied to layer l's input, and the experts and
-weights that it names are the ones used. Those in H are calculated ahead on the CPU, by two
-threads, from layer l's hidden state. Where all are in H, the weakest gives way to the best-scored
-in A. CPU and A run at the same time. The output is therefore not the model's own.
+From the paper: the pinned tier (its GPU) holds an equal quota of each layer's popular experts. In
+prefill, before a layer's experts run, the busiest in the mapped tier change places with the least
+busy pinned ones, up to half of the layer's experts, where n_hot > 1.05 n_cold; the placement
+stays. In decode the first five MoE layers use their router; from there on layer l+1's router is
+applied to layer l's input, and the experts and weights that it names are the ones used. Mapped
+ones are calculated ahead on the CPU, by two threads, from layer l's hidden state. Where none is
+pinned, the weakest gives way to the best-scored pinned one. Both tiers compute at the same time.
+The output is therefore not the model's own.
 
-Decided here: 'all in H, the weakest gives way' is the paper's rule for top-2, kept for any top_k
-(the others stay, so it changes one expert); the newcomer gets its own probability, and the
+Decided here: 'none is pinned, the weakest gives way' is the paper's rule for top-2, kept for any
+top_k (the others stay, so it changes one expert); the newcomer gets its own probability, and the
 weights are scaled back to their sum. The true router still runs, since transformers calls it; its
-result is only used to measure the prediction. A takes a share of the budget as in `fiddler`.
+result is only used to measure the prediction. The pinned tier takes a share of the budget as in
+`fiddler`.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe.engines.transformers import arithmetic
-from flashmoe.engines.transformers.lookahead import Guess, Lookahead
+from flashmoe.engines.transformers.expert_arithmetic import expert_output
+from flashmoe.engines.transformers.lookahead import Lookahead, RouterOutput
+from flashmoe.engines.transformers.mixture import Mixture
 
 PINNED_SHARE = 0.5
 TRUE_ROUTER_LAYERS = 5
@@ -38,7 +41,7 @@ CPU_THREADS = 2
 
 @dataclass
 class _Plan:
-    """What a layer will use: index and weights [1, top_k]; H's experts are on their way."""
+    """What a layer will use: index and weights [1, top_k]; `ahead` is being calculated."""
 
     index: torch.Tensor
     weights: torch.Tensor
@@ -98,19 +101,19 @@ class DAOP(LayeredSystem):
         return self.compute(layer, hidden, plan)
 
     def swap(self, layer: int, index: torch.Tensor) -> None:
-        """Bring the prompt's busiest experts to A, in exchange for its least busy ones."""
+        """Pin the prompt's busiest experts, in exchange for the least busy pinned ones."""
         n_experts = self.manifest.layers[layer].n_experts
         uses = torch.bincount(index.reshape(-1), minlength=n_experts).tolist()
-        held = self.pinned.slot_of[layer]
-        cold = sorted(held, key=lambda expert: uses[expert])
-        hot = sorted((e for e in range(n_experts) if e not in held), key=lambda e: -uses[e])
+        pinned = self.pinned.slot_of[layer]
+        cold = sorted(pinned, key=lambda expert: uses[expert])
+        hot = sorted((e for e in range(n_experts) if e not in pinned), key=lambda e: -uses[e])
         for new, old in list(zip(hot, cold, strict=False))[: n_experts // 2]:
             if uses[new] > SWAP_RATIO * uses[old]:
                 self.pinned.replace(layer, old, new, self.mapped)
                 self.swaps += 1
 
     def plan_ahead(self, layer: int, hidden: torch.Tensor) -> _Plan | None:
-        """What `layer` will use, by the hidden state of the layer below; H's part is begun."""
+        """What `layer` will use, by the layer below's hidden state; the mapped part is begun."""
         guess = self.lookahead.route(layer, hidden)
         if guess is None:
             return None
@@ -120,15 +123,15 @@ class DAOP(LayeredSystem):
                 plan.ahead[expert] = self.threads.submit(self.calculate, layer, expert, hidden)
         return plan
 
-    def degrade(self, layer: int, guess: Guess) -> _Plan:
-        """If none of the guessed is in A, the best-scored one there replaces the weakest."""
+    def degrade(self, layer: int, guess: RouterOutput) -> _Plan:
+        """If none of the guessed is pinned, the best-scored pinned one replaces the weakest."""
         index, weights = guess.experts.clone(), guess.weights.clone()
-        held = list(self.pinned.slot_of[layer])
-        if not held or any(self.pinned.holds(layer, expert) for expert in index[0].tolist()):
+        pinned = list(self.pinned.slot_of[layer])
+        if not pinned or any(self.pinned.holds(layer, expert) for expert in index[0].tolist()):
             return _Plan(index, weights)
         self.degraded += 1
         probabilities = guess.scores[0].float().softmax(-1)
-        newcomer = held[int(probabilities[held].argmax())]
+        newcomer = pinned[int(probabilities[pinned].argmax())]
         weakest, total = int(weights[0].argmin()), weights.sum()
         index[0, weakest] = newcomer
         weights[0, weakest] = probabilities[newcomer].to(weights.dtype)
@@ -137,37 +140,40 @@ class DAOP(LayeredSystem):
     def calculate(self, layer: int, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             parameters = self.mapped.parameters(layer, expert)
-            return arithmetic.expert_output(self.modules[layer], parameters, hidden)
+            return expert_output(self.modules[layer], parameters, hidden)
 
     def compute(self, layer: int, hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """CPU and A at the same time; experts that were calculated ahead are only added."""
+        """Both tiers at the same time; experts that were calculated ahead are only added."""
         experts = plan.index.unique().tolist()
-        in_a = [expert for expert in experts if self.pinned.holds(layer, expert)]
-        in_h = [expert for expert in experts if not self.pinned.holds(layer, expert)]
+        pinned = [expert for expert in experts if self.pinned.holds(layer, expert)]
+        mapped = [expert for expert in experts if not self.pinned.holds(layer, expert)]
         self.requests += len(experts)
-        self.hits += len(in_a)
+        self.hits += len(pinned)
+        if plan.ahead:
+            return self.add_up(layer, hidden, plan)
+        mixture = Mixture(self.modules[layer], hidden, plan.index, plan.weights)
 
-        def serve(compute: arithmetic.Compute) -> None:
-            def on_cpu() -> None:
-                with torch.inference_mode():
-                    for expert in in_h:
-                        compute(expert, self.mapped.parameters(layer, expert))
+        def add_mapped() -> None:
+            with torch.inference_mode():
+                for expert in mapped:
+                    mixture.add(expert, self.mapped.parameters(layer, expert))
 
-            beside = self.threads.submit(on_cpu) if in_h else None
-            for expert in in_a:
-                compute(expert, self.pinned.parameters(layer, expert))
-            if beside:
-                beside.result()
+        beside = self.threads.submit(add_mapped) if mapped else None
+        for expert in pinned:
+            mixture.add(expert, self.pinned.parameters(layer, expert))
+        if beside:
+            beside.result()
+        return mixture.total()
 
-        if not plan.ahead:
-            return arithmetic.run(self.modules[layer], hidden, plan.index, plan.weights, serve)
+    def add_up(self, layer: int, hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """hidden [1, width]: what was calculated ahead, and the pinned experts now."""
         total = torch.zeros_like(hidden)
         for expert, weight in zip(plan.index[0].tolist(), plan.weights[0], strict=True):
             if expert in plan.ahead:
                 output = plan.ahead[expert].result()
             else:
                 parameters = self.pinned.parameters(layer, expert)
-                output = arithmetic.expert_output(self.modules[layer], parameters, hidden)
+                output = expert_output(self.modules[layer], parameters, hidden)
             total += (output * weight).to(hidden.dtype)
         return total
 

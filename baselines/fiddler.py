@@ -1,12 +1,13 @@
 """Fiddler (arXiv 2402.07033): popular experts in the fast tier, the others computed where they are.
 
-From the paper: A holds the globally most popular (layer, expert) pairs of a calibration profile,
-fixed for the run; an expert that is elsewhere is computed on the CPU, unless so many tokens need
-it that copying its weights to A, and computing there, is faster by a latency model. From the
-original's code: one side is chosen for each expert in turn, nothing overlaps. Decided here: the
-latencies are measured at start (the code ships constants for one machine), each as a line in the
-number of tokens, of which a GPU's constant is the flat case; and A takes a share of the budget,
-the rest being H's page cache, since without a GPU both are the same memory.
+From the paper: the pinned tier (its GPU) holds the globally most popular (layer, expert) pairs of
+a calibration profile, fixed for the run. An expert that is elsewhere is computed on the CPU,
+unless so many tokens need it that copying its weights to the pinned tier, and computing there, is
+faster by a latency model. From the original's code: one side is chosen for each expert in turn,
+nothing overlaps. Decided here: the latencies are measured at start (the code ships constants for
+one machine), each as a line in the number of tokens, of which a GPU's constant is the flat case.
+The pinned tier takes a share of the budget; the rest is page cache for the mapped tier, since
+without a GPU both are the same memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.expert_arithmetic import expert_output
+from flashmoe.engines.transformers.mixture import Mixture
 from flashmoe.memory.arena import Arena
+from flashmoe.quant import Parameters
 
 PINNED_SHARE = 0.5
 _MEASURED_TOKENS = (1, 8, 32)
@@ -38,7 +41,7 @@ class Latencies(NamedTuple):
     copy: float
 
     def copies(self, tokens: int) -> bool:
-        """Is copying to A, to compute there, faster than computing on the CPU?"""
+        """Is copying to the pinned tier, to compute there, faster than computing on the CPU?"""
         on_cpu = self.cpu[0] * tokens + self.cpu[1]
         return on_cpu > self.copy + self.pinned[0] * tokens + self.pinned[1]
 
@@ -72,40 +75,38 @@ class Fiddler(LayeredSystem):
     def run(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        mixture = Mixture(self.modules[layer], hidden, index, weights)
         experts, tokens = index.unique(return_counts=True)
+        for expert, count in zip(experts.tolist(), tokens.tolist(), strict=True):
+            self.requests += 1
+            if self.pinned.holds(layer, expert):
+                self.hits += 1
+                mixture.add(expert, self.pinned.parameters(layer, expert))
+            elif self.latencies.copies(count):
+                self.copied += 1
+                mixture.add(expert, self.copy(layer, expert))
+            else:
+                mixture.add(expert, self.mapped.parameters(layer, expert))
+        return mixture.total()
 
-        def serve(compute: arithmetic.Compute) -> None:
-            for expert, count in zip(experts.tolist(), tokens.tolist(), strict=True):
-                self.requests += 1
-                if self.pinned.holds(layer, expert):
-                    self.hits += 1
-                    compute(expert, self.pinned.parameters(layer, expert))
-                elif self.latencies.copies(count):
-                    self.copied += 1
-                    compute(expert, self.copy(layer, expert))
-                else:
-                    compute(expert, self.mapped.parameters(layer, expert))
-
-        return arithmetic.run(self.modules[layer], hidden, index, weights, serve)
-
-    def copy(self, layer: int, expert: int) -> arithmetic.Parameters:
-        """The expert's parameters in A's staging slot."""
+    def copy(self, layer: int, expert: int) -> Parameters:
+        """The expert's parameters, copied to the pinned tier's staging slot."""
         self.mapped.copy(layer, expert, self.staging.slots[0])
         return self.staging.parameters[0]
 
     def measure(self) -> Latencies:
-        """On one expert, as if H were all in DRAM, which the original assumes."""
+        """On one expert, as if the mapped tier were all in DRAM, which the original assumes."""
         module = self.modules[0]
         mapped = self.mapped.parameters(0, 0)
         pinned = self.copy(0, 0)
         width, dtype = self.model.config.get_text_config().hidden_size, self.model.dtype
 
-        def line(parameters: arithmetic.Parameters) -> tuple[float, float]:
+        def line(parameters: Parameters) -> tuple[float, float]:
             seconds = []
             for tokens in _MEASURED_TOKENS:
                 x = torch.ones(tokens, width, dtype=dtype)
                 seconds.append(
-                    _seconds(lambda x=x: arithmetic.expert_output(module, parameters, x))  # type: ignore[misc]
+                    _seconds(lambda x=x: expert_output(module, parameters, x))  # type: ignore[misc]
                 )
             slope, constant = np.polyfit(_MEASURED_TOKENS, seconds, 1)
             return float(slope), float(constant)

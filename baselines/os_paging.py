@@ -14,7 +14,7 @@ import torch
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier
-from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.mixture import Mixture
 
 
 class OSPaging(LayeredSystem):
@@ -38,11 +38,10 @@ class OSPaging(LayeredSystem):
             for expert in needed:
                 self.mapped.advise(self.advice_for_routed, layer, expert)
 
-        def serve(compute: arithmetic.Compute) -> None:
-            for expert in needed:
-                compute(expert, self.mapped.parameters(layer, expert))
-
-        return arithmetic.run(self.modules[layer], hidden, index, weights, serve)
+        mixture = Mixture(self.modules[layer], hidden, index, weights)
+        for expert in needed:
+            mixture.add(expert, self.mapped.parameters(layer, expert))
+        return mixture.total()
 
 
 class OSPagingRandom(OSPaging):

@@ -1,8 +1,9 @@
-"""Where the experts of the DRAM baselines are: pinned (A) or in the memory-mapped store (H).
+"""Where the experts of the DRAM baselines are: pinned in memory, or in the memory-mapped store.
 
-Spec section 5: on a machine without a GPU, tier A is an arena in DRAM that counts towards the
-cap, and H is what the cap leaves to the page cache. Both hold whole extents of the same store, so
-that an expert comes from the drive in one sequential stretch, as well as any layout allows.
+Without a GPU the pinned tier, which the papers have in VRAM, is an arena in DRAM that counts
+towards the cap, and the mapped tier is what the cap leaves to the page cache. Both have whole
+extents of the same store, so that an expert comes from the drive in one sequential stretch, as
+well as any layout allows.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.engines.transformers.arithmetic import Parameters
-from flashmoe.memory.arena import Arena, Memory, views
+from flashmoe.memory.arena import Arena, SlotMemory, views
+from flashmoe.quant import Parameters
 from flashmoe.reading.packed import PackedExperts
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.store.manifest import Manifest
 
 
 class MappedTier:
-    """H: the experts of a store as a memory mapping; the page cache decides what is in DRAM."""
+    """The experts of a store as a memory mapping; the page cache decides what is in DRAM."""
 
     def __init__(self, store: Path, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -49,7 +50,7 @@ class MappedTier:
             self._parameters[key] = views(self.extent(layer, expert), self.manifest.layers[layer])
         return self._parameters[key]
 
-    def copy(self, layer: int, expert: int, slot: Memory) -> None:
+    def copy(self, layer: int, expert: int, slot: SlotMemory) -> None:
         """Copy the expert's bytes into an arena's slot."""
         if not isinstance(slot, torch.Tensor):
             slot = torch.frombuffer(slot, dtype=torch.uint8)
@@ -65,14 +66,14 @@ class MappedTier:
 
 
 class PinnedTier:
-    """A: chosen experts in anonymous memory, each layer's in an arena of its own."""
+    """Popular experts in anonymous memory, each layer's in an arena of its own."""
 
-    def __init__(self, store: Path, manifest: Manifest, chosen: Sequence[Sequence[int]]) -> None:
-        """chosen: of each layer, the experts to hold; they are read past the page cache."""
+    def __init__(self, store: Path, manifest: Manifest, experts: Sequence[Sequence[int]]) -> None:
+        """experts: of each layer, those to pin; they are read past the page cache."""
         self.arenas = [
-            Arena(spec, len(experts)) for spec, experts in zip(manifest.layers, chosen, strict=True)
+            Arena(spec, len(pinned)) for spec, pinned in zip(manifest.layers, experts, strict=True)
         ]
-        self.slot_of = [{expert: slot for slot, expert in enumerate(e)} for e in chosen]
+        self.slot_of = [{expert: slot for slot, expert in enumerate(pinned)} for pinned in experts]
         reader = ExtentReader(PackedExperts(store, manifest))
         try:
             for layer, slots in enumerate(self.slot_of):

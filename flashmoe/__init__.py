@@ -7,20 +7,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from flashmoe.engines import load
 from flashmoe.errors import FlashMoEError
 
 __version__ = "0.1.0"
 __all__ = ["FlashMoEError", "demo_path", "demo_routing_path", "load"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "load":  # transformers takes seconds to import, the command line often needs none
-        from flashmoe.engines.transformers.loading import load
-
-        return load
-    raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
 
 
 def demo_path() -> Path:

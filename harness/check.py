@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import flashmoe
-from baselines.flashmoe_lru import FlashMoELRU
+from baselines.flashmoe_engine import FlashMoE
 from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
@@ -74,7 +74,7 @@ def _full_scale() -> Iterator[str]:
     engines = {
         name: kind.policy
         for name, kind in baselines.available().items()
-        if issubclass(kind, FlashMoELRU) and kind.uses_budget
+        if issubclass(kind, FlashMoE) and kind.uses_budget
     }
     for path in sorted(report.RESULTS.glob("*/speedups-*.csv")):
         table = pd.read_csv(path)
@@ -125,7 +125,7 @@ def _engine() -> Iterator[str]:
         model.flashmoe.reset()
         trace = record(model, [ids[0]], max_new_tokens=32)
         stats = model.flashmoe.stats()
-        slots = int(model.flashmoe.slots_per_layer)
+        slots = int(model.flashmoe.snapshot().slots_per_layer)
         conditions = simulate.Conditions(as_recorded=True)
         outcome = simulate.replay(trace, "learned", 1.0, conditions, slots=slots)
         if (outcome.requests, outcome.hits) != (stats["requests"], stats["hits"]):

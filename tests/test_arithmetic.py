@@ -10,7 +10,7 @@ import transformers
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.mixture import Mixture, OrderedSum
 from flashmoe.errors import FlashMoEError
 
 CONFIG = transformers.OlmoeConfig(
@@ -29,13 +29,11 @@ def experts_of(kind: type[torch.nn.Module], dtype: torch.dtype) -> torch.nn.Modu
 
 
 def run(module: torch.nn.Module, *inputs: torch.Tensor, order=(0, 1, 2, 3)) -> torch.Tensor:
-    def serve(compute: arithmetic.Compute) -> None:
-        for expert in order:
-            if (inputs[1] == expert).any():
-                parameters = {name: p[expert] for name, p in module.named_parameters()}
-                compute(expert, parameters)
-
-    return arithmetic.run(module, *inputs, serve)
+    mixture = Mixture(module, *inputs)
+    for expert in order:
+        if (inputs[1] == expert).any():
+            mixture.add(expert, {name: p[expert] for name, p in module.named_parameters()})
+    return mixture.total()
 
 
 def inputs_of(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -121,7 +119,7 @@ def test_finding_the_precision_leaves_the_random_numbers_as_they_were():
 
 
 def test_only_what_comes_before_its_turn_is_kept():
-    total = arithmetic.OrderedSum(torch.zeros(3, 2), [1, 4, 6])
+    total = OrderedSum(torch.zeros(3, 2), [1, 4, 6])
     everyone = torch.arange(3)
     for expert, kept in ((4, 1), (6, 2), (1, 0)):
         total.add(expert, everyone, torch.full((3, 2), float(expert)))

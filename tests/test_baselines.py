@@ -144,7 +144,7 @@ def test_daop_without_predictions_would_be_exact(deep):
 
 
 def test_daop_degrades_gracefully(deep):
-    from flashmoe.engines.transformers.lookahead import Guess
+    from flashmoe.engines.transformers.lookahead import RouterOutput
 
     system = baselines.get("daop")()
     system.load(deep)
@@ -152,11 +152,14 @@ def test_daop_degrades_gracefully(deep):
     outside = [e for e in range(8) if e not in held][:2]
     scores = torch.zeros(1, 8)
     scores[0, held[1]] = 1.0
-    guess = Guess(scores, torch.tensor([[0.6, 0.2]]), torch.tensor([outside]))
+    guess = RouterOutput(scores, torch.tensor([[0.6, 0.2]]), torch.tensor([outside]))
     plan = system.degrade(6, guess)
-    assert plan.index[0].tolist() == [outside[0], held[1]]  # the weakest gave way to the best in A
+    assert plan.index[0].tolist() == [
+        outside[0],
+        held[1],
+    ]  # the weakest gave way to the best pinned
     assert plan.weights.sum().item() == pytest.approx(0.8)
-    kept = Guess(scores, guess.weights, torch.tensor([[outside[0], held[0]]]))
+    kept = RouterOutput(scores, guess.weights, torch.tensor([[outside[0], held[0]]]))
     assert system.degrade(6, kept).index[0].tolist() == [outside[0], held[0]]
     assert system.degraded == 1
     system.close()

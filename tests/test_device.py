@@ -22,7 +22,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.memory.device_arena import DeviceArena
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.reading.staging import STAGED_BYTES, Staging
-from flashmoe.residency import budget
+from flashmoe.residency import budget, prefetch
 from flashmoe.store import manifest
 
 HAS_CARD = torch.cuda.is_available()
@@ -47,7 +47,8 @@ def load(stores, device):
         store = stores(family, dtype)
         memory = conftest.budget(store, slots or manifest.load(store).top_k, extra)
         model = flashmoe.load(store, memory=memory, policy="lru", device=device, **options)
-        assert all(isinstance(arena, DeviceArena) for arena in model.flashmoe.arenas)
+        pools = model.flashmoe.residency.pools.all
+        assert all(isinstance(pool.arena, DeviceArena) for pool in pools)
         models.append(model)
         return model
 
@@ -80,10 +81,10 @@ def test_output_is_transformers_own(checkpoints, stores, load, device, family, b
 def test_guesses_wait_on_the_device(load, monkeypatch):
     ids = conftest.prompt(9)
     plain = generate(load(slots=4, prefetch=False), ids, 30)
-    monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
     monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
     model = load(slots=4, extra=2)
-    assert isinstance(model.flashmoe.prefetcher.spares, DeviceArena)
+    assert isinstance(model.flashmoe.residency.prefetcher.spares, DeviceArena)
     assert generate(model, ids, 30) == plain
     assert model.flashmoe.stats()["prefetch_used"] > 0
 
@@ -100,7 +101,7 @@ def test_the_simulator_serves_what_the_device_served(load):
 def test_another_budget_while_in_use(load):
     ids = conftest.prompt(9)
     model = load(slots=8)
-    held = model.flashmoe.memory_bytes
+    held = model.flashmoe.residency.pools.memory_bytes
     expected = generate(model, ids)
     for memory in (held // 2, held // 4, held):
         model.flashmoe.resize(memory)
@@ -158,7 +159,7 @@ def test_a_card_that_is_not_there_is_missed_in_a_sentence(stores):
 @pytest.mark.skipif(not HAS_CARD, reason="no CUDA device here")
 def test_the_cards_memory_is_given_back(load):
     model = load(slots=8)
-    arenas, held = len(model.flashmoe.arenas), model.flashmoe.memory_bytes
+    arenas, held = len(model.flashmoe.arenas), model.flashmoe.residency.pools.memory_bytes
     full = torch.cuda.memory_allocated()
     model.flashmoe.resize(held // 2)
     half = torch.cuda.memory_allocated()

@@ -52,7 +52,7 @@ def test_output_is_transformers_own_at_every_budget(checkpoints, stores, loaded,
     tokens, logits = run(eager(checkpoints(family)), ids)
     for slots in range(contents.top_k, contents.layers[0].n_experts + 1):
         model = loaded(family, slots)
-        assert model.flashmoe.slots_per_layer == slots
+        assert model.flashmoe.residency.pools.slots_per_layer == slots
         own_tokens, own_logits = run(model, ids)
         assert torch.equal(own_tokens, tokens)
         assert torch.equal(own_logits, logits)  # the same kernels ran: bit for bit
@@ -118,7 +118,7 @@ def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
     model = loaded(slots=slots, policy=policy)
     trace = record(model, [prompt(n)[0] for n in (40, 1, 7)], max_new_tokens=30)
     stats = model.flashmoe.stats()
-    shared = model.flashmoe.slots.shared
+    shared = model.flashmoe.residency.pools.slots.shared
     assert shared == (slots == 1)
     conditions = simulate.Conditions(warm=True, as_recorded=True, shared=shared)
     outcome = simulate.replay(trace, policy, 1.0, conditions, slots=slots)
@@ -152,8 +152,9 @@ def test_counts_add_up_and_the_budget_is_kept(loaded, stores, reading):
         assert stats["read_seconds"] > 0
     engine.reset_counts()
     assert engine.stats()["requests"] == engine.stats()["bytes_read"] == 0
-    held = sum(arena.n_slots * arena.extent_bytes for arena in engine.arenas)
-    assert held <= engine.memory_bytes
+    pools = engine.residency.pools
+    arenas = [pool.arena for pool in pools.all]
+    assert sum(a.n_slots * a.extent_bytes for a in arenas) <= pools.memory_bytes
 
 
 def test_with_everything_resident_the_second_run_reads_nothing(loaded):
@@ -218,7 +219,8 @@ def test_two_models_have_budgets_of_their_own(loaded):
     for model, slots in ((small, 2), (large, 8)):
         engine = model.flashmoe
         assert engine.stats()["resident_bytes"] <= budget(engine.path, slots)
-    assert large.flashmoe.resident_bytes > small.flashmoe.resident_bytes
+    stats = [model.flashmoe.stats() for model in (small, large)]
+    assert stats[1]["resident_bytes"] > stats[0]["resident_bytes"]
 
 
 @pytest.mark.parametrize(

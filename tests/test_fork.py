@@ -18,10 +18,10 @@ from conftest import budget, generate, prompt
 from torch.utils.data import DataLoader, Dataset
 
 import flashmoe
-from flashmoe.engines.transformers import engine
 from flashmoe.policies.parts import compiled
 from flashmoe.reading.read_queue import ReadQueue
 from flashmoe.residency import budget as budgets
+from flashmoe.residency import prefetch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 HANGS_AFTER_SECONDS = 120
@@ -46,7 +46,7 @@ def in_child(work) -> bool:
 
 @pytest.fixture
 def many_guesses(monkeypatch):
-    monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
     monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
 
 
@@ -101,7 +101,7 @@ def test_a_child_resizes_resets_and_closes_without_its_parent(model):
     before = model.flashmoe.stats()
 
     def work() -> bool:
-        model.flashmoe.resize(model.flashmoe.memory_bytes * 2)
+        model.flashmoe.resize(model.flashmoe.residency.pools.memory_bytes * 2)
         same = generate(model, prompt(9), 6) == expected
         model.flashmoe.reset()
         same &= generate(model, prompt(9), 6) == expected
@@ -194,7 +194,7 @@ def test_a_dropped_model_leaves_nothing(
     model = flashmoe.load(path, memory=memory, policy="lru")
     if used:
         generate(model, prompt(9), 3)
-    alive = weakref.ref(model.flashmoe.arenas[0].slots[0].obj)
+    alive = weakref.ref(model.flashmoe.residency.pools.all[0].arena.slots[0].obj)
     del model
     gc.collect()
     assert resources() == before
@@ -203,8 +203,8 @@ def test_a_dropped_model_leaves_nothing(
 
 LEAVE = """
 import atexit, sys, threading, torch, flashmoe
-from flashmoe import budget, engine
-engine.PAYS_FROM_BYTES, budget.SPARE_SHARE = 1, 1 / 2
+from flashmoe.residency import budget, prefetch
+prefetch.PREFETCH_FROM_BYTES, budget.SPARE_SHARE = 1, 1 / 2
 torch.set_num_threads(1)
 model = flashmoe.load(sys.argv[1], memory=int(sys.argv[2]), policy="lru")
 atexit.register(model.flashmoe.close) if sys.argv[3] == "closed at exit" else None

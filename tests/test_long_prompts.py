@@ -9,7 +9,7 @@ from test_engine import eager, run
 
 from flashmoe.cache import simulate
 from flashmoe.cache.expert_cache import LONG_CHOICES
-from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers import mixture
 from flashmoe.engines.transformers.recorder import record
 from harness.tables import long_prompts
 
@@ -22,13 +22,13 @@ def most_kept(monkeypatch):
     """How many experts' outputs waited for their turn at most, of prompts."""
     kept = [0]
 
-    class Watched(arithmetic.OrderedSum):
+    class Watched(mixture.OrderedSum):
         def add(self, expert, tokens, output):
             super().add(expert, tokens, output)
             if len(self.value) > 1:
                 kept[0] = max(kept[0], len(self.early))
 
-    monkeypatch.setattr(arithmetic, "OrderedSum", Watched)
+    monkeypatch.setattr(mixture, "OrderedSum", Watched)
     return kept
 
 

@@ -14,27 +14,25 @@ from hypothesis import strategies as st
 
 import flashmoe
 from flashmoe import trace
-from flashmoe.engines.transformers import engine
-from flashmoe.engines.transformers.lookahead import Guess
+from flashmoe.engines.transformers.lookahead import RouterOutput
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.read_queue import ReadQueue
-from flashmoe.residency import budget
+from flashmoe.residency import budget, prefetch
 from flashmoe.store import manifest
 
 
 @pytest.fixture
 def small_guesses(monkeypatch):
     """Prefetch experts of any size, with as many spare slots as half of the budget."""
-    monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
     monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
 
 
 def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[list[int]], dict]:
     """Tokens, and the counts once no guess is on its way."""
     tokens = conftest.generate(model, ids, new)
-    if model.flashmoe.prefetcher:
-        model.flashmoe.prefetcher.clear()
+    model.flashmoe.residency.prefetcher.clear()
     return tokens, model.flashmoe.stats()
 
 
@@ -45,13 +43,13 @@ def test_only_the_time_changes(stores, small_guesses, reading, family, more):
     top_k, shared = manifest.load(store).top_k, more is None
     ids = torch.arange(3, 90).reshape(3, 29)
     outcomes = []
-    for prefetch, spares in ((False, 0), (True, 2)):
+    for prefetching, spares in ((False, 0), (True, 2)):
         slots, extra = (top_k, -1) if shared else (top_k + more, spares)
         memory = conftest.budget(store, slots, extra)
-        model = flashmoe.load(store, memory=memory, policy="lru", prefetch=prefetch)
-        assert model.flashmoe.slots.shared == shared
-        assert shared or model.flashmoe.slots.spares == spares
-        assert (model.flashmoe.prefetcher is not None) == prefetch
+        model = flashmoe.load(store, memory=memory, policy="lru", prefetch=prefetching)
+        assert model.flashmoe.residency.pools.slots.shared == shared
+        assert shared or model.flashmoe.residency.pools.slots.spares == spares
+        assert (model.flashmoe.residency.prefetcher.spares is not None) == prefetching
         outcomes.append([generate(model, part) for part in (ids, ids[:1, :1])])
         model.flashmoe.close()
     for (plain, without), (guessed, stats) in zip(*outcomes, strict=True):
@@ -80,15 +78,16 @@ def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_gues
         file.seek(layers[1].extent_offset(bad))
         file.write(b"damage")
     model = flashmoe.load(own_store, memory=memory, policy="lru")
-    prefetcher = model.flashmoe.prefetcher
+    prefetcher = model.flashmoe.residency.prefetcher
     nothing = torch.empty(0)
-    prefetcher.lookahead.route = lambda *_: Guess(nothing, nothing, torch.tensor([[bad]]))
+    output = RouterOutput(nothing, nothing, torch.tensor([[bad]]))
+    model.flashmoe.lookahead.route = lambda *_: output
     tokens, stats = generate(model, ids, 2)
     assert tokens == healthy
     assert stats["prefetch_wasted"] > 0
 
-    prefetcher.guess(1, torch.zeros(1, 32), np.full(8, -1))
-    arrived = prefetcher.claim(1, bad, model.flashmoe.arenas[1], 0)
+    prefetcher.guess(1, lambda: [bad], np.full(8, -1))
+    arrived = prefetcher.claim(1, bad, model.flashmoe.residency.pools.all[1].arena, 0)
     with pytest.raises(FlashMoEError, match=f"expert {bad} of .*not those that were packed"):
         arrived.result(10)
     model.flashmoe.close()

@@ -17,6 +17,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.memory import arena as arenas
 from flashmoe.memory.device_arena import DeviceArena
 from flashmoe.residency import budget as budgets
+from flashmoe.residency import prefetch
 
 COUNTS = ("requests", "hits", "prefetch_used", "prefetch_wasted", "bytes_read", "policy_seconds")
 
@@ -28,7 +29,7 @@ def held() -> tuple[int, int]:
 
 @pytest.fixture
 def many_guesses(monkeypatch):
-    monkeypatch.setattr(engine, "PAYS_FROM_BYTES", 1)
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
     monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
 
 
@@ -69,14 +70,14 @@ def test_a_load_without_memory_leaves_nothing_behind(stores, many_guesses, limit
 def test_a_resize_without_memory_leaves_all_as_it_was(stores, many_guesses, limited, slots, made):
     model = flashmoe.load(stores(), memory=budget(stores(), 4, 2), policy="lru")
     expected = generate(model, prompt(40), 6)
-    model.flashmoe.prefetcher.clear()
+    model.flashmoe.residency.prefetcher.clear()
     stats = model.flashmoe.stats()
-    residents = [cache.resident for cache in model.flashmoe.caches]
+    residents = [cache.resident for cache in model.flashmoe.residency.pools.caches]
     limited(made)
     with pytest.raises(FlashMoEError, match="no memory for"):
         model.flashmoe.resize(budget(stores(), slots, 2))
     assert model.flashmoe.stats() == stats
-    assert [cache.resident for cache in model.flashmoe.caches] == residents
+    assert [cache.resident for cache in model.flashmoe.residency.pools.caches] == residents
     limited(10)
     assert generate(model, prompt(40), 6) == expected
     model.flashmoe.resize(budget(stores(), 6))
@@ -129,8 +130,7 @@ def test_counts_go_on_through_a_resize(stores, many_guesses):
     model = flashmoe.load(stores(), memory=budget(stores(), 4, 2), policy="lru")
     generate(model, prompt(9), 12)
     for slots, spares in ((3, 1), (1, 2), (8, 0), (5, 2)):
-        if model.flashmoe.prefetcher:
-            model.flashmoe.prefetcher.clear()
+        model.flashmoe.residency.prefetcher.clear()
         before = model.flashmoe.stats()
         model.flashmoe.resize(budget(stores(), slots, spares))
         after = model.flashmoe.stats()
@@ -161,7 +161,7 @@ def test_the_peak_is_the_most_there_was_though_nobody_asked(loaded, stores):
 def test_the_peak_outlives_a_failed_read(loaded, monkeypatch):
     model = loaded(slots=3)
     generate(model, prompt(60), 2)
-    full = model.flashmoe.resident_bytes
+    full = model.flashmoe.residency.pools.resident_bytes
 
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -170,7 +170,7 @@ def test_the_peak_outlives_a_failed_read(loaded, monkeypatch):
         patched.setattr(os, "preadv", broken)
         with pytest.raises(FlashMoEError, match="the read failed"):
             generate(model, prompt(61), 2)
-    assert model.flashmoe.resident_bytes < full
+    assert model.flashmoe.residency.pools.resident_bytes < full
     assert model.flashmoe.stats()["peak_resident_bytes"] == full
 
 

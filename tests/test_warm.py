@@ -29,21 +29,21 @@ def test_output_does_not_change_when_the_budget_does(loaded, stores, policy):
     for slots in (6, 2, 8, 3, 5):
         size = budget(stores(), slots)
         model.flashmoe.resize(size)
-        assert model.flashmoe.resident_bytes <= size
+        assert model.flashmoe.residency.pools.resident_bytes <= size
         assert generate(model, prompt(9), 12) == expected
-        assert model.flashmoe.resident_bytes <= size
+        assert model.flashmoe.residency.pools.resident_bytes <= size
 
 
 def test_what_fits_stays_resident(loaded, stores):
     model = loaded(slots=8)
     generate(model, prompt(40), 4)
-    before = [set(cache.resident) for cache in model.flashmoe.caches]
+    before = [set(cache.resident) for cache in model.flashmoe.residency.pools.caches]
     model.flashmoe.resize(budget(stores(), 4))
-    after = [set(cache.resident) for cache in model.flashmoe.caches]
+    after = [set(cache.resident) for cache in model.flashmoe.residency.pools.caches]
     assert all(len(kept) == 4 and kept < whole for kept, whole in zip(after, before, strict=True))
     model.flashmoe.reset_counts()
     model.flashmoe.resize(budget(stores(), 8))
-    assert [set(cache.resident) for cache in model.flashmoe.caches] == after
+    assert [set(cache.resident) for cache in model.flashmoe.residency.pools.caches] == after
     generate(model, prompt(40), 1)
     assert model.flashmoe.stats()["hits"] == sum(map(len, after))
 
@@ -51,10 +51,10 @@ def test_what_fits_stays_resident(loaded, stores):
 def test_from_caches_of_layers_to_one_for_all_and_back(loaded, stores):
     expected = generate(loaded(slots=8), prompt(9), 12)
     model = loaded(slots=4, policy="learned")
-    assert not model.flashmoe.slots.shared
+    assert not model.flashmoe.residency.pools.slots.shared
     for slots, shared in ((2, True), (6, False)):
         model.flashmoe.resize(budget(stores(), slots))
-        assert model.flashmoe.slots.shared == shared
+        assert model.flashmoe.residency.pools.slots.shared == shared
         assert generate(model, prompt(9), 12) == expected
 
 
@@ -63,7 +63,7 @@ def test_a_budget_too_small_leaves_all_as_it_was(loaded):
     expected = generate(model, prompt(9), 6)
     with pytest.raises(FlashMoEError, match="too small"):
         model.flashmoe.resize(1000)
-    assert model.flashmoe.slots_per_layer == 4
+    assert model.flashmoe.residency.pools.slots_per_layer == 4
     assert generate(model, prompt(9), 6) == expected
 
 
@@ -86,9 +86,9 @@ def test_a_restored_cache_goes_on_as_if_it_had_never_stopped(loaded, tmp_path, p
     file = tmp_path / "kept.npz"
     one, other = loaded(slots=3, policy=policy), loaded(slots=3, policy=policy)
     generate(one, prompt(9), 12)
-    warm_start.save(one.flashmoe, file)
-    restored = warm_start.restore(other.flashmoe, file)
-    assert restored == sum(len(cache.resident) for cache in one.flashmoe.caches)
+    warm_start.save(one.flashmoe.residency, file)
+    restored = warm_start.restore(other.flashmoe.residency, file)
+    assert restored == sum(len(cache.resident) for cache in one.flashmoe.residency.pools.caches)
     one.flashmoe.reset_counts()
     texts = [generate(model, prompt(11), 12) for model in (one, other)]
     assert texts[0] == texts[1]
@@ -102,8 +102,8 @@ def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
     file = tmp_path / "kept.npz"
     one, other = loaded(slots=4), loaded(slots=slots)
     expected = generate(one, prompt(9), 12)
-    warm_start.save(one.flashmoe, file)
-    warm_start.restore(other.flashmoe, file)
+    warm_start.save(one.flashmoe.residency, file)
+    warm_start.restore(other.flashmoe.residency, file)
     first = other.flashmoe.stats()
     assert first["requests"] == 0
     assert generate(other, prompt(9), 12) == expected
@@ -112,18 +112,18 @@ def test_a_warm_start_into_another_budget(loaded, tmp_path, slots):
 
 def test_what_was_kept_of_another_policy_is_refused(loaded, tmp_path):
     file = tmp_path / "kept.npz"
-    warm_start.save(loaded(slots=4, policy="lfu").flashmoe, file)
+    warm_start.save(loaded(slots=4, policy="lfu").flashmoe.residency, file)
     with pytest.raises(FlashMoEError, match="another model, policy"):
-        warm_start.restore(loaded(slots=4, policy="lru").flashmoe, file)
+        warm_start.restore(loaded(slots=4, policy="lru").flashmoe.residency, file)
     with pytest.raises(FlashMoEError, match="keeps a cache warm"):
-        warm_start.restore(loaded(slots=4, policy="lru").flashmoe, tmp_path / "none.npz")
+        warm_start.restore(loaded(slots=4, policy="lru").flashmoe.residency, tmp_path / "none.npz")
 
 
 @pytest.fixture
 def kept(loaded, tmp_path):
     model = loaded(slots=3, policy="arc")
     generate(model, prompt(9), 3)
-    warm_start.save(model.flashmoe, tmp_path / "kept.npz")
+    warm_start.save(model.flashmoe.residency, tmp_path / "kept.npz")
     return model, tmp_path / "kept.npz"
 
 
@@ -142,10 +142,10 @@ def test_a_damaged_file_is_refused_in_a_sentence_or_harmless(kept, data):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     damaged.write_bytes(content)
     try:
-        warm_start.restore(model.flashmoe, damaged)
+        warm_start.restore(model.flashmoe.residency, damaged)
     except FlashMoEError as error:
         assert str(damaged) in str(error)
-    held = [cache.resident for cache in model.flashmoe.caches]
+    held = [cache.resident for cache in model.flashmoe.residency.pools.caches]
     assert all(len(set(keys)) == len(keys) <= 3 for keys in held)
 
 
@@ -155,7 +155,7 @@ def test_auto_is_what_is_free_less_a_reserve(stores, tmp_path):
     room = free_memory.available_bytes() - free_memory.budget_bytes(dense, torch.device("cpu"))
     assert room >= free_memory.RESERVE_BYTES + dense - (64 << 20)  # others allocate meanwhile
     model = flashmoe.load(stores(), memory="auto", policy="lru")
-    assert model.flashmoe.slots_per_layer == 8
+    assert model.flashmoe.residency.pools.slots_per_layer == 8
     model.flashmoe.close()
 
 

@@ -18,9 +18,10 @@ from flashmoe.policies.base import Policy
 from flashmoe.policies.parts import saved_state
 from flashmoe.policies.parts.compiled import freeze, helper, kernel, touch, victim
 
-# Tokens times top_k of an event above which no outputs are kept for the order of their sum:
-# 64 MiB at a width of 8192, in 16 bits. 512 tokens of top-8.
+# Tokens times top_k above which an event is served in ascending order of expert, so that no
+# outputs have to be kept for the order of their sum (docs/speed.md#long-prompts).
 LONG_CHOICES = 4096
+RESIDENT, FREE = 0, 1  # positions in `Residency.sizes`
 
 
 class Wave(NamedTuple):
@@ -36,7 +37,7 @@ class Residency(NamedTuple):
     slot_of: np.ndarray  # [n_keys] int64, -1 when not resident
     residents: np.ndarray  # [n_slots] int64, keys in order of admission
     free: np.ndarray  # [n_slots] int64, a stack of empty slots
-    sizes: np.ndarray  # [2] int64: how many of `residents` and of `free` count
+    sizes: np.ndarray  # [2] int64: how many of `residents` and of `free` count: RESIDENT, FREE
     candidates: np.ndarray  # [n_slots + 1] int64, scratch: who may be evicted
     protected: np.ndarray  # [n_keys] bool, all False between calls
 
@@ -118,12 +119,12 @@ def _next_wave(policy, residency, members, start):  # type: ignore[no-untyped-de
 @helper
 def _admit(policy, residency, key):  # type: ignore[no-untyped-def]
     """Give `key` a free slot, or that of the resident whom the policy chooses."""
-    if residency.sizes[1]:
-        residency.sizes[1] -= 1
-        slot = residency.free[residency.sizes[1]]
+    if residency.sizes[FREE]:
+        residency.sizes[FREE] -= 1
+        slot = residency.free[residency.sizes[FREE]]
     else:
         n = 0
-        for resident in residency.residents[: residency.sizes[0]]:
+        for resident in residency.residents[: residency.sizes[RESIDENT]]:
             if not residency.protected[resident]:
                 residency.candidates[n] = resident
                 n += 1
@@ -135,8 +136,8 @@ def _admit(policy, residency, key):  # type: ignore[no-untyped-def]
             return
         slot = _remove(residency, evicted)
     residency.slot_of[key] = slot
-    residency.residents[residency.sizes[0]] = key
-    residency.sizes[0] += 1
+    residency.residents[residency.sizes[RESIDENT]] = key
+    residency.sizes[RESIDENT] += 1
 
 
 @helper
@@ -147,8 +148,8 @@ def _remove(residency, key):  # type: ignore[no-untyped-def]
     position = 0
     while residency.residents[position] != key:
         position += 1
-    residency.sizes[0] -= 1
-    for i in range(position, residency.sizes[0]):
+    residency.sizes[RESIDENT] -= 1
+    for i in range(position, residency.sizes[RESIDENT]):
         residency.residents[i] = residency.residents[i + 1]
     return slot
 
@@ -156,8 +157,8 @@ def _remove(residency, key):  # type: ignore[no-untyped-def]
 @helper
 def _shrink(policy, residency, n_slots):  # type: ignore[no-untyped-def]
     """Evict, as the policy says, until no more than `n_slots` are resident."""
-    while residency.sizes[0] > n_slots:
-        residents = residency.residents[: residency.sizes[0]].copy()
+    while residency.sizes[RESIDENT] > n_slots:
+        residents = residency.residents[: residency.sizes[RESIDENT]].copy()
         _remove(residency, victim(policy, residents))
 
 
@@ -218,15 +219,15 @@ class ExpertCache:
         self.hits += n_hits
         members, done = self._members[:n], 0
         while done < n:
-            places = slot_of[members[done:]].tolist()  # -1 of those to be read
+            slots_before = slot_of[members[done:]].tolist()  # -1 of those to be read
             end = n  # where all are resident, there is no one to admit
             if n_hits < n:
                 end = self._next_wave(self._state, self.residency, members, done)
-                self.most_resident = max(self.most_resident, int(self.residency.sizes[0]))
+                self.most_resident = max(self.most_resident, int(self.residency.sizes[RESIDENT]))
             keys = members[done:end]
             wave = Wave([], [])
             for key, slot, before in zip(
-                keys.tolist(), slot_of[keys].tolist(), places, strict=False
+                keys.tolist(), slot_of[keys].tolist(), slots_before, strict=False
             ):
                 (wave.loads if before < 0 else wave.hits).append((key, slot))
             self.policy_seconds += time.perf_counter() - started
@@ -255,15 +256,15 @@ class ExpertCache:
         """
         kernel(_shrink, type(self.policy))(self._state, self.residency, policy.n_slots)
         keys = self.resident
-        kept = [int(self.residency.slot_of[key]) for key in keys]
-        known = saved_state.arrays(self.policy)
-        if saved_state.fits(policy, known):
-            saved_state.take(policy, known)
+        slots = [int(self.residency.slot_of[key]) for key in keys]
+        learnt = saved_state.arrays(self.policy)
+        if saved_state.fits(policy, learnt):
+            saved_state.take(policy, learnt)
         new = ExpertCache(policy)
-        new.place(keys)
+        new.fill_with(keys)
         new.tokens = self.tokens
         new.count_on([self])
-        return new, kept
+        return new, slots
 
     def count_on(self, earlier: Sequence[ExpertCache]) -> None:
         """Take over what the caches that this one follows have counted."""
@@ -274,9 +275,9 @@ class ExpertCache:
     def reset_counts(self) -> None:
         self.requests = self.hits = 0
         self.policy_seconds = 0.0
-        self.most_resident = int(self.residency.sizes[0])
+        self.most_resident = int(self.residency.sizes[RESIDENT])
 
-    def place(self, keys: Sequence[int]) -> None:
+    def fill_with(self, keys: Sequence[int]) -> None:
         """Make `keys` resident in slots 0, 1, ... of an empty cache; the policy is not told."""
         residency, count = self.residency, len(keys)
         residency.slot_of[list(keys)] = np.arange(count)
@@ -288,13 +289,13 @@ class ExpertCache:
     def forget(self, key: int) -> None:
         """Free the key's slot: its bytes never arrived."""
         residency = self.residency
-        residency.free[residency.sizes[1]] = _remove(residency, key)
-        residency.sizes[1] += 1
+        residency.free[residency.sizes[FREE]] = _remove(residency, key)
+        residency.sizes[FREE] += 1
 
     @property
     def resident(self) -> list[int]:
         """Keys in slots, longest resident first."""
-        keys: list[int] = self.residency.residents[: self.residency.sizes[0]].tolist()
+        keys: list[int] = self.residency.residents[: self.residency.sizes[RESIDENT]].tolist()
         return keys
 
     @property

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         ids = ids.to(model.device)
         if arguments.warm and arguments.warm.exists():
-            warm_start.restore(model.flashmoe, arguments.warm)
+            warm_start.restore(model.flashmoe.residency, arguments.warm)
         telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
         shown = TextStreamer(
             prompter, skip_prompt=prompter.chats, skip_special_tokens=prompter.chats
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         new = output.shape[1] - ids.shape[1]
         stats = model.flashmoe.stats()
         if arguments.warm:
-            warm_start.save(model.flashmoe, arguments.warm)
+            warm_start.save(model.flashmoe.residency, arguments.warm)
     finally:
         model.flashmoe.close()
     if arguments.json:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flashmoe.engines.transformers.engine import Engine
+from flashmoe.engines.base import Engine
 
 INTERVAL_SECONDS = 1.0
 

@@ -11,18 +11,19 @@ import torch
 
 from flashmoe import quant
 from flashmoe.disk.direct_io import aligned_memory
-from flashmoe.engines.transformers.arithmetic import Parameters
 from flashmoe.errors import FlashMoEError
+from flashmoe.quant import Parameters
 from flashmoe.store.manifest import DTYPES, LayerSpec
 from flashmoe.util.sizes import format_bytes
 
-Memory = memoryview | torch.Tensor  # an extent's bytes: the host's, or an accelerator's (uint8)
+# An extent's bytes: the host's, or an accelerator's (uint8 [extent_bytes]).
+SlotMemory = memoryview | torch.Tensor
 
 
 class Slot(NamedTuple):
     """Room for one extent."""
 
-    memory: Memory
+    memory: SlotMemory
     parameters: Parameters
     free: Callable[[], None]  # gives the memory back, which may be used again all the same
 
@@ -39,9 +40,9 @@ class Arena:
     def __init__(self, layer: LayerSpec, n_slots: int) -> None:
         self.layer = layer
         self.extent_bytes = layer.extent_bytes
-        self._own = self.new_slots(n_slots)
-        self._given_back: list[Slot] = []  # address space without memory, to be used again
-        self._show()
+        self._slots = self.new_slots(n_slots)
+        self._unused: list[Slot] = []  # address space without memory, to be used again
+        self._refresh_views()
 
     def new_slots(self, n_slots: int) -> list[Slot]:
         """Slots side by side, for this arena or its next `resize`.
@@ -69,56 +70,56 @@ class Arena:
             for at in range(0, n_slots * size, size)
         ]
 
-    def _show(self) -> None:
-        self.slots = [slot.memory for slot in self._own]
-        self.parameters = [slot.parameters for slot in self._own]
+    def _refresh_views(self) -> None:
+        self.slots = [slot.memory for slot in self._slots]
+        self.parameters = [slot.parameters for slot in self._slots]
 
     @property
     def n_slots(self) -> int:
-        return len(self._own)
+        return len(self._slots)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until nothing that was asked for computes from the slots any more."""
 
     def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
         """Two slots' memory changes places, of arenas of layers laid out alike."""
-        self._own[slot], other._own[other_slot] = other._own[other_slot], self._own[slot]
-        for arena, place in ((self, slot), (other, other_slot)):
-            arena.slots[place] = arena._own[place].memory
-            arena.parameters[place] = arena._own[place].parameters
+        self._slots[slot], other._slots[other_slot] = other._slots[other_slot], self._slots[slot]
+        for arena, number in ((self, slot), (other, other_slot)):
+            arena.slots[number] = arena._slots[number].memory
+            arena.parameters[number] = arena._slots[number].parameters
 
     def lacks(self, n_slots: int) -> int:
         """How many `new_slots` a `resize` to `n_slots` needs."""
-        return max(0, n_slots - self.n_slots - len(self._given_back))
+        return max(0, n_slots - self.n_slots - len(self._unused))
 
     def resize(self, kept: Sequence[int], n_slots: int, new: Sequence[Slot]) -> None:
         """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed.
 
         new: as many as this arena `lacks`, so that nothing can fail here.
         """
-        chosen = set(kept)
-        rest = [slot for number, slot in enumerate(self._own) if number not in chosen]
-        own = [self._own[number] for number in kept] + rest
-        for slot in own[n_slots:]:
+        kept_numbers = set(kept)
+        rest = [slot for number, slot in enumerate(self._slots) if number not in kept_numbers]
+        slots = [self._slots[number] for number in kept] + rest
+        for slot in slots[n_slots:]:
             slot.free()
-        self._given_back += [*own[n_slots:], *new]
-        own = own[:n_slots]
-        while len(own) < n_slots:
-            own.append(self._given_back.pop())
-        self._own = own
-        self._show()
+        self._unused += [*slots[n_slots:], *new]
+        slots = slots[:n_slots]
+        while len(slots) < n_slots:
+            slots.append(self._unused.pop())
+        self._slots = slots
+        self._refresh_views()
 
     def close(self) -> None:
         """Give the memory back. Tensors handed out must not be used afterwards."""
         self.parameters.clear()
         self.slots.clear()
-        for slot in (*self._own, *self._given_back):
+        for slot in (*self._slots, *self._unused):
             # exchanged slots may lie in memory that another arena goes on using
             slot.free()
             if isinstance(slot.memory, memoryview):
                 slot.memory.release()
-        self._own.clear()  # unmapped when the last tensor view goes
-        self._given_back.clear()
+        self._slots.clear()  # unmapped when the last tensor view goes
+        self._unused.clear()
 
 
 def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:

@@ -11,10 +11,7 @@ from flashmoe.util.sizes import format_bytes
 
 
 class DeviceArena(Arena):
-    """As `Arena`; all slots are one allocation, which torch rounds up to at most 2 MiB more.
-
-    A tensor a slot could be given back alone, but each would be rounded: 17.3 to 18.9 MB.
-    """
+    """As `Arena`; all slots are one allocation, since torch rounds each up to whole 2 MiB."""
 
     resizable = False
 
@@ -25,7 +22,7 @@ class DeviceArena(Arena):
         super().__init__(layer, n_slots)
         # work queued before torch freed this memory may still read it, and the stream of the
         # reads does not wait for that
-        self.settle()
+        self.synchronize()
 
     def new_slots(self, n_slots: int) -> list[Slot]:
         size = self.extent_bytes
@@ -39,11 +36,11 @@ class DeviceArena(Arena):
         extents = (whole[at : at + size] for at in range(0, n_slots * size, size))
         return [Slot(extent, views(extent, self.layer), _nothing) for extent in extents]
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._module.synchronize(self.device)
 
     def close(self) -> None:
-        self.settle()
+        self.synchronize()
         super().close()
         if hasattr(self._module, "empty_cache"):  # else torch keeps it for tensors to come
             self._module.empty_cache()

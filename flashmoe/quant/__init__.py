@@ -6,12 +6,12 @@ import sys
 from functools import cache
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.quant.base import Parts, Scheme, Weight, by_weight, part_name
+from flashmoe.quant.base import Parameters, Parts, Scheme, Weight, by_weight, part_name
 from flashmoe.util.registry import discover
 
 NONE = "none"
 __all__ = [
-    "NONE", "Parts", "Scheme", "Weight", "available", "by_weight", "get", "part_name",
+    "NONE", "Parameters", "Parts", "Scheme", "Weight", "available", "by_weight", "get", "part_name",
 ]  # fmt: skip
 
 

@@ -49,6 +49,9 @@ class Weight(NamedTuple):
         return self.scheme.linear(x, self.parts)
 
 
+Parameters = dict[str, torch.Tensor | Weight]  # of one expert, by the module's parameter names
+
+
 def part_name(weight: str, part: str) -> str:
     """What a store calls a part of a weight."""
     return f"{weight}/{part}"

@@ -12,8 +12,7 @@ from flashmoe.errors import FlashMoEError
 Read = Callable[[], None]
 Span = tuple[str, float, float]  # what was done, from when, until when; perf_counter's seconds
 
-# At SATA's 550 MB/s four guesses of 2 MiB would take 15 ms, as long as three experts' arithmetic:
-# a token took 1230 ms so, 1090 with this limit, and 1090 without any guesses.
+# Guesses in flight may keep the drive busy for at most this long (docs/speed.md#slow-drives).
 GUESS_SECONDS = 3.2e-3
 
 
@@ -21,9 +20,8 @@ class ReadQueue:
     """Runs reads in threads: demands in order, guesses only while no demand is there.
 
     A guess that runs when a demand comes delays it, so at most `guesses_at_once` do, and no more
-    than take the drive some GUESS_SECONDS: 4 pieces of 2 MiB on an NVMe drive, where with 2 a
-    token took 1 to 2 % longer, and one of SATA's. A read must not raise. Threads start with the
-    first read, and know what they read for only while they do.
+    than take the drive GUESS_SECONDS. A read must not raise. Threads start with the first read,
+    and refer to it only while it runs.
     """
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
@@ -73,11 +71,11 @@ class ReadQueue:
     def cancel(self, reads: Iterable[Read]) -> list[Read]:
         """Take out those of `reads` that still wait as guesses; returns them."""
         with self._changed:
-            wanted = set(reads)
-            taken = [read for read in self._guesses if read in wanted]
-            if taken:
-                self._guesses = deque(read for read in self._guesses if read not in wanted)
-            return taken
+            unwanted = set(reads)
+            waiting = [read for read in self._guesses if read in unwanted]
+            if waiting:
+                self._guesses = deque(read for read in self._guesses if read not in unwanted)
+            return waiting
 
     def reset_counts(self) -> None:
         with self._changed:
@@ -90,9 +88,8 @@ class ReadQueue:
             self._guesses.clear()
             self._changed.notify_all()
             self._idle.notify()
-        if (
-            threading.current_thread() not in self._threads
-        ):  # whose turn it may be to collect garbage
+        # one of them may itself collect the garbage that its owner has become
+        if threading.current_thread() not in self._threads:
             for thread in self._threads:
                 thread.join()
 
@@ -148,11 +145,11 @@ class ReadQueue:
         What was read is forgotten on return: a thread that waits must not keep its owner alive.
         """
         with self._changed:
-            while (found := self._next()) is None:
+            while (next_read := self._next()) is None:
                 if self._closed and not self._demands:
                     return False
                 self._changed.wait()
-            read, is_guess = found
+            read, is_guess = next_read
             if not self._running and is_guess:
                 self._busy_since = time.perf_counter()
             self._running += 1

@@ -10,19 +10,16 @@ from functools import partial
 import xxhash
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.memory.arena import Memory
+from flashmoe.memory.arena import SlotMemory
 from flashmoe.reading.backend import Backend
 from flashmoe.reading.read_queue import Read, ReadQueue, Span
 from flashmoe.reading.staging import Staging
 
 READERS = 8  # threads, each with one read in flight
-# Smaller extents are handed to the threads in groups: a task costs some 40 us, as much as
-# half of a 48 KiB read.
+# Smaller extents go to the threads in groups, since a task costs as much as half of such a read.
 GROUPED_BELOW_BYTES = 1 << 20
 # Larger ones are read in pieces, all threads on one extent after the other, so that each arrives
-# as early as it can. Every piece wakes a thread on a core that computes: of 1 MiB, reads of two
-# experts a layer slowed the arithmetic beside them by 20 %, of 2 MiB and more by 13 %, and a
-# token at caps of 25 to 60 % took 5 to 9 % longer (interleaved, two EPYC cores, virtio NVMe).
+# as early as it can (docs/speed.md#reads-in-2-mib-pieces).
 PIECE_BYTES = 2 << 20
 
 
@@ -33,7 +30,7 @@ class _WrongBytes(Exception):
 class Extent:
     """An expert on its way into memory, piece by piece; `arrived` when no piece is left."""
 
-    def __init__(self, layer: int, expert: int, memory: Memory) -> None:
+    def __init__(self, layer: int, expert: int, memory: SlotMemory) -> None:
         self.layer = layer
         self.expert = expert
         self.memory = memory
@@ -49,7 +46,7 @@ class ExtentReader:
     """Fills caller-owned memory with experts of one open backend. Thread-safe.
 
     Where the backend knows checksums (xxh3-64), the first read of each extent is checked, or with
-    `check_all` every one: hashing every read took a fifth of the bandwidth beside computing cores.
+    `check_all` every one (docs/speed.md#checksums).
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class ExtentReader:
         """Time with at least one read in flight, since the last reset."""
         return self._queue.busy_seconds
 
-    def note_spans(self, spans: list[Span]) -> None:
+    def record_spans(self, spans: list[Span]) -> None:
         """Append every read from now on."""
         self._queue.spans = spans
 
@@ -80,7 +77,7 @@ class ExtentReader:
             self.bytes_read = 0
         self._queue.reset_counts()
 
-    def submit(self, layer: int, loads: Sequence[tuple[int, Memory]]) -> list[Future[None]]:
+    def submit(self, layer: int, loads: Sequence[tuple[int, SlotMemory]]) -> list[Future[None]]:
         """Start reading experts of a layer, each into an arena's slot (DRAM: page-aligned).
 
         Returns a future for each, in order (small extents share some). Its result raises
@@ -94,28 +91,30 @@ class ExtentReader:
             return [extent.arrived for extent in extents]
         size = max(1, -(-len(loads) // self.readers))
         groups = [loads[first : first + size] for first in range(0, len(loads), size)]
-        futures: list[Future[None]] = [Future() for _ in groups]
-        pairs = zip(groups, futures, strict=True)
-        self._queue.demand([partial(self._read_group, layer, g, future) for g, future in pairs])
-        return [future for g, future in zip(groups, futures, strict=True) for _ in g]
+        arrivals: list[Future[None]] = [Future() for _ in groups]
+        pairs = list(zip(groups, arrivals, strict=True))
+        self._queue.demand(
+            [partial(self._read_group, layer, group, future) for group, future in pairs]
+        )
+        return [future for group, future in pairs for _ in group]
 
-    def guess(self, layer: int, expert: int, memory: Memory) -> Extent:
+    def guess(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
         """Start reading an expert that may be needed, whenever no demand keeps the drive busy."""
         extent = self._in_pieces(layer, expert, memory)
         self._queue.guess(extent.reads)
         return extent
 
-    def claim(self, extent: Extent) -> Future[None]:
+    def promote(self, extent: Extent) -> Future[None]:
         """The guess was right: read what is left of it as a demand."""
         self._queue.promote(extent.reads)
         return extent.arrived
 
-    def drop(self, extent: Extent) -> None:
+    def cancel(self, extent: Extent) -> None:
         """The guess was wrong: read no more of it. Its memory is free once it has `arrived`."""
         extent.wanted = False
-        self._settle(extent, len(self._queue.cancel(extent.reads)))
+        self._pieces_done(extent, len(self._queue.cancel(extent.reads)))
 
-    def _in_pieces(self, layer: int, expert: int, memory: Memory) -> Extent:
+    def _in_pieces(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
         extent = Extent(layer, expert, memory)
         starts = range(0, len(memory), PIECE_BYTES)
         extent.reads = [partial(self._read_piece, extent, start) for start in starts]
@@ -123,13 +122,13 @@ class ExtentReader:
         return extent
 
     def _read_group(
-        self, layer: int, group: Sequence[tuple[int, Memory]], arrived: Future[None]
+        self, layer: int, group: Sequence[tuple[int, SlotMemory]], arrived: Future[None]
     ) -> None:
         checked = self._checked[layer]
         done, expert = 0, -1
         error: BaseException | None = None
         try:
-            for expert, memory in group:  # few steps: at 48 KiB each costs 1 % of the bandwidth
+            for expert, memory in group:
                 self._fill(layer, expert, 0, memory)
                 if not checked[expert]:
                     self._check(layer, expert, memory)
@@ -150,9 +149,9 @@ class ExtentReader:
         with self._lock:
             self.bytes_read += done
             extent.bytes_read += done
-        self._settle(extent, 1)
+        self._pieces_done(extent, 1)
 
-    def _settle(self, extent: Extent, pieces: int) -> None:
+    def _pieces_done(self, extent: Extent, pieces: int) -> None:
         """`pieces` more will not write to the memory; after the last its owner may know."""
         with self._lock:
             extent.pieces_left -= pieces
@@ -166,15 +165,15 @@ class ExtentReader:
             extent.error = self._error(layer, expert, error)
         _tell(extent.arrived, extent.error)
 
-    def _fill(self, layer: int, expert: int, start: int, memory: Memory) -> None:
+    def _fill(self, layer: int, expert: int, start: int, memory: SlotMemory) -> None:
         if isinstance(memory, memoryview):
             self.backend.read(layer, expert, start, memory)
         else:
             self._staging.read(layer, expert, start, memory)
 
-    def _check(self, layer: int, expert: int, memory: Memory) -> None:
-        held = memory if isinstance(memory, memoryview) else self._staging.bytes_of(memory)
-        if xxhash.xxh3_64_hexdigest(held) != self.manifest.layers[layer].checksums[expert]:
+    def _check(self, layer: int, expert: int, memory: SlotMemory) -> None:
+        content = memory if isinstance(memory, memoryview) else self._staging.bytes_of(memory)
+        if xxhash.xxh3_64_hexdigest(content) != self.manifest.layers[layer].checksums[expert]:
             raise _WrongBytes
         self._checked[layer][expert] = not self.check_all
 
@@ -201,7 +200,7 @@ class ExtentReader:
         self.backend.close()
 
     def stand_still(self) -> None:
-        """End all reads and begin none until `go_on`, which the same thread calls (see `forks`)."""
+        """End all reads and begin none until `go_on`, by the same thread (see `util.forks`)."""
         self._queue.stand_still()
 
     def go_on(self, *, in_child: bool) -> None:

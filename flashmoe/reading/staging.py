@@ -39,13 +39,12 @@ class Staging:
     """Reads of one backend by way of pinned memory, 2 MiB a thread. Thread-safe.
 
     A read is over when its bytes are on the device, so whoever waits for it need know nothing of
-    streams. Copying 2 MiB takes a tenth of their read from the fastest drives (PCIe 4.0 x16
-    carries some 25 GB/s), and the other threads read in the meantime.
+    streams. The other threads read while one copies.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._own = threading.local()
+        self._lanes = threading.local()
 
     def read(self, layer: int, expert: int, start: int, memory: torch.Tensor) -> None:
         """As `Backend.read`, into uint8 [bytes] of a device."""
@@ -57,15 +56,15 @@ class Staging:
 
     def bytes_of(self, memory: torch.Tensor) -> memoryview:
         """What is on the device, on its way back."""
-        lane, held = self._lane(memory.device), np.empty(len(memory), np.uint8)
+        lane, content = self._lane(memory.device), np.empty(len(memory), np.uint8)
         for at in range(0, len(memory), STAGED_BYTES):
             source = memory[at : at + STAGED_BYTES]
             lane.copy(lane.buffer[: len(source)], source)
-            held[at : at + len(source)] = lane.view[: len(source)]
-        return held.data
+            content[at : at + len(source)] = lane.view[: len(source)]
+        return content.data
 
     def _lane(self, device: torch.device) -> _Lane:
-        if not hasattr(self._own, "lane"):
-            self._own.lane = _Lane(device)
-        lane: _Lane = self._own.lane
+        if not hasattr(self._lanes, "lane"):
+            self._lanes.lane = _Lane(device)
+        lane: _Lane = self._lanes.lane
         return lane

@@ -64,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
         nonlocal spans
         system.reset_counts()
         if job.timeline:
-            spans = system.watch()
+            spans = system.record_spans()
 
     clock = Clock(job, start)
     ticks = _Ticks(clock)

@@ -54,11 +54,11 @@ def table(store: Path) -> list[dict[str, Any]]:
             for start in ("before", "cold", "warm"):
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
-                    row["restored"] = warm_start.restore(model.flashmoe, kept)
+                    row["restored"] = warm_start.restore(model.flashmoe.residency, kept)
                 given = first if start == "before" else text_table.PROMPTS[kind]
                 marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
                 if start == "before":
-                    warm_start.save(model.flashmoe, kept)
+                    warm_start.save(model.flashmoe.residency, kept)
                 else:
                     row[f"first_token_{start}"] = marks.first
                     row[f"first_{TOKENS}_{start}"] = marks.all

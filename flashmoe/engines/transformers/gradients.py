@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from flashmoe.engines.transformers import arithmetic
+from flashmoe.engines.transformers.expert_arithmetic import weighted_output
+from flashmoe.engines.transformers.mixture import precision_of
+from flashmoe.quant import Parameters
 
 
-class Servant(Protocol):
+class Experts(Protocol):
     """Who computes a layer's experts, and can bring their weights again."""
 
     def run(
@@ -20,12 +23,8 @@ class Servant(Protocol):
     ) -> torch.Tensor: ...
 
     def serve(
-        self,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        hidden: torch.Tensor,
-        compute: Callable[[int, arithmetic.Parameters], None],
-    ) -> None: ...
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> Generator[tuple[int, Parameters], None, None]: ...
 
 
 def needed(hidden: torch.Tensor, weights: torch.Tensor) -> bool:
@@ -34,14 +33,14 @@ def needed(hidden: torch.Tensor, weights: torch.Tensor) -> bool:
 
 
 def run(
-    servant: Servant,
+    experts: Experts,
     module: nn.Module,
     hidden: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """As `servant.run`, bit for bit; the result has gradients by `hidden` and `weights`."""
-    result: torch.Tensor = _Streamed.apply(servant, module, hidden, index, weights)
+    """As `experts.run`, bit for bit; the result has gradients by `hidden` and `weights`."""
+    result: torch.Tensor = _Streamed.apply(experts, module, hidden, index, weights)
     return result
 
 
@@ -49,19 +48,19 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(
         context: Any,
-        servant: Servant,
+        experts: Experts,
         module: nn.Module,
         hidden: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        context.servant, context.module, kind = servant, module, hidden.device.type
-        context.precision = arithmetic.precision(module, hidden, weights)
+        context.experts, context.module, kind = experts, module, hidden.device.type
+        context.precision = precision_of(module, hidden, weights)
         context.autocast = torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         )
         context.save_for_backward(hidden, index, weights)
-        return servant.run(module, hidden, index, weights)
+        return experts.run(module, hidden, index, weights)
 
     @staticmethod
     @once_differentiable
@@ -70,18 +69,17 @@ class _Streamed(torch.autograd.Function):
         hidden, index, weights = context.saved_tensors
         of_hidden, of_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
 
-        def compute(expert: int, parameters: arithmetic.Parameters) -> None:
-            token, position = torch.where(index == expert)
-            x = hidden[token].detach().requires_grad_()
-            share = weights[token, position].detach().requires_grad_()
-            with torch.enable_grad(), context.autocast:
-                output = arithmetic.weighted_output(
-                    context.module, parameters, x, share[:, None], context.precision
-                )
-            # and not autograd.grad: a family's own norm behind each expert may be trained as well
-            torch.autograd.backward(output, gradient[token].to(output.dtype))
-            of_hidden.index_add_(0, token, x.grad.to(of_hidden.dtype))
-            of_weights[token, position] = share.grad
-
-        context.servant.serve(index, weights, hidden, compute)
+        with closing(context.experts.serve(hidden, index, weights)) as arrivals:
+            for expert, parameters in arrivals:
+                token, position = torch.where(index == expert)
+                x = hidden[token].detach().requires_grad_()
+                share = weights[token, position].detach().requires_grad_()
+                with torch.enable_grad(), context.autocast:
+                    output = weighted_output(
+                        context.module, parameters, x, share[:, None], context.precision
+                    )
+                # not autograd.grad: a family's own norm behind each expert may be trained too
+                torch.autograd.backward(output, gradient[token].to(output.dtype))
+                of_hidden.index_add_(0, token, x.grad.to(of_hidden.dtype))
+                of_weights[token, position] = share.grad
         return None, None, of_hidden, None, of_weights

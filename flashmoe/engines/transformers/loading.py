@@ -13,11 +13,11 @@ from flashmoe.engines.transformers import (
     backends,
     dense_weights,
     moe_modules,
-    streamed_experts,
     streamed_model,
 )
 from flashmoe.engines.transformers.backends import ModelBackend
-from flashmoe.engines.transformers.engine import Engine
+from flashmoe.engines.transformers.engine import TransformersEngine
+from flashmoe.engines.transformers.mixture import most_waiting_bytes
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import budget
@@ -47,7 +47,7 @@ def load(
     check_reads: compare every read with its checksum, not only the first of each expert: for
         drives that are not trusted, where cores are idle (see docs/speed.md).
     Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
-    for one token, or there is no such device. `model.flashmoe` is the Engine.
+    for one token, or there is no such device. `model.flashmoe` is the engine.
     """
     where = _usable(device)
     memory_bytes = None if memory == "auto" else parse_bytes(memory)
@@ -58,9 +58,17 @@ def load(
         _check_kernels(backend, where)
         if memory_bytes is None:
             contents = backend.manifest
-            beside = contents.dense_bytes + streamed_experts.most_waiting_bytes(model)
+            beside = contents.dense_bytes + most_waiting_bytes(model)
             memory_bytes = free_memory.budget_bytes(beside, where, budget.least_bytes(contents))
-        engine = Engine(model, backend, memory_bytes, policy, prefetch, check_reads, where)
+        engine = TransformersEngine(
+            model,
+            backend,
+            memory_bytes,
+            policy,
+            device=where,
+            prefetch=prefetch,
+            check_reads=check_reads,
+        )
     except BaseException:
         backend.close()
         raise

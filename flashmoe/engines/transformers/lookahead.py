@@ -12,8 +12,11 @@ from flashmoe.engines.transformers import moe_modules
 
 logger = logging.getLogger(__name__)
 
+# Of a prompt only the last tokens vote: a router's work on all of them costs as much again.
+VOTING_TOKENS = 512
 
-class Guess(NamedTuple):
+
+class RouterOutput(NamedTuple):
     """What a router says, in the order in which transformers' routers return it."""
 
     scores: torch.Tensor  # [tokens, experts], logits
@@ -34,7 +37,7 @@ class Lookahead:
             for name, module in moe_modules.expert_modules(model).items()
         ]
 
-    def route(self, layer: int, hidden: torch.Tensor) -> Guess | None:
+    def route(self, layer: int, hidden: torch.Tensor) -> RouterOutput | None:
         """What `layer` would choose for hidden [tokens, width], another layer's input.
 
         None where the layer has no router that can be asked, or does not exist.
@@ -43,14 +46,30 @@ class Lookahead:
         if router is None:
             return None
         try:
-            guess = Guess(*router.forward(hidden))  # not called: hooks are for the real routing
-            if guess.experts.is_floating_point() or len(guess.experts) != len(hidden):
+            output = RouterOutput(
+                *router.forward(hidden)
+            )  # not called: hooks are for the real routing
+            if output.experts.is_floating_point() or len(output.experts) != len(hidden):
                 raise TypeError("it does not return logits, weights and experts")
         except Exception as error:  # a family's router may want more, or return something else
             logger.debug("no guesses for MoE layer %d: %r", layer, error)
             self.routers[layer] = None
             return None
-        return guess
+        return output
+
+    def likely(self, layer: int, hidden: torch.Tensor) -> list[int] | None:
+        """The experts that `layer` will probably need, those most tokens would choose first.
+
+        hidden [tokens, width] is the layer below's. Of one token, in its router's order. None
+        where `route` has none.
+        """
+        output = self.route(layer, hidden[-VOTING_TOKENS:])
+        if output is None:
+            return None
+        if len(hidden) == 1:
+            return list(output.experts[0].tolist())
+        votes = torch.bincount(output.experts.reshape(-1))  # [experts]
+        return list(votes.argsort(descending=True)[: int((votes > 0).sum())].tolist())
 
 
 def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:

@@ -1,0 +1,141 @@
+"""What `model.flashmoe` is, whichever engine runs the model."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from flashmoe.engines.stats import Stats
+from flashmoe.errors import FlashMoEError
+from flashmoe.memory import free_memory
+from flashmoe.reading.backend import Backend
+from flashmoe.reading.read_queue import Span
+from flashmoe.residency import budget
+from flashmoe.residency.pools import NewArena
+from flashmoe.residency.residency import Residency
+from flashmoe.util import forks
+from flashmoe.util.sizes import parse_bytes
+
+
+class Engine:
+    """A loaded model's experts, as its user sees them: counts, budget, end.
+
+    Any thread may call any method; each takes the lock of `Residency`.
+    """
+
+    beside_bytes = 0  # what a prompt takes besides, which memory="auto" leaves free
+    prefetch_layers = 0  # layers whose experts can be guessed
+
+    def __init__(
+        self,
+        backend: Backend,
+        memory_bytes: int,
+        policy: str,
+        new_arena: NewArena,
+        *,
+        device: torch.device,
+        prefetch: bool,
+        check_reads: bool,
+    ) -> None:
+        """Raises FlashMoEError when the budget is too small, or the memory cannot be had."""
+        self.path = backend.path
+        self.manifest = backend.manifest
+        self.device = device
+        self.residency = Residency(
+            backend, memory_bytes, policy, new_arena, prefetch=prefetch, check_reads=check_reads
+        )
+        self.lock = self.residency.lock
+        self._end_reads = weakref.finalize(self, self.residency.reader.close)  # if it is dropped
+        forks.look_after(self)
+
+    def resize(self, memory: int | str) -> None:
+        """Give experts another budget from now on; output does not change. Not during generation.
+
+        What fits stays resident, as the policy chooses, and memory is given back at once; on an
+        accelerator, and where layers begin or cease to share one cache, it starts cold. "auto":
+        what is free now, less a reserve. Raises FlashMoEError when the budget is too small or
+        more than there is, and leaves all as it was (but for an accelerator's slots: empty).
+        """
+        with self.lock:
+            self._check_open()
+            memory_bytes = self._auto_bytes() if memory == "auto" else parse_bytes(memory)
+            try:
+                self.residency.pools.resize(memory_bytes)
+            finally:
+                if not self.residency.pools.all:  # an accelerator lost the room that it had
+                    self.close()
+
+    def _check_open(self) -> None:
+        if not self.residency.pools.all:
+            raise FlashMoEError("this model's FlashMoE engine was closed: load the model again")
+
+    def _auto_bytes(self) -> int:
+        # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
+        pools = self.residency.pools
+        present_bytes = pools.resident_bytes if self.device.type == "cpu" else pools.memory_bytes
+        least = budget.least_bytes(self.manifest)
+        return free_memory.budget_bytes(self.beside_bytes, self.device, least, present_bytes)
+
+    def snapshot(self) -> Stats:
+        """Counts since load or the last reset."""
+        residency, pools = self.residency, self.residency.pools
+        with self.lock:
+            caches = pools.caches
+            return Stats(
+                policy=pools.policy_name,
+                shared=pools.slots.shared,
+                slots=sum(cache.n_slots for cache in caches),
+                slots_per_layer=pools.slots_per_layer,
+                requests=sum(cache.requests for cache in caches),
+                hits=sum(cache.hits for cache in caches),
+                prefetch_layers=self.prefetch_layers if residency.prefetcher.pays else 0,
+                prefetch_used=residency.prefetcher.used,
+                prefetch_wasted=residency.prefetcher.wasted,
+                prefetch_wasted_bytes=residency.prefetcher.wasted_bytes,
+                bytes_read=residency.reader.bytes_read,
+                read_seconds=residency.reader.busy_seconds,
+                wait_seconds=residency.timings.wait_seconds,
+                compute_seconds=residency.timings.compute_seconds,
+                experts_seconds=residency.timings.total_seconds,
+                policy_seconds=sum(cache.policy_seconds for cache in caches),
+                resident_bytes=pools.resident_bytes,
+                peak_resident_bytes=pools.peak_resident_bytes,
+                memory_bytes=pools.memory_bytes,
+                direct_io=residency.reader.backend.direct,
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """`snapshot` as a dict, for JSON; `Stats` says what each entry means."""
+        return self.snapshot().as_dict()
+
+    def record_spans(self) -> list[Span]:
+        """A list that from now on gets every read and computation: (what, start, end) in seconds.
+
+        demand and guess are pieces read, experts is arithmetic, layer an experts module's time.
+        """
+        return self.residency.record_spans()
+
+    def reset(self) -> None:
+        """Start cold: empty slots, fresh policies, counts at zero. Not during generation."""
+        with self.lock:
+            self._check_open()
+            self.residency.reset()
+
+    def reset_counts(self) -> None:
+        """Counts at zero; residency and the policies' statistics stay as they are."""
+        self.residency.reset_counts()
+
+    def stand_still(self) -> None:
+        """Let the layer at hand end, and begin none until `go_on` (see `util.forks`)."""
+        self.residency.stand_still()
+
+    def go_on(self, *, in_child: bool) -> None:
+        self.residency.go_on(in_child=in_child)
+
+    def close(self) -> None:
+        """Free slots, threads and file descriptors. The model cannot run afterwards."""
+        with self.lock:
+            self._end_reads()
+            self.residency.pools.close()

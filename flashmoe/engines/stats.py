@@ -1,0 +1,65 @@
+"""What an engine counted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since load or the last reset, in experts, bytes and seconds."""
+
+    policy: str
+    """Its name, as given to `load`."""
+    shared: bool
+    """One cache serves all layers."""
+    slots: int
+    """Slots of all caches, spare ones left out."""
+    slots_per_layer: float
+    """Slots that a layer has, or its share of those of all layers."""
+    requests: int
+    """Distinct (forward step, layer, expert)."""
+    hits: int
+    """Requests for experts that were resident when the step reached the layer."""
+    prefetch_layers: int
+    """Layers whose experts can be guessed ahead; 0 where prefetching is off or does not pay."""
+    prefetch_used: int
+    """Misses that a guess had begun to read."""
+    prefetch_wasted: int
+    """Guesses begun in vain."""
+    prefetch_wasted_bytes: int
+    """Bytes read for those."""
+    bytes_read: int
+    """From the drive, for misses and guesses."""
+    read_seconds: float
+    """Time with a read in flight."""
+    wait_seconds: float
+    """The part of it in which the model stood still."""
+    compute_seconds: float
+    """Expert arithmetic; on an accelerator, the time to hand it over, which is not waited for."""
+    experts_seconds: float
+    """All time inside the experts modules."""
+    policy_seconds: float
+    """The cache's and its policy's part of that."""
+    resident_bytes: int
+    """Experts in slots now, spare slots included."""
+    peak_resident_bytes: int
+    """The most that `resident_bytes` was."""
+    memory_bytes: int
+    """The budget."""
+    direct_io: bool
+    """Reads bypass the page cache."""
+
+    @property
+    def misses(self) -> int:
+        return self.requests - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over requests; 0 before the first."""
+        return self.hits / self.requests if self.requests else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """By name, `misses` and `hit_rate` included."""
+        return asdict(self) | {"misses": self.misses, "hit_rate": self.hit_rate}

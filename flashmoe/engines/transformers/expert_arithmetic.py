@@ -1,0 +1,52 @@
+"""The arithmetic of one expert, by the contract of transformers' `batched_mm` experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from flashmoe.engines.transformers.eager import Precision
+from flashmoe.quant import Parameters, Weight
+
+
+def weighted_output(
+    module: Any, parameters: Parameters, x: torch.Tensor, share: torch.Tensor, precision: Precision
+) -> torch.Tensor:
+    """What one expert adds for x [n, width], with the router's share [n, 1], as it is added."""
+    output = expert_output(module, parameters, x, precision.computes) * share
+    return output.to(precision.adds)
+
+
+def expert_output(
+    module: Any, parameters: Parameters, x: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One expert on x [n, width] -> [n, width].
+
+    dtype: of the arithmetic, where it is not that of x and the parameters.
+    """
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden = _linear(module, parameters, name, x, dtype)
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    hidden = _linear(module, parameters, "down_proj", hidden, dtype)
+    if module.has_post_expert_norm:
+        hidden = module.post_expert_norm(hidden)
+    return hidden
+
+
+def _linear(
+    module: Any, parameters: Parameters, name: str, x: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    bias: Any = parameters[f"{name}_bias"] if module.has_bias else None  # a tensor, if any
+    weight = parameters[name]
+    if isinstance(weight, Weight):  # which has a kernel for its own dtype only
+        out = weight.linear(x)
+        return out if bias is None else out + bias
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    if module.is_transposed:
+        out = x @ weight
+        return out if bias is None else out + bias
+    return F.linear(x, weight, bias)

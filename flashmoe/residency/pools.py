@@ -1,0 +1,172 @@
+"""How a budget becomes pools of slots, and what stays in them when the budget changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flashmoe import policies
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.memory.arena import Arena
+from flashmoe.policies.base import Policy, Scope
+from flashmoe.residency import budget
+from flashmoe.residency.pool import Pool
+from flashmoe.residency.prefetch import Prefetcher
+from flashmoe.store.manifest import LayerSpec, Manifest
+
+NewArena = Callable[[LayerSpec, int], Arena]  # slots for so many experts of such a layer
+
+
+class Pools:
+    """The slots of a loaded model: a pool for each layer or one for all, and spare ones.
+
+    The spare slots are the prefetcher's. Not thread-safe: see `Residency`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        policy: str,
+        memory_bytes: int,
+        prefetcher: Prefetcher,
+        new_arena: NewArena,
+    ) -> None:
+        """Raises FlashMoEError for a budget that is too small, or memory that cannot be had."""
+        self.manifest = manifest
+        self.policy_name = policy
+        self.policy = policies.get(policy, online=True)
+        self.prefetcher = prefetcher
+        self._new_arena = new_arena
+        self.memory_bytes = memory_bytes
+        self.slots = self._divide(memory_bytes)
+        self._peak_before_bytes = 0  # of pools that are no more
+        self.all: list[Pool] = []
+        self._replace_all(caches_before=[])
+
+    def _divide(self, memory_bytes: int) -> budget.Slots:
+        return budget.divide(
+            self.manifest,
+            memory_bytes,
+            policy_can_share=self.policy.policy_class.pools,
+            reserve_spares=self.prefetcher.pays,
+        )
+
+    @property
+    def caches(self) -> list[ExpertCache]:
+        return [pool.cache for pool in self.all]
+
+    def of(self, layer: int) -> Pool:
+        """The pool that serves a layer."""
+        return self.all[0 if self.slots.shared else layer]
+
+    def new_policy(self, number: int, n_slots: int) -> Policy:
+        """A fresh policy for one of the pools."""
+        layers, top_k, depth = self.manifest.layers, self.manifest.top_k, len(self.manifest.layers)
+        if self.slots.shared:
+            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth)
+        else:
+            scope = Scope(layers[number].n_experts, top_k, 1, number, depth)
+        return self.policy(scope, min(n_slots, scope.n_keys))
+
+    def _new_pool(self, number: int) -> Pool:
+        layer = self.manifest.layers[number]
+        cache = ExpertCache(self.new_policy(number, self.slots.n_slots))
+        return Pool(cache, self._new_arena(layer, cache.n_slots), number, layer.n_experts)
+
+    def _new_spares(self) -> Arena | None:
+        if not self.slots.spares:
+            return None
+        return self._new_arena(self.manifest.layers[0], self.slots.spares)
+
+    @property
+    def slots_per_layer(self) -> float:
+        """Slots that a layer has, or its share of those of all layers."""
+        most = max((pool.cache.n_slots for pool in self.all), default=0)
+        return most / len(self.manifest.layers) if self.slots.shared else most
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of experts in slots now, spare slots included. Never above the budget."""
+        return self._spare_bytes + sum(pool.resident_bytes for pool in self.all)
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """The most that `resident_bytes` was since load or the last reset."""
+        present = self._spare_bytes + sum(pool.most_resident_bytes for pool in self.all)
+        return max(self._peak_before_bytes, present)
+
+    @property
+    def _spare_bytes(self) -> int:
+        spares = self.prefetcher.spares
+        return spares.n_slots * spares.extent_bytes if spares else 0
+
+    def resize(self, memory_bytes: int) -> None:
+        """Another budget from now on; what fits stays resident, as the policy chooses.
+
+        On an accelerator, and where layers begin or cease to share a pool, it starts cold. Raises
+        FlashMoEError when the budget is too small, or the memory cannot be had, and leaves all as
+        it was (but for an accelerator's slots: empty, or given up where even those cannot be had).
+        """
+        slots = self._divide(memory_bytes)
+        self.prefetcher.clear()
+        self._peak_before_bytes = self.peak_resident_bytes
+        before, self.slots, caches = self.slots, slots, self.caches
+        try:
+            if slots.shared == before.shared and self.all[0].arena.resizable:
+                self._resize_all()
+            else:
+                self._replace_all(caches)
+        except BaseException:
+            self.slots = before
+            if not self.all:  # given up to make room
+                self._replace_all(caches)
+            raise
+        self.memory_bytes = memory_bytes
+
+    def _resize_all(self) -> None:
+        """To `slots`, with what fits still in them; what can fail comes first."""
+        policies = [self.new_policy(n, self.slots.n_slots) for n in range(len(self.all))]
+        new_slots = [
+            pool.arena.new_slots(pool.arena.lacks(policy.n_slots))
+            for pool, policy in zip(self.all, policies, strict=True)
+        ]
+        spares = self._new_spares()
+        for pool, policy, new in zip(self.all, policies, new_slots, strict=True):
+            pool.cache, kept_slots = pool.cache.resized(policy)
+            pool.arena.resize(kept_slots, pool.cache.n_slots, new)
+        self.prefetcher.use(spares)
+
+    def _replace_all(self, caches_before: list[ExpertCache]) -> None:
+        """By empty ones for `slots`; first if an accelerator has not the room for both."""
+        if not all(pool.arena.resizable for pool in self.all):
+            self._free()
+        count = 1 if self.slots.shared else len(self.manifest.layers)
+        pools = [self._new_pool(number) for number in range(count)]
+        spares = self._new_spares()
+        self._free()
+        pools[0].cache.count_on(caches_before)
+        self.all = pools
+        self.prefetcher.use(spares)
+
+    def restart(self, caches: list[ExpertCache] | None = None) -> None:
+        """Go on with these caches, one a pool and of its size; default: empty ones."""
+        for number, pool in enumerate(self.all):
+            pool.cache = (
+                caches[number]
+                if caches
+                else ExpertCache(self.new_policy(number, pool.cache.n_slots))
+            )
+
+    def reset_counts(self) -> None:
+        for pool in self.all:
+            pool.cache.reset_counts()
+        self._peak_before_bytes = 0
+
+    def close(self) -> None:
+        """Give the memory back; nothing can be served afterwards."""
+        self._free()
+
+    def _free(self) -> None:
+        for pool in self.all:
+            pool.arena.close()
+        self.all = []
+        self.prefetcher.use(None)

@@ -1,0 +1,36 @@
+"""What the layers chose for the tokens at hand, as events for the caches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmoe.events import LAYERS_BELOW, Event, below
+
+
+class Routing:
+    """Remembers the choices of lower layers, which the policies of higher ones look at."""
+
+    def __init__(self, top_k: int, n_layers: int) -> None:
+        self._no_rows = np.empty((0, top_k), np.int64)
+        self._rows = [self._no_rows] * n_layers  # by layer, [tokens, top_k]
+
+    def event(
+        self, layer: int, rows: np.ndarray, weights: np.ndarray, first_key: int, n_experts: int
+    ) -> Event:
+        """The event of `rows` [tokens, top_k], experts that `layer` chose, with router `weights`.
+
+        first_key: the key of the layer's expert 0 in the cache that serves it.
+        """
+        lower_rows = self._note(layer, rows, n_experts)
+        return Event.of_rows(rows, first_key, weights, lower_rows)
+
+    def _note(self, layer: int, rows: np.ndarray, n_experts: int) -> np.ndarray:
+        """Take in `rows`; what the layers below chose for the same tokens, as `events.below`."""
+        self._rows[layer] = rows
+        lowest = layer
+        while lowest > max(0, layer - LAYERS_BELOW) and len(self._rows[lowest - 1]) == len(rows):
+            lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
+        seen = np.stack(self._rows[lowest : layer + 1], axis=1)
+        if layer > LAYERS_BELOW:  # no layer above looks so far down: a prompt's rows take megabytes
+            self._rows[layer - LAYERS_BELOW - 1] = self._no_rows
+        return below(seen, layer - lowest, n_experts)
