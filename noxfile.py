@@ -172,7 +172,9 @@ def check(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """The timed benchmarks, once, by pytest-benchmark."""
     install(session, "harness", "test")
-    session.run("pytest", "tests/test_benchmarks.py", "--benchmark-enable", *session.posargs)
+    session.run(
+        "pytest", "tests/machine/test_benchmarks.py", "--benchmark-enable", *session.posargs
+    )
 
 
 @nox.session

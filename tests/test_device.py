@@ -5,8 +5,8 @@ What is not tested without a card is the order of its streams; the CPU has one o
 
 from __future__ import annotations
 
-import conftest
 import pytest
+import tiny
 import torch
 import transformers
 from hypothesis import given, settings
@@ -45,7 +45,7 @@ def load(stores, device):
 
     def get(family="olmoe", slots=None, dtype=torch.float32, extra=0, **options):
         store = stores(family, dtype)
-        memory = conftest.budget(store, slots or manifest.load(store).top_k, extra)
+        memory = tiny.budget(store, slots or manifest.load(store).top_k, extra)
         model = flashmoe.load(store, memory=memory, policy="lru", device=device, **options)
         pools = model.flashmoe.residency.pools.all
         assert all(isinstance(pool.arena, DeviceArena) for pool in pools)
@@ -58,15 +58,15 @@ def load(stores, device):
 
 
 def generate(model: transformers.PreTrainedModel, ids: torch.Tensor, new: int = 12) -> list:
-    return conftest.generate(model, ids.to(model.device), new)
+    return tiny.generate(model, ids.to(model.device), new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("family", conftest.FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_output_is_transformers_own(checkpoints, stores, load, device, family, batch, dtype):
     """With as many slots as a token needs, so that a prompt comes in waves, and with more."""
-    ids = conftest.prompt(17, batch)
+    ids = tiny.prompt(17, batch)
     resident = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoints(family, dtype), experts_implementation="eager"
     ).to(device)
@@ -79,7 +79,7 @@ def test_output_is_transformers_own(checkpoints, stores, load, device, family, b
 
 
 def test_guesses_wait_on_the_device(load, monkeypatch):
-    ids = conftest.prompt(9)
+    ids = tiny.prompt(9)
     plain = generate(load(slots=4, prefetch=False), ids, 30)
     monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
     monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
@@ -91,7 +91,7 @@ def test_guesses_wait_on_the_device(load, monkeypatch):
 
 def test_the_simulator_serves_what_the_device_served(load):
     model = load(slots=4, prefetch=False)
-    recorded = record(model, [conftest.prompt(9)[0]], max_new_tokens=20)
+    recorded = record(model, [tiny.prompt(9)[0]], max_new_tokens=20)
     stats = model.flashmoe.stats()
     conditions = simulate.Conditions(warm=True, as_recorded=True)
     outcome = simulate.replay(recorded, "lru", 1.0, conditions, slots=4)
@@ -99,7 +99,7 @@ def test_the_simulator_serves_what_the_device_served(load):
 
 
 def test_another_budget_while_in_use(load):
-    ids = conftest.prompt(9)
+    ids = tiny.prompt(9)
     model = load(slots=8)
     held = model.flashmoe.residency.pools.memory_bytes
     expected = generate(model, ids)
@@ -164,6 +164,6 @@ def test_the_cards_memory_is_given_back(load):
     model.flashmoe.resize(held // 2)
     half = torch.cuda.memory_allocated()
     assert abs(full - half - held // 2) <= 512 * arenas  # what torch rounds to
-    generate(model, conftest.prompt(9))
+    generate(model, tiny.prompt(9))
     model.flashmoe.close()
     assert torch.cuda.memory_allocated() <= half - held // 2 + 512 * arenas

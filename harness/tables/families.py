@@ -130,8 +130,8 @@ def write(rows: list[dict[str, Any]], document: Path = DOCUMENT) -> None:
     lines = [
         "# Families",
         "",
-        "Written by `python -m harness families`; tests/test_families.py holds every line to it. "
-        f"Of the {len(rows)} model types whose experts go through `ExpertsInterface` in "
+        "Written by `python -m harness families`; tests/model/test_families.py holds every line "
+        f"to it. Of the {len(rows)} model types whose experts go through `ExpertsInterface` in "
         f"transformers {transformers.__version__}, {len(streamed)} are streamed with transformers' "
         "own output. `equal`: a tiny random checkpoint in that dtype (its router's bias in "
         "float32), saved by transformers in its own layout and streamed at the smallest budget "

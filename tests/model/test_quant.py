@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, budget, make_checkpoint, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import eager
+from tiny import FAMILIES, budget, eager, make_checkpoint, prompt
 
 import flashmoe
 from flashmoe import quant

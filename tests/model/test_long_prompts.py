@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import prompt
-from test_engine import eager, run
+from tiny import eager, prompt, run
 
 from flashmoe.cache import simulate
 from flashmoe.cache.expert_cache import LONG_CHOICES

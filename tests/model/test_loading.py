@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, prompt
 from safetensors.torch import load_file, save_file
+from tiny import make_checkpoint, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_checkpoint, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FAMILIES, make_checkpoint, prompt
 from torch import nn
 
 import flashmoe

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, budget, generate, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, budget, generate, prompt
 
 import flashmoe
 from flashmoe.disk import direct_io

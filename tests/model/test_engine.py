@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, budget, prompt
+from tiny import FAMILIES, budget, eager, prompt, run
 
 import flashmoe
-from baselines.in_memory import with_own_memory
 from flashmoe import policies
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
@@ -20,28 +19,6 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
 
 ONLINE = [name for name, policy in policies.available().items() if not policy.offline]
-
-
-def eager(checkpoint: Path) -> transformers.PreTrainedModel:
-    return with_own_memory(
-        transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, experts_implementation="eager"
-        )
-    )
-
-
-@torch.inference_mode()
-def run(model: transformers.PreTrainedModel, ids: torch.Tensor, new: int = 12):
-    """Greedy tokens, and the logits that chose them."""
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return output.sequences, torch.stack(output.logits)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

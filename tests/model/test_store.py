@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES
 
 from flashmoe.disk import direct_io
 from flashmoe.engines.transformers import empty_model

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_checkpoint, prompt
+from tiny import FAMILIES, make_checkpoint, prompt
 
 import flashmoe
 from flashmoe.engines.transformers.packed_linear import PackedLinear

@@ -235,7 +235,7 @@ def test_unknown_and_offline_policies_are_refused_in_a_sentence():
 
 
 def test_the_policy_in_the_readme_is_one_file_and_works(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (source,) = (
         block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "(Policy)" in block
     )

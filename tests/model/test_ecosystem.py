@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import make_checkpoint, prompt
+from tiny import make_checkpoint, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory

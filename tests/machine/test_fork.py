@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import budget, generate, prompt
+from tiny import budget, generate, prompt
 from torch.utils.data import DataLoader, Dataset
 
 import flashmoe
@@ -221,7 +221,7 @@ def test_leaving_without_close_is_clean(stores, how):
     done = subprocess.run(
         [sys.executable, "-c", LEAVE, stores(), str(budget(stores(), 3, 2)), how],
         capture_output=True, text=True, timeout=HANGS_AFTER_SECONDS,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == (how == "failed")
     assert done.stdout == ("" if how == "failed" else "left\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import budget, generate, prompt
+from tiny import budget, generate, prompt
 
 import flashmoe
 from flashmoe.engines.transformers import engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import prompt
+from tiny import prompt
 
 from flashmoe.engines.transformers import recorder
 from flashmoe.engines.transformers.recorder import Recorder

@@ -35,7 +35,7 @@ from harness.runs.job import Job
 from harness.runs.memory_cap import ReadLimit, memory_cap
 from harness.tables import data_splits, full_scale, hit_rates, speedups, text_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_fio = pytest.mark.skipif(ssd.fio_path() is None, reason="fio is not installed")
 
 

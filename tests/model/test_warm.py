@@ -9,9 +9,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import budget, generate, prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import budget, generate, prompt
 
 import flashmoe
 from flashmoe import policies

@@ -14,7 +14,7 @@ from flashmoe.cache.simulate import Conditions
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 
-SHARED = Path(__file__).parents[2] / "shared" / "traces"
+SHARED = Path(__file__).parents[3] / "shared" / "traces"
 REAL = [flashmoe.demo_routing_path(), *sorted(SHARED.glob("*.npz"))]
 
 

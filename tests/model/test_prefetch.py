@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-import conftest
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,13 +31,13 @@ def small_guesses(monkeypatch):
 
 def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[list[int]], dict]:
     """Tokens, and the counts once no guess is on its way."""
-    tokens = conftest.generate(model, ids, new)
+    tokens = tiny.generate(model, ids, new)
     model.flashmoe.residency.prefetcher.clear()
     return tokens, model.flashmoe.stats()
 
 
 @pytest.mark.parametrize("more", [None, 0, 3])  # than top_k slots a layer; None: less, so shared
-@pytest.mark.parametrize("family", conftest.FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_only_the_time_changes(stores, small_guesses, reading, family, more):
     store = stores(family)
     top_k, shared = manifest.load(store).top_k, more is None
@@ -45,7 +45,7 @@ def test_only_the_time_changes(stores, small_guesses, reading, family, more):
     outcomes = []
     for prefetching, spares in ((False, 0), (True, 2)):
         slots, extra = (top_k, -1) if shared else (top_k + more, spares)
-        memory = conftest.budget(store, slots, extra)
+        memory = tiny.budget(store, slots, extra)
         model = flashmoe.load(store, memory=memory, policy="lru", prefetch=prefetching)
         assert model.flashmoe.residency.pools.slots.shared == shared
         assert shared or model.flashmoe.residency.pools.slots.spares == spares
@@ -65,7 +65,7 @@ def test_only_the_time_changes(stores, small_guesses, reading, family, more):
 
 def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_guesses):
     """Every expert that the run does not use is damaged, and guessed all the time."""
-    memory = conftest.budget(own_store, 3, 2)
+    memory = tiny.budget(own_store, 3, 2)
     model = flashmoe.load(own_store, memory=memory, policy="lru", prefetch=False)
     ids = torch.tensor([[5]])
     recorded = record(model, [ids[0]], max_new_tokens=2)

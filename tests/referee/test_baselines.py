@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, budget, generate, make_checkpoint, prompt
+from tiny import FAMILIES, budget, generate, make_checkpoint, prompt
 
 import baselines
 from baselines import popularity

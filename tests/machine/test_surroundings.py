@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import budget, generate, prompt
+from tiny import budget, generate, prompt
 
 import flashmoe
 from flashmoe.cache.expert_cache import ExpertCache
@@ -120,7 +120,7 @@ def test_a_user_without_home_reads_a_folder_that_it_may_not_write(
         file.chmod(0o444)
     path.chmod(0o555)
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
-    environment |= {"XDG_CACHE_HOME": str(path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"XDG_CACHE_HOME": str(path), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, path], capture_output=True, text=True, env=environment
     )

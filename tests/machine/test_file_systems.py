@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from conftest import budget, generate, prompt
+from tiny import budget, generate, prompt
 
 import flashmoe
 from flashmoe.disk import direct_io
