@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from flashmoe.engines.transformers.lookahead import Lookahead
+from flashmoe.engines.transformers.experts.lookahead import Lookahead
 from flashmoe.reading.read_queue import Span
 from flashmoe.trace import Trace
 

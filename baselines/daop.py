@@ -29,9 +29,9 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe.engines.transformers.expert_arithmetic import expert_output
-from flashmoe.engines.transformers.lookahead import Lookahead, RouterOutput
-from flashmoe.engines.transformers.mixture import Mixture
+from flashmoe.engines.transformers.experts.expert_arithmetic import expert_output
+from flashmoe.engines.transformers.experts.lookahead import Lookahead, RouterOutput
+from flashmoe.engines.transformers.experts.mixture import Mixture
 
 PINNED_SHARE = 0.5
 TRUE_ROUTER_LAYERS = 5

@@ -23,8 +23,8 @@ from baselines import popularity
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe.engines.transformers.expert_arithmetic import expert_output
-from flashmoe.engines.transformers.mixture import Mixture
+from flashmoe.engines.transformers.experts.expert_arithmetic import expert_output
+from flashmoe.engines.transformers.experts.mixture import Mixture
 from flashmoe.memory.arena import Arena
 from flashmoe.quant import Parameters
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.base import Setting, System
-from flashmoe.engines.transformers import dense_weights, moe_modules, streamed_module
-from flashmoe.engines.transformers.backends.packed import PackedModel
+from flashmoe.engines.transformers.checkpoints.backends.packed import PackedModel
+from flashmoe.engines.transformers.model import dense_weights, moe_modules, streamed_module
 from flashmoe.store.manifest import Manifest
 
 

@@ -14,7 +14,7 @@ import torch
 from baselines.base import Setting
 from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier
-from flashmoe.engines.transformers.mixture import Mixture
+from flashmoe.engines.transformers.experts.mixture import Mixture
 
 
 class OSPaging(LayeredSystem):

@@ -221,7 +221,7 @@ def _run_one(arguments: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
     import flashmoe
-    from flashmoe.engines.transformers.pack import pack
+    from flashmoe.engines.transformers.checkpoints.pack import pack
     from flashmoe.util.sizes import parse_bytes
     from harness.runs.job import Job
     from harness.runs.run import run

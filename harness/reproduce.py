@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import flashmoe
-from flashmoe.engines.transformers import backends
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.util import workers
 from flashmoe.util.progress import count_bar
 from harness.report import plots, provenance, report

@@ -26,7 +26,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stores(checkpoints, tmp_path_factory):
     """A store of a family's checkpoint, packed once."""
-    from flashmoe.engines.transformers.pack import pack
+    from flashmoe.engines.transformers.checkpoints.pack import pack
 
     made: dict[tuple, Path] = {}
 
@@ -66,7 +66,7 @@ def large_store(tmp_path_factory) -> Path:
     """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""
     import tiny
 
-    from flashmoe.engines.transformers.pack import pack
+    from flashmoe.engines.transformers.checkpoints.pack import pack
 
     folder = tmp_path_factory.mktemp("larger")
     tiny.make_checkpoint(
@@ -90,7 +90,7 @@ def reading(request, monkeypatch):
 @pytest.fixture
 def own_store(checkpoints, tmp_path):
     """A store of the test's own, to be damaged."""
-    from flashmoe.engines.transformers.pack import pack
+    from flashmoe.engines.transformers.checkpoints.pack import pack
 
     store = tmp_path / "own"
     pack(checkpoints(), store)

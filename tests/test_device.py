@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import flashmoe
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers import engine, loading
-from flashmoe.engines.transformers.backends.packed import PackedModel
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.backends.packed import PackedModel
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.device_arena import DeviceArena

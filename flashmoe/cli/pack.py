@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.pack import pack
+    from flashmoe.engines.transformers.checkpoints.pack import pack
     from flashmoe.util.progress import byte_bar
 
     with byte_bar("packing") as progress:

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.synth import synthesise, synthesise_store
+    from flashmoe.engines.transformers.checkpoints.synth import synthesise, synthesise_store
     from flashmoe.util.progress import byte_bar
 
     write = synthesise_store if arguments.store else synthesise

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flashmoe
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from harness.tables import speedups
 
 TOKENS = 16

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import flashmoe
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 
 
 class Store:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.lookahead import Lookahead
+from flashmoe.engines.transformers.experts.lookahead import Lookahead
+from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 

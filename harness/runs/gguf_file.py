@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from flashmoe import quant
 from flashmoe.disk.direct_io import drop_page_cache
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.synth import RandomWeights
+from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 
 _ARCHITECTURES = {"olmoe": gguf.MODEL_ARCH.OLMOE, "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE}

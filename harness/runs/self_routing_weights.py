@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.synth import RandomWeights
+from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from harness.runs.job import FIRST_TOKEN

@@ -11,7 +11,7 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.manifest import Manifest
 from harness import tiny_models

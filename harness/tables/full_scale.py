@@ -17,7 +17,11 @@ import psutil
 import baselines
 import flashmoe
 from flashmoe import quant
-from flashmoe.engines.transformers.synth import synthesise, synthesise_store, total_bytes
+from flashmoe.engines.transformers.checkpoints.synth import (
+    synthesise,
+    synthesise_store,
+    total_bytes,
+)
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency.budget import SPARES
 from flashmoe.store import manifest as manifests

@@ -13,7 +13,7 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers import empty_model, moe_modules
+from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.util import workers
 from harness.report.progress import say
 

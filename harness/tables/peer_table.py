@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe import quant, trace
-from flashmoe.engines.transformers.synth import config_of, synthesise_store, total_bytes
+from flashmoe.engines.transformers.checkpoints.synth import config_of, synthesise_store, total_bytes
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from harness.report import plots, report

@@ -20,7 +20,7 @@ import transformers
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from harness import tiny_models
 from harness.torture.mutations import MUTATIONS, Mutant

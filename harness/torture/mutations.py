@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashmoe.engines.transformers.weight_files import INDEX_NAME
+from flashmoe.engines.transformers.checkpoints.weight_files import INDEX_NAME
 
 SINGLE_NAME = "model.safetensors"
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 import flashmoe
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from harness.tables.speedups import Say, budget_for
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 import flashmoe
 from flashmoe import policies, trace
 from flashmoe.disk.shards import Shard
-from flashmoe.engines.transformers.checkpoint import Checkpoint
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.engines.transformers.checkpoints.weight_files import INDEX_NAME
 from flashmoe.engines.transformers.prompting import Prompter
-from flashmoe.engines.transformers.weight_files import INDEX_NAME
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies import learned
 from flashmoe.policies.base import Scope

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flashmoe import trace
 from flashmoe.disk import plain_npz
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
 from harness.torture import untrusted

@@ -13,8 +13,8 @@ from tiny import budget, generate, prompt
 
 import flashmoe
 from flashmoe.disk import direct_io
-from flashmoe.engines.transformers import synth
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints import synth
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest

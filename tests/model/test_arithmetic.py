@@ -10,7 +10,7 @@ import transformers
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from flashmoe.engines.transformers.mixture import Mixture, OrderedSum
+from flashmoe.engines.transformers.experts.mixture import Mixture, OrderedSum
 from flashmoe.errors import FlashMoEError
 
 CONFIG = transformers.OlmoeConfig(

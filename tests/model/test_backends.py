@@ -16,9 +16,9 @@ from tiny import FAMILIES, budget, generate, prompt
 import flashmoe
 from flashmoe.disk import direct_io
 from flashmoe.disk.direct_io import aligned_memory
-from flashmoe.engines.transformers import backends
-from flashmoe.engines.transformers.backends.in_place import InPlace
-from flashmoe.engines.transformers.backends.packed import PackedModel
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.engines.transformers.checkpoints.backends.in_place import InPlace
+from flashmoe.engines.transformers.checkpoints.backends.packed import PackedModel
 from flashmoe.errors import FlashMoEError
 from harness import tiny_models
 from harness.runs.page_cache import cached_bytes

@@ -19,7 +19,7 @@ import transformers
 import flashmoe
 from flashmoe import cli, policies, trace
 from flashmoe.cache import simulate
-from flashmoe.engines.transformers import synth
+from flashmoe.engines.transformers.checkpoints import synth
 from flashmoe.store import manifest
 
 PROMPT = "And it came to pass"

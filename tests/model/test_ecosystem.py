@@ -18,7 +18,7 @@ from tiny import make_checkpoint, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers.packed_linear import PackedLinear
+from flashmoe.engines.transformers.model.packed_linear import PackedLinear
 from flashmoe.errors import FlashMoEError
 
 

@@ -9,7 +9,7 @@ import transformers
 from tiny import FAMILIES, make_checkpoint, prompt
 
 import flashmoe
-from flashmoe.engines.transformers.packed_linear import PackedLinear
+from flashmoe.engines.transformers.model.packed_linear import PackedLinear
 from flashmoe.errors import FlashMoEError
 
 

@@ -15,9 +15,9 @@ from tiny import make_checkpoint, prompt
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers.pack import pack
-from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
-from flashmoe.engines.transformers.weight_files import INDEX_NAME
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.engines.transformers.checkpoints.weight_files import INDEX_NAME
+from flashmoe.engines.transformers.model.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 from harness import tiny_models
 from harness.tables import families

@@ -15,9 +15,9 @@ from torch import nn
 
 import flashmoe
 from baselines.in_memory import with_own_memory
-from flashmoe.engines.transformers import packed_linear
-from flashmoe.engines.transformers.pack import pack
-from flashmoe.engines.transformers.packed_linear import PackedLinear
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.engines.transformers.model import packed_linear
+from flashmoe.engines.transformers.model.packed_linear import PackedLinear
 
 LARGER = dict(
     vocab_size=1024, hidden_size=768, intermediate_size=1024, num_hidden_layers=2,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import flashmoe
 from flashmoe import trace
-from flashmoe.engines.transformers.lookahead import RouterOutput
+from flashmoe.engines.transformers.experts.lookahead import RouterOutput
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.read_queue import ReadQueue

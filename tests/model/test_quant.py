@@ -10,9 +10,9 @@ from tiny import FAMILIES, budget, eager, make_checkpoint, prompt
 
 import flashmoe
 from flashmoe import quant
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.checkpoint import Checkpoint
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_tokenizer
 import transformers
 
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest, side_files

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
 from flashmoe.disk import direct_io
-from flashmoe.engines.transformers import empty_model
-from flashmoe.engines.transformers.backends.packed import PackedModel
-from flashmoe.engines.transformers.checkpoint import Checkpoint
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.backends.packed import PackedModel
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.arena import Arena
 from flashmoe.reading.reader import ExtentReader

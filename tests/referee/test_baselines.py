@@ -14,7 +14,7 @@ from baselines.base import Setting
 from baselines.daop import SWAP_RATIO, TRUE_ROUTER_LAYERS
 from baselines.fiddler import Latencies
 from baselines.tiers import MappedTier, PinnedTier
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
@@ -144,7 +144,7 @@ def test_daop_without_predictions_would_be_exact(deep):
 
 
 def test_daop_degrades_gracefully(deep):
-    from flashmoe.engines.transformers.lookahead import RouterOutput
+    from flashmoe.engines.transformers.experts.lookahead import RouterOutput
 
     system = baselines.get("daop")()
     system.load(deep)

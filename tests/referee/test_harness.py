@@ -22,7 +22,7 @@ import torch
 import baselines
 import flashmoe
 from flashmoe import policies, trace
-from flashmoe.engines.transformers.pack import pack
+from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace

@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from flashmoe.engines.base import Engine
-from flashmoe.engines.transformers import moe_modules, streamed_module
-from flashmoe.engines.transformers.lookahead import Lookahead
-from flashmoe.engines.transformers.mixture import most_waiting_bytes
-from flashmoe.engines.transformers.streamed_experts import StreamedExperts
+from flashmoe.engines.transformers.experts.lookahead import Lookahead
+from flashmoe.engines.transformers.experts.mixture import most_waiting_bytes
+from flashmoe.engines.transformers.experts.streamed_experts import StreamedExperts
+from flashmoe.engines.transformers.model import moe_modules, streamed_module
 from flashmoe.memory.device_arena import arena_on
 from flashmoe.reading.backend import Backend
 

@@ -9,15 +9,11 @@ import torch
 import transformers
 
 from flashmoe import quant
-from flashmoe.engines.transformers import (
-    backends,
-    dense_weights,
-    moe_modules,
-    streamed_model,
-)
-from flashmoe.engines.transformers.backends import ModelBackend
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.engines.transformers.checkpoints.backends import ModelBackend
 from flashmoe.engines.transformers.engine import TransformersEngine
-from flashmoe.engines.transformers.mixture import most_waiting_bytes
+from flashmoe.engines.transformers.experts.mixture import most_waiting_bytes
+from flashmoe.engines.transformers.model import dense_weights, moe_modules, streamed_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import budget

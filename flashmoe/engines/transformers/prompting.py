@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from flashmoe.engines.transformers import backends, empty_model
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 
 _FILES = ("tokenizer*.json", "*.model", "*.tiktoken", "tekken*.json", "vocab*", "merges.txt",

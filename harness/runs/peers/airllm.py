@@ -21,7 +21,7 @@ from harness.runs.job import Job
 if TYPE_CHECKING:  # writing happens where the harness is, running where AirLLM is
     import torch
 
-    from flashmoe.engines.transformers.synth import RandomWeights
+    from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
 
 
 def write(source: RandomWeights, path: Path, scheme: str) -> None:
@@ -70,7 +70,7 @@ def _experts(
     source: RandomWeights, owner: str, tensors_of: Callable[[str, int], dict[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a layer's experts, by their names on the hub."""
-    from flashmoe.engines.transformers import moe_modules
+    from flashmoe.engines.transformers.model import moe_modules
 
     for module_name, module in source.experts.items():
         if not module_name.startswith(f"{owner}."):
@@ -86,7 +86,7 @@ def _experts(
 
 def _outline(source: RandomWeights, module_name: str, expert: int) -> dict[str, torch.Tensor]:
     """As `source.expert`, on the meta device: shapes without drawing gigabytes for them."""
-    from flashmoe.engines.transformers import moe_modules
+    from flashmoe.engines.transformers.model import moe_modules
 
     parameters = moe_modules.expert_parameters(source.experts[module_name])
     return {name: parameter[expert] for name, parameter in parameters.items()}

@@ -25,9 +25,9 @@ from flashmoe.disk.direct_io import (
     open_direct,
     read_all,
 )
-from flashmoe.engines.transformers import empty_model
-from flashmoe.engines.transformers.backends.base import ModelBackend
-from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.checkpoints.backends.base import ModelBackend
+from flashmoe.engines.transformers.checkpoints.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.layout import config_digest, lay_out_layers

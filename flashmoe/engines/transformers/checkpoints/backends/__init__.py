@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from flashmoe.engines.transformers.backends.base import ModelBackend
+from flashmoe.engines.transformers.checkpoints.backends.base import ModelBackend
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.util.registry import discover
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.engines.transformers import dense_weights, empty_model
-from flashmoe.engines.transformers.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.checkpoints.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.model import dense_weights, empty_model
 from flashmoe.quant import NONE
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.writer import Progress, write_store

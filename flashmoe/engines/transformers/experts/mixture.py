@@ -15,9 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashmoe.cache.expert_cache import LONG_CHOICES
-from flashmoe.engines.transformers import eager
-from flashmoe.engines.transformers.eager import Precision
-from flashmoe.engines.transformers.expert_arithmetic import weighted_output
+from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_output
+from flashmoe.engines.transformers.experts.precision import Example, Precision, find_precision
 from flashmoe.quant import Parameters
 
 # The tokens that chose an expert [n], and for each its position in top_k [n]. Of one token that
@@ -67,12 +66,12 @@ class Mixture:
 
 
 def precision_of(module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor) -> Precision:
-    """See `eager.precision`, which raises what `Mixture` raises."""
-    return eager.precision(module, hidden, weights, _of_example)
+    """In which dtypes `module` computes; see `find_precision`, which raises what `Mixture` raises."""
+    return find_precision(module, hidden, weights, _of_example)
 
 
 def _of_example(
-    example: eager.Example,
+    example: Example,
     hidden: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from flashmoe.disk.shards import Shard
-from flashmoe.engines.transformers import empty_model
-from flashmoe.engines.transformers.backends.base import ModelBackend
+from flashmoe.engines.transformers.checkpoints.backends.base import ModelBackend
+from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.packed import PackedExperts
 from flashmoe.store import manifest as manifests

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from flashmoe.disk.shards import header
-from flashmoe.engines.transformers import empty_model, moe_modules
+from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE
 from flashmoe.store.writer import Source, write_store

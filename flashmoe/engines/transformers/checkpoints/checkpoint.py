@@ -25,12 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from flashmoe.disk.shards import Place, Shard, TensorEntry
-from flashmoe.engines.transformers import (
-    empty_model,
-    moe_modules,
-    published_quantisation,
-    weight_files,
-)
+from flashmoe.engines.transformers.checkpoints import published_quantisation, weight_files
+from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.errors import FlashMoEError
 
 REMEDY = "fetch the checkpoint again"

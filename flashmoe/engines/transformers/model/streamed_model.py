@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
+from flashmoe.engines.transformers.model import moe_modules
+from flashmoe.engines.transformers.model.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # such as a move to a device, or a cast

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from flashmoe.engines.transformers import moe_modules, packed_linear
-from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
+from flashmoe.engines.transformers.model import moe_modules, packed_linear
+from flashmoe.engines.transformers.model.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers import moe_modules
+from flashmoe.engines.transformers.model import moe_modules
 
 logger = logging.getLogger(__name__)
 

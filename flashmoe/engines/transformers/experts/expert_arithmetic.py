@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from flashmoe.engines.transformers.eager import Precision
+from flashmoe.engines.transformers.experts.precision import Precision
 from flashmoe.quant import Parameters, Weight
 
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers import gradients
-from flashmoe.engines.transformers.lookahead import Lookahead
-from flashmoe.engines.transformers.mixture import Mixture
+from flashmoe.engines.transformers.experts import gradients
+from flashmoe.engines.transformers.experts.lookahead import Lookahead
+from flashmoe.engines.transformers.experts.mixture import Mixture
 from flashmoe.quant import Parameters
 from flashmoe.residency.residency import Residency
 

@@ -30,23 +30,23 @@ class Precision(NamedTuple):
 Arithmetic = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, Precision], torch.Tensor]
 
 
-def precision(
+def find_precision(
     module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
 ) -> Precision:
-    """That of `module` for hidden states and router weights such as these; found out once.
+    """That of `module` for hidden states and router weights such as these; tried once.
 
     Raises FlashMoEError when `arithmetic` equals the module's own in no precision.
     """
-    known = vars(module).setdefault("flashmoe_precision", {})
+    by_dtypes: dict[tuple[torch.dtype, torch.dtype], Precision]
+    by_dtypes = vars(module).setdefault("flashmoe_precision", {})
     dtypes = hidden.dtype, weights.dtype
-    if dtypes not in known:
+    if dtypes not in by_dtypes:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            known[dtypes] = _found(module, hidden, weights, arithmetic)
-    found: Precision = known[dtypes]
-    return found
+            by_dtypes[dtypes] = _try_each(module, hidden, weights, arithmetic)
+    return by_dtypes[dtypes]
 
 
-def _found(
+def _try_each(
     module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
 ) -> Precision:
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay
@@ -61,11 +61,11 @@ def _found(
     states, shares = random(hidden, TOKENS, hidden.shape[-1]), random(weights, TOKENS, TOP_K)
     order = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)
     inputs = states, order[:, :TOP_K].to(hidden.device), shares.sigmoid()
-    own = type(module).forward.__wrapped__(example, *inputs)  # type: ignore[attr-defined]
+    expected = type(module).forward.__wrapped__(example, *inputs)  # type: ignore[attr-defined]
     wide = torch.float32
-    for tried in (Precision(None, hidden.dtype), Precision(None, wide), Precision(wide, wide)):
-        if torch.equal(arithmetic(example, *inputs, tried), own):
-            return tried
+    for precision in (Precision(None, hidden.dtype), Precision(None, wide), Precision(wide, wide)):
+        if torch.equal(arithmetic(example, *inputs, precision), expected):
+            return precision
     raise FlashMoEError(
         f"{type(module).__name__} of transformers computes its experts in a way that FlashMoE does "
         f"not follow in {hidden.dtype}: use transformers itself for this model, and report it"
@@ -73,7 +73,7 @@ def _found(
 
 
 def _shapes(module: nn.Module, width: int) -> dict[str, tuple[int, ...]]:
-    """Of one expert's parameters in the example, by name; see `arithmetic.expert_output`."""
+    """Of one expert's parameters in the example, by name; see `expert_arithmetic.expert_output`."""
     gated = bool(module.has_gate)
     up, rows = ("gate_up_proj", 2 * INTERMEDIATE) if gated else ("up_proj", INTERMEDIATE)
     shapes: dict[str, tuple[int, ...]] = {up: (rows, width), "down_proj": (width, INTERMEDIATE)}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from flashmoe.engines.transformers.expert_arithmetic import weighted_output
-from flashmoe.engines.transformers.mixture import precision_of
+from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_output
+from flashmoe.engines.transformers.experts.mixture import precision_of
 from flashmoe.quant import Parameters
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers import moe_modules
-from flashmoe.engines.transformers.streamed_parameter import StreamedParameter
+from flashmoe.engines.transformers.model import moe_modules
+from flashmoe.engines.transformers.model.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
 
