@@ -66,7 +66,7 @@ class Mixture:
 
 
 def precision_of(module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor) -> Precision:
-    """In which dtypes `module` computes; see `find_precision`, which raises what `Mixture` raises."""
+    """In which dtypes `module` computes; raises what `Mixture` raises."""
     return find_precision(module, hidden, weights, _of_example)
 
 
