@@ -1,11 +1,11 @@
-"""What the engine did in the last second, from two of its counts."""
+"""What an engine did in the last second, from two snapshots of its counts."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashmoe.engines.base import Engine
 
@@ -40,13 +40,13 @@ class Telemetry:
         self.tell = tell
         self.seconds: list[Second] = []
         self.tokens = 0  # the owner counts them up
-        self._best = 0.0
+        self._best = 0.0  # bytes a second that the drive gave at most so far
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="flashmoe-stats", daemon=True)
 
     def __enter__(self) -> Telemetry:
         self._started = self._last = time.perf_counter()
-        self._before, self._tokens_before = self.engine.stats(), 0
+        self._before, self._tokens_before = self.engine.snapshot(), 0
         self._thread.start()
         return self
 
@@ -62,24 +62,20 @@ class Telemetry:
         self._take()
 
     def _take(self) -> Second:
-        stats, now, tokens = self.engine.stats(), time.perf_counter(), self.tokens
-        before, length = self._before, now - self._last
-
-        def grown(name: str) -> Any:
-            return stats[name] - before[name]
-
-        busy = grown("read_seconds")
-        if busy > 0:  # the speed while it read, which no roofline can be below
-            self._best = max(self._best, grown("bytes_read") / max(busy, length / 100))
-        rate = grown("bytes_read") / length
+        stats, now, tokens = self.engine.snapshot(), time.perf_counter(), self.tokens
+        before, seconds = self._before, now - self._last
+        busy_seconds = stats.read_seconds - before.read_seconds
+        bytes_read = stats.bytes_read - before.bytes_read
+        if busy_seconds > 0:  # the speed while it read, which no roofline can be below
+            self._best = max(self._best, bytes_read / max(busy_seconds, seconds / 100))
         second = Second(
             at_seconds=now - self._started,
-            tokens_per_second=(tokens - self._tokens_before) / length,
-            hit_rate=grown("hits") / max(1, grown("requests")),
-            read_bytes_per_second=rate,
-            drive_busy=min(1.0, busy / length),
-            share_of_roofline=rate / self._best if self._best else 0.0,
-            resident_bytes=stats["resident_bytes"],
+            tokens_per_second=(tokens - self._tokens_before) / seconds,
+            hit_rate=(stats.hits - before.hits) / max(1, stats.requests - before.requests),
+            read_bytes_per_second=bytes_read / seconds,
+            drive_busy=min(1.0, busy_seconds / seconds),
+            share_of_roofline=bytes_read / seconds / self._best if self._best else 0.0,
+            resident_bytes=stats.resident_bytes,
         )
         self.seconds.append(second)
         self._before, self._tokens_before, self._last = stats, tokens, now

@@ -129,11 +129,6 @@ class Residency:
         if layer < len(self.manifest.layers):
             self.prefetcher.guess(layer, likely, self.pools.of(layer).slot_of(layer))
 
-    def resize(self, memory_bytes: int) -> None:
-        """See `Pools.resize`."""
-        with self.lock:
-            self.pools.resize(memory_bytes)
-
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero."""
         with self.lock:
@@ -168,9 +163,3 @@ class Residency:
     def go_on(self, *, in_child: bool) -> None:
         self.reader.go_on(in_child=in_child)
         self.lock.release()
-
-    def close(self) -> None:
-        """End the reads, then free slots, threads and file descriptors."""
-        with self.lock:
-            self.reader.close()
-            self.pools.close()
