@@ -203,7 +203,8 @@ def test_a_dropped_model_leaves_nothing(
 
 LEAVE = """
 import atexit, sys, threading, torch, flashmoe
-from flashmoe import budget, engine
+from flashmoe.engines.transformers import engine
+from flashmoe.residency import budget
 engine.PAYS_FROM_BYTES, budget.SPARE_SHARE = 1, 1 / 2
 torch.set_num_threads(1)
 model = flashmoe.load(sys.argv[1], memory=int(sys.argv[2]), policy="lru")

@@ -38,7 +38,7 @@ def test_a_recording_that_cannot_begin_leaves_no_hook_behind(loaded, monkeypatch
         pass
     assert hooks(model) == before
     model(prompt(3))
-    assert not any(recorder.experts)
+    assert not any(recording.experts)
 
 
 def test_a_recording_that_stops_leaves_no_hook_behind(loaded):
@@ -53,10 +53,10 @@ def test_what_is_kept_as_probabilities_are_probabilities(loaded):
     model = loaded()
     recording = Recorder(model, probabilities=True)
     with recording.recording():
-        recorder.next_sequence()
+        recording.next_sequence()
         model(prompt(5))
-    for (layer,) in recorder.probabilities:
+    for (layer,) in recording.probabilities:
         torch.testing.assert_close(
             torch.from_numpy(layer).float().sum(-1), torch.ones(5), atol=1e-2, rtol=0
         )
-    assert recorder.trace({}).probabilities.shape == (5, 3, 8)
+    assert recording.trace({}).probabilities.shape == (5, 3, 8)
