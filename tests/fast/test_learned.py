@@ -78,6 +78,7 @@ def test_hardly_ever_a_point_worse_than_lru(kind, seed, experts, top_k, capacity
     assert ours.hit_rate >= lru.hit_rate - 0.0125  # the worst found: 1.04 points
 
 
+@pytest.mark.slow
 def test_it_beats_every_other_online_policy_on_held_out_routing():
     """The held-out documents of the demo model, half of the experts resident."""
     whole = trace.load(flashmoe.demo_routing_path())
