@@ -65,7 +65,6 @@ def _say(second: object) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
-    from transformers import TextStreamer
 
     from flashmoe.engines.telemetry import Telemetry
     from flashmoe.engines.transformers.prompting import Prompter
@@ -90,10 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.warm and arguments.warm.exists():
             warm_start.restore(model.flashmoe.residency, arguments.warm)
         telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
-        shown = TextStreamer(
-            prompter, skip_prompt=prompter.chats, skip_special_tokens=prompter.chats
-        )
-        streamer = _Counting(None if arguments.json else shown, telemetry)
+        streamer = _Counting(None if arguments.json else prompter.streamer(), telemetry)
         started = time.perf_counter()
         with torch.inference_mode(), telemetry:
             output = model.generate(

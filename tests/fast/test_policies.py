@@ -38,52 +38,54 @@ def singles(keys: str) -> list[list[int]]:
     return [[int(key)] for key in keys]
 
 
+WORKED = [
+    # 1 2 3 fill; 1 hits; 4 evicts: fifo 1, lru 2, lfu 2 (one use, older than 3), belady 3
+    ("fifo", "12314", 1, [2, 3, 4]),
+    ("lru", "12314", 1, [1, 3, 4]),
+    ("lfu", "12314", 1, [1, 3, 4]),
+    ("belady", "1231412", 3, [1, 2, 4]),
+    # 1 was used three times, then long ago: lru drops it, lfu keeps it
+    ("lru", "1112345", 2, [3, 4, 5]),
+    ("lfu", "1112345", 2, [1, 4, 5]),
+    # uses outlive residency: 3 comes back with its first use counted, so 1 goes before it
+    ("lfu", "2211345234", 3, [2, 3, 4]),
+    # three old uses of 1 weigh less than one new one after 64 tokens, more after 8
+    ("lfu-decay:2", "11123345", 3, [3, 4, 5]),
+    ("lfu-decay:64", "11123345", 3, [1, 3, 5]),
+    # 1 leaves with one use at age 1; 5 comes in at 1 + 1 = 2 and outlives 2 (1 use)
+    ("lfuda", "1233455", 2, [3, 4, 5]),
+    # uses / age when 5 comes: 1: 3/6, 2: 1/3, 3: 1/2, so 2 goes; then 1: 3/7, 3: 1/3
+    ("lfru", "11123", 2, [1, 2, 3]),
+    ("lfru", "111235", 2, [1, 3, 5]),
+    ("lfru", "1112356", 2, [1, 5, 6]),
+    # 2 and 3 were used once: the older goes, though 1's last use is older still
+    ("lru-k", "11234", 1, [1, 3, 4]),
+    ("lru-k", "112345", 1, [1, 4, 5]),
+    # one hit takes 1 to the protected segment: 2, then 3, go before it
+    ("slru", "112345", 1, [1, 4, 5]),
+    # 1 and 2 move to T2; 3 and 4 pass through T1
+    ("arc", "121234", 2, [1, 2, 4]),
+    # 1 was used twice in the small queue and moves to the main one; 2, 3 leave
+    ("s3-fifo", "111234", 2, [1, 3, 4]),
+    ("s3-fifo", "1112345", 2, [1, 4, 5]),
+    # the hand spares 1 once: 2 goes, then 3 (the hand has passed 1)
+    ("sieve", "11234", 1, [1, 3, 4]),
+    ("sieve", "112345", 1, [1, 4, 5]),
+    # 4 must come in, and 3 in the window is no better than 1; 4 and 5 are worse than 1
+    ("w-tinylfu", "112233456", 3, [1, 2, 6]),
+    # 2, 3 and 4 are equally popular in the end: the longest resident of them goes
+    ("static", "1112233454", 5, [1, 4, 5]),
+    ("activation-aware", "1112345", 2, [1, 4, 5]),
+    ("least-stale", "12314", 1, [2, 3, 4]),
+    ("llru", "12314", 1, [1, 3, 4]),
+    ("belady-bypass", "1231412", 3, [1, 2, 4]),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "keys", "hits", "left"),
-    [
-        # 1 2 3 fill; 1 hits; 4 evicts: fifo 1, lru 2, lfu 2 (one use, older than 3), belady 3
-        ("fifo", "12314", 1, [2, 3, 4]),
-        ("lru", "12314", 1, [1, 3, 4]),
-        ("lfu", "12314", 1, [1, 3, 4]),
-        ("belady", "1231412", 3, [1, 2, 4]),
-        # 1 was used three times, then long ago: lru drops it, lfu keeps it
-        ("lru", "1112345", 2, [3, 4, 5]),
-        ("lfu", "1112345", 2, [1, 4, 5]),
-        # uses outlive residency: 3 comes back with its first use counted, so 1 goes before it
-        ("lfu", "2211345234", 3, [2, 3, 4]),
-        # three old uses of 1 weigh less than one new one after 64 tokens, more after 8
-        ("lfu-decay:2", "11123345", 3, [3, 4, 5]),
-        ("lfu-decay:64", "11123345", 3, [1, 3, 5]),
-        # 1 leaves with one use at age 1; 5 comes in at 1 + 1 = 2 and outlives 2 (1 use)
-        ("lfuda", "1233455", 2, [3, 4, 5]),
-        # uses / age when 5 comes: 1: 3/6, 2: 1/3, 3: 1/2, so 2 goes; then 1: 3/7, 3: 1/3
-        ("lfru", "11123", 2, [1, 2, 3]),
-        ("lfru", "111235", 2, [1, 3, 5]),
-        ("lfru", "1112356", 2, [1, 5, 6]),
-        # 2 and 3 were used once: the older goes, though 1's last use is older still
-        ("lru-k", "11234", 1, [1, 3, 4]),
-        ("lru-k", "112345", 1, [1, 4, 5]),
-        # one hit takes 1 to the protected segment: 2, then 3, go before it
-        ("slru", "112345", 1, [1, 4, 5]),
-        # 1 and 2 move to T2; 3 and 4 pass through T1
-        ("arc", "121234", 2, [1, 2, 4]),
-        # 1 was used twice in the small queue and moves to the main one; 2, 3 leave
-        ("s3-fifo", "111234", 2, [1, 3, 4]),
-        ("s3-fifo", "1112345", 2, [1, 4, 5]),
-        # the hand spares 1 once: 2 goes, then 3 (the hand has passed 1)
-        ("sieve", "11234", 1, [1, 3, 4]),
-        ("sieve", "112345", 1, [1, 4, 5]),
-        # 4 must come in, and 3 in the window is no better than 1; 4 and 5 are worse than 1
-        ("w-tinylfu", "112233456", 3, [1, 2, 6]),
-        # 2, 3 and 4 are equally popular in the end: the longest resident of them goes
-        ("static", "1112233454", 5, [1, 4, 5]),
-        ("activation-aware", "1112345", 2, [1, 4, 5]),
-        ("least-stale", "12314", 1, [2, 3, 4]),
-        ("llru", "12314", 1, [1, 3, 4]),
-        ("belady-bypass", "1231412", 3, [1, 2, 4]),
-    ],
+    ("name", "keys", "hits", "left"), WORKED, ids=[f"{name}-{keys}" for name, keys, *_ in WORKED]
 )
-def test_worked_by_hand(name, keys, hits, left):
+def test_a_policy_keeps_what_was_worked_out_by_hand(name, keys, hits, left):
     assert replay(name, 3, singles(keys)) == (hits, left)
 
 

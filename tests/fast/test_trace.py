@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import zipfile
 
 import numpy as np
 import pytest
 
 from flashmoe import trace
+from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 
@@ -99,3 +103,18 @@ def test_a_nonsense_description_is_refused(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FlashMoEError, match="no such file"):
         trace.load(tmp_path / "t.npz")
+
+
+def test_an_array_that_claims_more_than_there_is(tmp_path):
+    """A header of terabytes: refused before anything is allocated."""
+    path, header = tmp_path / "t.npz", io.BytesIO()
+    claimed = {"descr": "|u1", "fortran_order": False, "shape": (4 << 40, 1, 2)}
+    np.lib.format.write_array_header_1_0(header, claimed)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("experts.npy", header.getvalue() + b"1234")
+    with pytest.raises(FlashMoEError, match="claims"):
+        trace.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("experts.npy", pickle.dumps([1]))
+    with pytest.raises(plain_npz.UnreadableError, match="without pickled objects"):
+        plain_npz.read(path)

@@ -67,7 +67,7 @@ def test_a_peer_is_a_file_and_runs_where_its_library_is(monkeypatch):
     assert not peers.available()["airllm"].installed()
 
 
-def test_airllm_is_given_the_same_weights_in_the_hub_s_layout(tmp_path, steered):
+def test_airllm_is_given_the_same_weights_in_the_layout_of_the_hub(tmp_path, steered):
     """Which transformers itself can say: its model routes and decodes as recorded."""
     _, _, weights = steered
     peers.available()["airllm"].write(weights, tmp_path / "hub", "none")

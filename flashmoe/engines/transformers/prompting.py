@@ -85,6 +85,12 @@ class Prompter:
         with _refusing(lambda why: f"{self.directory}: its tokenizer cannot decode ({why})"):
             return str(self.tokenizer.decode(token_ids, **options))
 
+    def streamer(self) -> transformers.TextStreamer:
+        """Prints the text of a model's tokens as they come; of a chat, the answer only."""
+        return transformers.TextStreamer(
+            self, skip_prompt=self.chats, skip_special_tokens=self.chats
+        )
+
     def _as_chat(self, prompt: str) -> str:
         """What the chat template makes of the prompt, up to where the answer begins."""
 

@@ -1,0 +1,63 @@
+"""The commands that need no model: simulate and policies, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from command_line import refused, run
+
+import flashmoe
+from flashmoe import policies, trace
+from flashmoe.cache import simulate
+
+
+def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
+    path = tmp_path / "part.npz"
+    trace.load(flashmoe.demo_routing_path()).first(600).save(path)
+    arguments = ["simulate", path, "--capacity", 0.25, 0.5, "--policy"]
+    names = [name for name in policies.available() if "bypass" not in name]
+    status, out, _ = run(capfd, *arguments, *names, "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert {(row["policy"], row["capacity"]) for row in rows} == {
+        (name, capacity) for name in names for capacity in (0.25, 0.5)
+    }
+    for row in rows:
+        assert row["slots"] == round(row["capacity"] * 64)
+        assert row["hit_rate"] == row["hits"] / row["requests"]
+    best = [row["hit_rate"] for row in rows if row["policy"] == "belady"]
+    assert all(row["hit_rate"] <= best[row["capacity"] == 0.5] for row in rows)
+    status, out, _ = run(capfd, *arguments[:4], "--policy", "fifo", "--warm", "--global")
+    assert (status, out.count("fifo")) == (0, 1)
+
+
+def test_policies_lists_the_registry(capfd):
+    status, out, _ = run(capfd, "policies")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(policies.available())
+
+
+def test_traces_that_make_no_sense_are_one_sentence(capfd, tmp_path):
+    path = tmp_path / "t.npz"
+    sequence = np.zeros(2, np.int32)
+    np.savez(path, experts=np.array([{}, {}], dtype=object), sequence=sequence)
+    assert "pickled" in refused(capfd, "simulate", path)
+    np.savez(path, experts=np.array([[[1, 9]]] * 2, np.uint8), sequence=sequence)
+    path.with_suffix(".json").write_text(json.dumps({"experts": 4}))
+    assert "names expert 9" in refused(capfd, "simulate", path)
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m flashmoe policies | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_simulate_refuses_before_it_starts(capfd, monkeypatch):
+    monkeypatch.setattr(simulate, "replay", lambda *_: pytest.fail("started"))
+    routing = flashmoe.demo_routing_path()
+    assert "no policy" in refused(capfd, "simulate", routing, "--policy", "lru", "mru")
