@@ -174,7 +174,7 @@ def main() -> None:
                 scheme=arguments.quant,
             )
         case "soak":
-            from harness.report.progress import say
+            from harness.progress import say
             from harness.torture.soak import soak
 
             report.write(folder, "soak", soak(arguments.seconds, say))
@@ -191,7 +191,7 @@ def main() -> None:
             report.write(folder, "faults-kills", faults.kills(arguments.kills))
             report.provenance(folder, "faults", provenance.gather(command, folder, seed=0))
         case "mutations":
-            from harness.report.progress import say
+            from harness.progress import say
             from harness.torture import mutants
 
             rows = mutants.examine(arguments.count, arguments.seed, say)

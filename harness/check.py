@@ -19,8 +19,8 @@ from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
+from harness.progress import say
 from harness.report import report
-from harness.report.progress import say
 from harness.reproduce import demo_expert_bytes
 from harness.tables import hit_rates, text_table
 from harness.tables.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WARM_UP_TOKENS

@@ -12,11 +12,11 @@ from flashmoe.engines.transformers import backends
 from flashmoe.store.pack import pack
 from flashmoe.util import workers
 from flashmoe.util.progress import count_bar
+from harness.progress import say
 from harness.report import plots, provenance, report
-from harness.report.progress import say
 from harness.runs import ssd
 from harness.runs.job import Job
-from harness.tables import full_scale, hit_rates, quality, speedups, text_table, warm_table
+from harness.tables import full_scale, hit_rates, inexact_systems, speedups, text_table, warm_table
 
 DEMO_SLOTS = [8, 32, 64]
 COMPARED_SLOTS = [32]
@@ -89,7 +89,11 @@ def _untimed(folder: Path, store: Path) -> None:
     """Tables of what comes out, not of how fast: two at a time, a core each."""
     say("generating text from the store; what other output costs in quality; starting warm")
     with ProcessPoolExecutor(2, workers.CONTEXT, initializer=_on_one_core) as pool:
-        made = {"text": text_table.table, "quality": quality.table, "warm": warm_table.table}
+        made = {
+            "text": text_table.table,
+            "quality": inexact_systems.table,
+            "warm": warm_table.table,
+        }
         pending = {name: pool.submit(table, store) for name, table in made.items()}
         for name, rows in pending.items():
             report.write(folder, name, rows.result())

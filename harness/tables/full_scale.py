@@ -22,8 +22,8 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.residency.budget import SPARES
 from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
+from harness.progress import say
 from harness.report import plots, provenance, report
-from harness.report.progress import say
 from harness.runs.isolated_run import run_alone
 from harness.runs.job import Job
 from harness.runs.page_cache import cached_bytes

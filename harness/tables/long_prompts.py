@@ -15,7 +15,7 @@ import flashmoe
 from baselines.in_memory import with_own_memory
 from flashmoe.engines.transformers import skeleton
 from flashmoe.util import workers
-from harness.report.progress import say
+from harness.progress import say
 
 TOKENS = (1024, 8192, 32768)
 # OLMoE's layer at its full size, twice.

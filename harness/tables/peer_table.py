@@ -12,8 +12,8 @@ from flashmoe import quant, trace
 from flashmoe.engines.transformers.synth import config_of, synthesise_store, total_bytes
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
+from harness.progress import say
 from harness.report import plots, report
-from harness.report.progress import say
 from harness.runs import peers
 from harness.runs.self_routing_weights import SteeredWeights
 from harness.tables import full_scale, speedups

@@ -16,8 +16,8 @@ from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
+from harness.progress import say
 from harness.report import provenance, report
-from harness.report.progress import say
 from harness.tables import full_scale, speedups
 
 SCHEMES = (quant.NONE, *quant.available())

@@ -13,7 +13,7 @@ SEQUENCES = (0, 6, 12)
 Figures = dict[str, tuple[float, float, float]]  # hit rate, gap closed, bytes a token
 
 
-class Quality:
+class Decisions:
     """Three documents of different kinds, cold, a quarter of the experts resident."""
 
     params = tuple(policies.available())
