@@ -19,10 +19,10 @@ from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
+from harness.demo.prompts import PROMPTS
 from harness.progress import say
 from harness.report import report
-from harness.reproduce import demo_expert_bytes
-from harness.tables import hit_rates, text_table
+from harness.tables import hit_rates
 from harness.tables.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WARM_UP_TOKENS
 
 
@@ -41,7 +41,7 @@ def _hit_rates() -> Iterator[str]:
     if not committed:
         yield "results/ holds no hit_rates.csv"
         return
-    cases = hit_rates.shipped_cases(demo_expert_bytes())
+    cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     rows, _ = hit_rates.table(cases, lambda n: None, ("cold",), (0.25, 0.5))
     with TemporaryDirectory() as folder:
         fresh_path = f"{folder}/hit_rates.csv"
@@ -113,7 +113,7 @@ def _engine() -> Iterator[str]:
     say("generating with the engine, in memory, and in the simulator")
     path = flashmoe.demo_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(text_table.PROMPTS["bible"], return_tensors="pt")["input_ids"]
+    ids = tokenizer(PROMPTS["bible"], return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     mask = torch.ones_like(ids)
     expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)

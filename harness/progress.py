@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+
+Say = Callable[[str], None]  # takes one line
 
 _started = time.monotonic()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 import flashmoe
-from flashmoe.engines.transformers import backends
 from flashmoe.store.pack import pack
 from flashmoe.util import workers
 from flashmoe.util.progress import count_bar
+from harness.demo.prompts import PROMPTS
 from harness.progress import say
 from harness.report import plots, provenance, report
 from harness.runs import ssd
@@ -42,10 +42,10 @@ def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
 def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> None:
     """The demo model's held-out routing; with `traces`, also the small models' and theirs."""
     say("replaying recorded routing")
-    cases = hit_rates.shipped_cases(demo_expert_bytes())
+    cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     if traces:
         others = ("deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
-        cases = hit_rates.shipped_cases(demo_expert_bytes(), ("demo", *others))
+        cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes(), ("demo", *others))
         cases += hit_rates.outside_cases(traces)
     with count_bar("replaying", hit_rates.total_events(cases), "event") as advance:
         rows, layers = hit_rates.table(cases, advance)
@@ -54,12 +54,6 @@ def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> Non
     plots.gap_by_layer(report.write(folder, "gap_by_layer", layers), folder)
     plots.paper_training(folder)
     report.provenance(folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates.SEED))
-
-
-def demo_expert_bytes() -> int:
-    backend = backends.open_path(flashmoe.demo_path())
-    backend.close()
-    return backend.manifest.layers[0].extent_bytes
 
 
 def run_generation(folder: Path, command: str) -> None:
@@ -72,7 +66,7 @@ def run_generation(folder: Path, command: str) -> None:
             flashmoe.demo_path(),
             store,
             0,
-            text_table.PROMPTS["python"],
+            PROMPTS["python"],
             QUICK_TOKENS,
         )
         _untimed(folder, store)

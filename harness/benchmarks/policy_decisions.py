@@ -5,7 +5,7 @@ from __future__ import annotations
 import flashmoe
 from flashmoe import policies, trace
 from flashmoe.cache import simulate
-from harness.reproduce import demo_expert_bytes
+from harness.tables.hit_rates import demo_expert_bytes
 
 CAPACITY = 0.25
 SEQUENCES = (0, 6, 12)
@@ -13,7 +13,7 @@ SEQUENCES = (0, 6, 12)
 Figures = dict[str, tuple[float, float, float]]  # hit rate, gap closed, bytes a token
 
 
-class Decisions:
+class PolicyDecisions:
     """Three documents of different kinds, cold, a quarter of the experts resident."""
 
     params = tuple(policies.available())

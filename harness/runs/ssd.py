@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +27,7 @@ from flashmoe.engines.transformers.backends.packed import PackedStore
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 from flashmoe.store.manifest import Manifest, lay_out
+from harness.progress import Say
 
 BLOCK_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 4, 16)
@@ -38,8 +39,6 @@ _RATIO_ROUNDS = 6
 # 12 MiB from 2.0 to 2.7 GB/s, and a roofline must not lie below what the drive can do
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 READS_PER_THREAD = 16  # of small extents, as in a prefill that misses most of a layer
-
-Say = Callable[[str], None]
 
 
 def fio_path() -> str | None:

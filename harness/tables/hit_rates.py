@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+import flashmoe
 from flashmoe import policies, trace
 from flashmoe.cache.replay_pool import ReplayJob, replay_all
 from flashmoe.cache.simulate import Conditions, Replay
+from flashmoe.engines.transformers import backends
 from flashmoe.trace import Trace
 from harness.tables import data_splits
 
@@ -55,6 +57,13 @@ def labels(case: Case, start: str, capacity: float) -> list[str]:
     elif capacity == 0.5:
         found.add(PAPER_VECTOR)
     return sorted(found)
+
+
+def demo_expert_bytes() -> int:
+    """Of one expert in bf16."""
+    backend = backends.open_path(flashmoe.demo_path())
+    backend.close()
+    return backend.manifest.layers[0].extent_bytes
 
 
 def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[Case]:

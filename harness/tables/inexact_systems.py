@@ -14,7 +14,7 @@ import baselines
 import flashmoe
 from baselines.base import Setting
 from flashmoe import trace
-from harness.tables.speedups import budget_for
+from harness.runs.budget import budget_for
 
 SLOTS = (16, 32)  # a layer, of 64
 PROMPT_TOKENS, TOKENS = 32, 224

@@ -18,7 +18,8 @@ from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
 from harness.progress import say
 from harness.report import provenance, report
-from harness.tables import full_scale, speedups
+from harness.runs.budget import budget_for
+from harness.tables import full_scale
 
 SCHEMES = (quant.NONE, *quant.available())
 CAPS = (0.25, 0.4)
@@ -117,7 +118,7 @@ def _same_as_held(model: PreTrainedModel, store: Path, stream: Any) -> bool:
     """Are logits with few slots bit for bit those with all quantised experts in memory?"""
     ids = torch.from_numpy(stream[:64].astype("int64"))[None]
     held = model(ids).logits
-    least = flashmoe.load(store, memory=speedups.budget_for(store, model.flashmoe.manifest.top_k))
+    least = flashmoe.load(store, memory=budget_for(store, model.flashmoe.manifest.top_k))
     try:
         return bool(torch.equal(least(ids).logits, held))
     finally:

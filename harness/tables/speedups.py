@@ -12,21 +12,17 @@ from typing import Any
 
 import baselines
 from flashmoe.store import manifest as manifests
+from harness.progress import Say
 from harness.runs import ssd
+from harness.runs.budget import budget_for
 from harness.runs.isolated_run import Run, run_alone
 from harness.runs.job import Job
 from harness.runs.page_cache import drop_all
 
-Say = Callable[[str], None]
 Drive = Callable[[], float]
 
 REFERENCE = "in-memory"  # whose tokens the others' must be
 OURS = "flashmoe"
-
-
-def budget_for(store: Path, slots: int) -> int:
-    """The bytes that give every layer exactly `slots` slots."""
-    return slots * sum(layer.extent_bytes for layer in manifests.load(store).layers)
 
 
 def jobs_for(base: Job, slots: list[int], compared: list[int]) -> list[Job]:

@@ -12,12 +12,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import flashmoe
 from flashmoe.residency import warm_start
+from harness.demo.prompts import PROMPTS
+from harness.runs.budget import budget_for
 from harness.tables import text_table
-from harness.tables.speedups import budget_for
 
 SLOTS = 24
 TOKENS = 100
-FIRST_PROMPTS = {  # of the run before; the one that is measured has texts.PROMPTS
+FIRST_PROMPTS = {  # of the run before; the one that is measured has PROMPTS
     "bible": "Now these are the names of the children of",
     "german-manual": "Die folgenden Dateien werden",
     "python": "class Parser:\n    def __init__(self",
@@ -55,7 +56,7 @@ def table(store: Path) -> list[dict[str, Any]]:
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
                     row["restored"] = warm_start.restore(model.flashmoe, kept)
-                given = first if start == "before" else text_table.PROMPTS[kind]
+                given = first if start == "before" else PROMPTS[kind]
                 marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
                 if start == "before":
                     warm_start.save(model.flashmoe, kept)

@@ -29,7 +29,7 @@ from flashmoe.reading.verify import verify
 from flashmoe.store import manifest as manifests
 from flashmoe.store.pack import pack
 from harness import tiny_models
-from harness.tables.speedups import budget_for
+from harness.runs.budget import budget_for
 
 FAMILY = "olmoe"
 KINDS = ("error", "short", "late", "wrong", "end")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from baselines.in_memory import with_own_memory
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.pack import pack
 from harness import tiny_models
+from harness.progress import Say
 from harness.torture.mutations import MUTATIONS, Mutant
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4v_moe",
@@ -109,9 +109,7 @@ def _streamed(folder: Path, packed: bool) -> torch.Tensor:
             model.flashmoe.close()
 
 
-def examine(
-    count: int, seed: int = 0, say: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+def examine(count: int, seed: int = 0, say: Say = lambda text: None) -> list[dict[str, Any]]:
     """A row a mutation: how many mutants had it, and what became of them."""
     tally: dict[str, Counter[str]] = {m.__name__: Counter() for m in MUTATIONS}
     for number in range(count):

@@ -16,7 +16,8 @@ import torch
 import flashmoe
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.pack import pack
-from harness.tables.speedups import Say, budget_for
+from harness.progress import Say
+from harness.runs.budget import budget_for
 
 SETTLED_AFTER = 0.2  # share of the time; until then allocators and compiled code still grow
 MOST_GROWTH_BYTES = 32 << 20
