@@ -61,7 +61,7 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     six digits: so many are compared.
     """
     chosen = (table.trace == "demo") & (table.start == "cold") & table.capacity.isin((0.25, 0.5))
-    rows = table[chosen].drop(columns="microseconds").reset_index(drop=True)
+    rows = table[chosen].drop(columns="microseconds", errors="ignore").reset_index(drop=True)
     return rows.assign(bytes_per_token=[float(f"{n:.6g}") for n in rows.bytes_per_token])
 
 
@@ -97,7 +97,7 @@ def _full_scale() -> Iterator[str]:
 def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decoded: slice) -> float:
     """Of the decoded tokens that a capped run counts: what two replays from cold differ by."""
     known = MODELS[model]
-    recorded = trace.load(known.routing).named(known.sequence)
+    recorded = trace.load(known.trace).named(known.sequence)
     counted = []
     for tokens in (decoded.start, decoded.stop):
         step = np.maximum(np.arange(tokens, dtype=np.int32) - PROMPT_TOKENS + 1, 0)

@@ -17,7 +17,7 @@ from flashmoe.store.pack import pack
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
 from harness.progress import say
-from harness.report import provenance, report
+from harness.report import report
 from harness.runs.budget import budget_for
 from harness.tables import full_scale
 
@@ -35,7 +35,7 @@ def speed(
     stores: Path | None = None,
 ) -> None:
     """Every scheme at the same caps, shares of the bf16 model's size; interleaved."""
-    model = full_scale.MODELS[name]
+    routing = full_scale.shipped_routing(name)
     total = total_bytes(name)
     with report.scratch(stores or folder) as work:
         home = stores or work
@@ -48,7 +48,9 @@ def speed(
         cases = [(share, scheme) for share in caps for scheme in SCHEMES]
         jobs = [
             full_scale.capped(
-                full_scale.job(model, paths[scheme], paths[scheme]), contents[scheme], share * total
+                full_scale.job(routing, paths[scheme], paths[scheme]),
+                contents[scheme],
+                share * total,
             )
             for share, scheme in cases
         ]
@@ -73,7 +75,7 @@ def _of_pairs(column: str) -> bool:
     return column.startswith(("flashmoe_speedup", "tokens_differing", "same_output"))
 
 
-def quality(folder: Path, command: str, texts: Path) -> None:
+def perplexities(folder: Path, command: str, texts: Path) -> None:
     """Perplexity of the demo model on held-out documents of every kind, under each scheme.
 
     texts: where harness.demo.corpus keeps what it fetches (from Debian's packages).
@@ -110,7 +112,7 @@ def quality(folder: Path, command: str, texts: Path) -> None:
             finally:
                 model.flashmoe.close()
     report.write(folder, "quant-quality", rows)
-    report.provenance(folder, "quant-quality", provenance.gather(command, folder))
+    report.record(folder, "quant-quality", command)
 
 
 @torch.inference_mode()
