@@ -14,6 +14,7 @@ from flashmoe import policies, trace
 from flashmoe.cache.replay_pool import ReplayJob, replay_all
 from flashmoe.cache.simulate import Conditions, Replay
 from flashmoe.engines.transformers import backends
+from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from harness.tables import data_splits
 
@@ -80,9 +81,15 @@ def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[C
 
 
 def outside_cases(folder: Path) -> list[Case]:
-    """Traces of `folder`: unseen subjects where sequences are named so, else every n-th one."""
+    """Traces of `folder`: unseen subjects where sequences are named so, else every n-th one.
+
+    Raises FlashMoEError where there is none.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise FlashMoEError(f"{folder} holds no trace (*.npz)")
     cases = []
-    for path in sorted(folder.glob("*.npz")):
+    for path in paths:
         whole = trace.load(path)
         named = all(name.count("/") == 2 for name in whole.names())
         part = data_splits.take(whole, data_splits.UNSEEN_DOMAIN) if named else whole
