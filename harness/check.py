@@ -60,8 +60,10 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     A table whose other rows lack the bytes a token has them as floats, which are written with
     six digits: so many are compared.
     """
-    chosen = (table.trace == "demo") & (table.start == "cold") & table.capacity.isin((0.25, 0.5))
-    rows = table[chosen].drop(columns="microseconds", errors="ignore").reset_index(drop=True)
+    is_compared = (
+        (table.trace == "demo") & (table.start == "cold") & table.capacity.isin((0.25, 0.5))
+    )
+    rows = table[is_compared].drop(columns="microseconds", errors="ignore").reset_index(drop=True)
     return rows.assign(bytes_per_token=[float(f"{n:.6g}") for n in rows.bytes_per_token])
 
 
@@ -96,8 +98,8 @@ def _full_scale() -> Iterator[str]:
 
 def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decoded: slice) -> float:
     """Of the decoded tokens that a capped run counts: what two replays from cold differ by."""
-    known = MODELS[model]
-    recorded = trace.load(known.trace).named(known.sequence)
+    routing = MODELS[model]
+    recorded = trace.load(routing.trace).named(routing.sequence)
     counted = []
     for tokens in (decoded.start, decoded.stop):
         step = np.maximum(np.arange(tokens, dtype=np.int32) - PROMPT_TOKENS + 1, 0)
@@ -119,8 +121,8 @@ def _engine() -> Iterator[str]:
     expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
     model = flashmoe.load(path, memory="9MiB", policy="learned")
     try:
-        given = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
-        if not torch.equal(given, expected):
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+        if not torch.equal(output, expected):
             yield "the engine's tokens differ from transformers' own"
         model.flashmoe.reset()
         trace = record(model, [ids[0]], max_new_tokens=32)

@@ -96,12 +96,12 @@ def _untimed(folder: Path, store: Path) -> None:
     """Tables of what comes out, not of how fast: two at a time, a core each."""
     say("generating text from the store; what other output costs in quality; starting warm")
     with ProcessPoolExecutor(2, workers.CONTEXT, initializer=_on_one_core) as pool:
-        made = {
+        tables = {
             "text": text_table.table,
             "quality": inexact_systems.table,
             "warm": warm_table.table,
         }
-        pending = {name: pool.submit(table, store) for name, table in made.items()}
+        pending = {name: pool.submit(table, store) for name, table in tables.items()}
         for name, rows in pending.items():
             report.write(folder, name, rows.result())
 

@@ -21,10 +21,10 @@ class PolicyDecisions:
     timeout = 600
 
     def setup_cache(self) -> Figures:
-        """All policies at once: a process for each figure of each took ten minutes."""
+        """All policies at once: asv starts a process for each figure of each policy."""
         routing = trace.load(flashmoe.demo_routing_path()).select(SEQUENCES)
-        found = {name: simulate.replay(routing, name, CAPACITY) for name in self.params}
-        lru, best = found["lru"].hits, found["belady"].hits
+        replays = {name: simulate.replay(routing, name, CAPACITY) for name in self.params}
+        lru, best = replays["lru"].hits, replays["belady"].hits
         bytes_a_miss = demo_expert_bytes() / len(routing.experts)
         return {
             name: (
@@ -32,7 +32,7 @@ class PolicyDecisions:
                 (outcome.hits - lru) / (best - lru),
                 (outcome.requests - outcome.hits) * bytes_a_miss,
             )
-            for name, outcome in found.items()
+            for name, outcome in replays.items()
         }
 
     def track_hit_rate(self, figures: Figures, policy: str) -> float:

@@ -26,7 +26,7 @@ notes, trained on other documents of the same kinds at 32 of 64 slots.
 
 def _speeds() -> str:
     """FlashMoE's speedups in the full-size tables, at caps of 40 % and below."""
-    said = []
+    parts = []
     for path in sorted(report.RESULTS.glob("*-full-scale/speedups-*.csv")):
         frame = pd.read_csv(path)
         if "flashmoe_speedup" not in frame:
@@ -40,8 +40,8 @@ def _speeds() -> str:
         )
         if over:
             machine = path.parent.name.removesuffix("-full-scale")
-            said.append(f"{path.stem.removeprefix('speedups-')} on {machine}: {over}")
-    return "measured at caps up to 40 %: " + "; ".join(said) if said else "not measured yet"
+            parts.append(f"{path.stem.removeprefix('speedups-')} on {machine}: {over}")
+    return "measured at caps up to 40 %: " + "; ".join(parts) if parts else "not measured yet"
 
 
 def _near(policy: str, rate: float) -> str:
@@ -54,13 +54,13 @@ def _near(policy: str, rate: float) -> str:
             continue
         slots = cold.loc[policy].slots.iloc[(cold.loc[policy].hit_rate - rate).abs().argmin()]
         at = cold[cold.slots == slots].hit_rate
-        said = f"{slots} of 64 slots: LRU {at.lru:.1%}, LFU {at.lfu:.1%}, Belady {at.belady:.1%}"
+        text = f"{slots} of 64 slots: LRU {at.lru:.1%}, LFU {at.lfu:.1%}, Belady {at.belady:.1%}"
         for ours in ("learned", "flashmoe-paper"):
             if ours in at:
                 over = ", ".join(
                     f"{name} {at[ours] / at[name] - 1:+.1%}"
                     for name in ("lru", "lecar", "arc", "lfu")
                 )
-                said += f"; {ours} {at[ours]:.1%} ({over})"
-        return said
+                text += f"; {ours} {at[ours]:.1%} ({over})"
+        return text
     return "not measured yet"

@@ -230,13 +230,13 @@ def timeline(rows: pd.DataFrame, folder: Path, name: str) -> None:
     systems = list(dict.fromkeys(rows.system))
     figure, axes = plt.subplots(len(systems), 1, figsize=(11, 1.9 * len(systems)), sharex=True)
     for axis, system in zip(axes, systems, strict=True):
-        mine = rows[rows.system == system]
-        end = mine.end_ms.max()
-        layers = mine[mine.what == "layer"].sort_values("start_ms")
+        events = rows[rows.system == system]
+        end = events.end_ms.max()
+        layers = events[events.what == "layer"].sort_values("start_ms")
         outside = zip([0.0, *layers.end_ms], [*layers.start_ms, end], strict=True)
         spans = {
             what: [(s, e - s) for s, e in zip(part.start_ms, part.end_ms, strict=True)]
-            for what, part in mine.groupby("what")
+            for what, part in events.groupby("what")
         }
         spans["rest"] = [(s, max(0.0, e - s)) for s, e in outside]
         for what, (label, colour) in SPANS.items():

@@ -66,8 +66,8 @@ def provenance(folder: Path, name: str, record: dict[str, Any]) -> None:
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """The records of a folder, by name; empty where no run was finished."""
     path = folder / RECORDS
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    runs: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    return runs
 
 
 def folders() -> list[Path]:

@@ -55,18 +55,15 @@ SYSTEMS = (
     "os-paging",
     "os-paging-willneed",
 )
-# A prompt that touches nearly every expert, so that none is read, and checked, for the first
-# time while decode is measured: a first read's checksum costs a fifth of the read here.
+# A prompt that touches nearly every expert: a first read is checked, and decode shall not pay it.
 PROMPT_TOKENS = 160
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
-UNEVEN_RATIO = 1.2  # of the median token's speed to that of all; elsewhere 1.08 at most
-QUICK_CAPS = (0.4,)  # Python alone is a fifth of the small model's size
+UNEVEN_RATIO = 1.2  # of the median token's speed to that of all, above which a run is called uneven
+QUICK_CAPS = (0.4,)  # less than that Python alone nearly fills
 QUICK_DECODE_SECONDS = 3.0
 QUICK_SYSTEMS = ("flashmoe", "fiddler", "daop", "os-paging")
-# Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
-# weights, the code pages of the libraries, and what the allocator keeps. 640 MiB were enough on a
-# Xeon; on an EPYC two of 36 runs were killed.
+# Of a cap: Python, torch, transformers, a prompt's activations and what the allocator keeps.
 BESIDE_BYTES = 768 << 20
 FIO_SECONDS = 1.0
 
@@ -122,21 +119,21 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         )
         jobs = [
             replace(limited, system=system)
-            for limited in (capped(base, manifest, cap) for cap in caps if fits(cap))
+            for limited in (with_cap(base, manifest, cap) for cap in caps if fits(cap))
             for system in comparison.systems
         ]
         if not jobs:
             raise FlashMoEError(f"this machine has not the memory for {name} at any of those caps")
         if fits(total) and checkpoint.exists() and not comparison.read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
-        title = titled("speedups", name, comparison.scheme, comparison.label)
-        rows = measured(folder, title, jobs, comparison.rounds)
+        title = title_of("speedups", name, comparison.scheme, comparison.label)
+        rows = measure(folder, title, jobs, comparison.rounds)
         _tell_uneven(rows)
         publish_tokens(folder, title)
         source = routing.trace.stem if comparison.routing else SHIPPED
-        published(folder, title, named(rows, name, source, routing, total), command)
+        publish(folder, title, label_rows(rows, name, source, routing, total), command)
         if comparison.timelines and speedups.OURS in comparison.systems and not comparison.label:
-            _timelines(folder, name, capped(base, manifest, caps[len(caps) // 2]))
+            _timelines(folder, name, with_cap(base, manifest, caps[len(caps) // 2]))
 
 
 def _write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
@@ -163,33 +160,33 @@ def _tell_uneven(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def titled(kind: str, name: str, scheme: str, label: str = "") -> str:
+def title_of(kind: str, name: str, scheme: str, label: str = "") -> str:
     """What a table is called; bf16, and no label, go without saying."""
     return "-".join(
         [kind, name, *(part for part in (scheme, label) if part not in ("", quant.NONE))]
     )
 
 
-def measured(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
     """Rows of the jobs; an interrupted table goes on where it was, until it is published."""
     short = (jobs[0].decode_seconds or DECODE_SECONDS) < DECODE_SECONDS
     drive = speedups.drive_of(jobs[0].store, FIO_SECONDS / 2 if short else FIO_SECONDS)
-    return speedups.table(jobs, rounds, drive, say, _kept(folder, title))
+    return speedups.table(jobs, rounds, drive, say, _journal(folder, title))
 
 
-def published(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
+def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
     """Write the table and where it came from."""
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
-    _kept(folder, title).unlink(missing_ok=True)
+    _journal(folder, title).unlink(missing_ok=True)
 
 
 def publish_tokens(folder: Path, title: str) -> None:
     """Write how long each token of the table took. To be called before the table is published."""
-    report.write(folder, f"tokens-{title}", speedups.tokens(_kept(folder, title)))
+    report.write(folder, f"tokens-{title}", speedups.tokens(_journal(folder, title)))
 
 
-def _kept(folder: Path, title: str) -> Path:
+def _journal(folder: Path, title: str) -> Path:
     return folder / f".{title}.runs.jsonl"
 
 
@@ -210,14 +207,14 @@ def job(routing: Routing, checkpoint: Path, store: Path) -> Job:
     )
 
 
-def named(
+def label_rows(
     rows: list[dict[str, Any]], name: str, source: str, routing: Routing, total_bytes: int
 ) -> list[dict[str, Any]]:
     """Rows that say of which model they are, whose routing it had, and how large the cap was."""
-    label = f"{source}: {routing.sequence}"
+    text = f"{source}: {routing.sequence}"
     shares = [row["cap_bytes"] and round(row["cap_bytes"] / total_bytes, 3) for row in rows]
     return [
-        {"model": name, "routing": label, "cap_share": share} | row
+        {"model": name, "routing": text, "cap_share": share} | row
         for share, row in zip(shares, rows, strict=True)
     ]
 
@@ -229,7 +226,7 @@ def cap_for(manifest: Manifest, slots: int) -> int:
     return manifest.dense_bytes + BESIDE_BYTES + experts
 
 
-def capped(job: Job, manifest: Manifest, cap_bytes: float) -> Job:
+def with_cap(job: Job, manifest: Manifest, cap_bytes: float) -> Job:
     """`job` under a limit; what that leaves for experts."""
     memory_bytes = int(cap_bytes) - manifest.dense_bytes - BESIDE_BYTES
     return replace(job, cap_bytes=int(cap_bytes), memory_bytes=memory_bytes)

@@ -19,7 +19,7 @@ from flashmoe.trace import Trace
 from harness.tables import data_splits
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
-WARM_CAPACITIES = (0.25, 0.5)  # of starts other than cold: all five took a minute more of two
+WARM_CAPACITIES = (0.25, 0.5)  # of starts other than cold: fewer, so that it takes minutes
 CONDITIONS = {
     "cold": Conditions(),
     "one stream": Conditions(warm=True),
@@ -52,12 +52,12 @@ class Case:
 
 def labels(case: Case, start: str, capacity: float) -> list[str]:
     """The policies that a part of the table has, in order."""
-    found = {*policies.available(), *OTHERS}
+    names = {*policies.available(), *OTHERS}
     if start != "cold" or case.trace != "demo":
-        found.discard(PAPER)
+        names.discard(PAPER)
     elif capacity == 0.5:
-        found.add(PAPER_VECTOR)
-    return sorted(found)
+        names.add(PAPER_VECTOR)
+    return sorted(names)
 
 
 def demo_expert_bytes() -> int:
@@ -102,8 +102,8 @@ def outside_cases(folder: Path) -> list[Case]:
 
 def _bytes_of(path: Path) -> int | None:
     """Of one bf16 expert, for real models whose shapes we know."""
-    known = {"gpt-oss-20b": 3 * 2880 * 2880 * 2, "deepseek-v2-lite": 3 * 2048 * 1408 * 2}
-    return next((size for name, size in known.items() if path.stem.startswith(name)), None)
+    sizes = {"gpt-oss-20b": 3 * 2880 * 2880 * 2, "deepseek-v2-lite": 3 * 2048 * 1408 * 2}
+    return next((size for name, size in sizes.items() if path.stem.startswith(name)), None)
 
 
 def table(
@@ -123,11 +123,11 @@ def table(
     rows, layers = [], []
     for case, start, capacity in parts:
         outcomes = {name: next(replays) for name in labels(case, start, capacity)}
-        given: dict[str, Any] = {"trace": case.trace, "part": case.part}
-        given |= {"start": start, "capacity": capacity}
-        rows += [given | row for row in _rows(outcomes, case)]
+        columns: dict[str, Any] = {"trace": case.trace, "part": case.part}
+        columns |= {"start": start, "capacity": capacity}
+        rows += [columns | row for row in _rows(outcomes, case)]
         if start == "cold":
-            layers += [given | row for row in _layers(outcomes)]
+            layers += [columns | row for row in _layers(outcomes)]
     return rows, layers
 
 

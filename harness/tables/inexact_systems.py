@@ -39,15 +39,15 @@ def table(store: Path) -> list[dict[str, Any]]:
         for slots in SLOTS if not kind.exact else ():
             system = kind()
             model = system.load(Setting(path, store, budget_for(store, slots), profile))
-            given = _logits(model, ids)
+            logits = _logits(model, ids)
             rows.append(
                 {
                     "system": name,
                     "slots": slots,
-                    "perplexity": _perplexity(given, ids),
+                    "perplexity": _perplexity(logits, ids),
                     "perplexity_of_the_model": perplexity,
                     "tokens_differing": float(
-                        (given.argmax(-1) != plain.argmax(-1)).float().mean()
+                        (logits.argmax(-1) != plain.argmax(-1)).float().mean()
                     ),
                     "prediction_accuracy": system.stats().get("prediction_accuracy"),
                 }
@@ -60,13 +60,13 @@ def table(store: Path) -> list[dict[str, Any]]:
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """[TOKENS, vocabulary] for the tokens after the prompt, fed one at a time."""
     output = model(ids[:, :PROMPT_TOKENS], use_cache=True)
-    found = [output.logits[:, -1]]
+    steps = [output.logits[:, -1]]
     for position in range(PROMPT_TOKENS, ids.shape[1] - 1):
         output = model(
             ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True
         )
-        found.append(output.logits[:, -1])
-    return torch.cat(found).float()
+        steps.append(output.logits[:, -1])
+    return torch.cat(steps).float()
 
 
 def _perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:

@@ -34,8 +34,8 @@ def table(config: dict[str, Any] | None = None, tokens: tuple[int, ...] = TOKENS
     rows = []
     with TemporaryDirectory(prefix="flashmoe-") as folder:
         torch.manual_seed(0)
-        made = transformers.OlmoeConfig(**CONFIG | (config or {}))
-        model = transformers.OlmoeForCausalLM._from_config(made, dtype=torch.bfloat16)
+        olmoe = transformers.OlmoeConfig(**CONFIG | (config or {}))
+        model = transformers.OlmoeForCausalLM._from_config(olmoe, dtype=torch.bfloat16)
         # or attention's mean over the prompt outweighs each token, and all choose the same experts
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         model.save_pretrained(folder)

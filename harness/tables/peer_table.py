@@ -36,8 +36,8 @@ def peer_table(
         home = stores or work
         store = home / "steered-store"
         base = full_scale.job(routing, store, store)
-        seen = recorded.first(base.prompt_tokens + base.tokens)
-        weights = partial(SteeredWeights, trace=seen)
+        prefix = recorded.first(base.prompt_tokens + base.tokens)
+        weights = partial(SteeredWeights, trace=prefix)
         if not manifests.is_store(store):
             say(f"writing {name} with random weights and solved routers")
             synthesise_store(name, store, weights=weights, quant=scheme)
@@ -65,14 +65,14 @@ def peer_table(
             replace(capped, system=system, checkpoint=path)
             for share in caps
             if full_scale.fits(share * total)
-            for capped in [full_scale.capped(base, manifest, share * total)]
+            for capped in [full_scale.with_cap(base, manifest, share * total)]
             for system, path in systems.items()
         ]
-        title = full_scale.titled("peers", name, scheme)
-        found = full_scale.measured(folder, title, jobs, rounds)
-    rows = full_scale.named(found, name, full_scale.SHIPPED, routing, total)
+        title = full_scale.title_of("peers", name, scheme)
+        measurements = full_scale.measure(folder, title, jobs, rounds)
+    rows = full_scale.label_rows(measurements, name, full_scale.SHIPPED, routing, total)
     full_scale.publish_tokens(folder, title)
-    full_scale.published(folder, title, rows, command)
+    full_scale.publish(folder, title, rows, command)
 
 
 def _remove(path: Path) -> None:

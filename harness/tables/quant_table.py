@@ -47,7 +47,7 @@ def speed(
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         cases = [(share, scheme) for share in caps for scheme in SCHEMES]
         jobs = [
-            full_scale.capped(
+            full_scale.with_cap(
                 full_scale.job(routing, paths[scheme], paths[scheme]),
                 contents[scheme],
                 share * total,
@@ -55,10 +55,10 @@ def speed(
             for share, scheme in cases
         ]
         title = f"quant-{name}"
-        found = full_scale.measured(folder, title, jobs, rounds)
+        measurements = full_scale.measure(folder, title, jobs, rounds)
     rows = []
-    for (share, scheme), row in zip(cases, found, strict=True):
-        plain = found[cases.index((share, quant.NONE))]
+    for (share, scheme), row in zip(cases, measurements, strict=True):
+        plain = measurements[cases.index((share, quant.NONE))]
         of_plain = {
             "expert_bytes": contents[scheme].layers[0].extent_bytes,
             "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
@@ -67,7 +67,7 @@ def speed(
         }
         kinds = {"model": name, "cap_share": share, "quant": scheme}
         rows.append(kinds | of_plain | {k: v for k, v in row.items() if not _of_pairs(k)})
-    full_scale.published(folder, title, rows, command)
+    full_scale.publish(folder, title, rows, command)
 
 
 def _of_pairs(column: str) -> bool:
@@ -96,19 +96,19 @@ def perplexities(folder: Path, command: str, texts: Path) -> None:
             model = flashmoe.load(store, memory="1GiB")
             try:
                 for kind, stream in held_out.items():
-                    found = perplexity(model, stream)
+                    value = perplexity(model, stream)
                     rows.append(
                         {
                             "quant": scheme,
                             "expert_bytes": expert_bytes,
                             "kind": kind,
                             "tokens": len(stream),
-                            "perplexity": found,
-                            "change": found / plain[kind] - 1,
+                            "perplexity": value,
+                            "change": value / plain[kind] - 1,
                             "same_as_held": _same_as_held(model, store, stream),
                         }
                     )
-                    say(f"{scheme}, {kind}: perplexity {found:.2f} ({rows[-1]['change']:+.2%})")
+                    say(f"{scheme}, {kind}: perplexity {value:.2f} ({rows[-1]['change']:+.2%})")
             finally:
                 model.flashmoe.close()
     report.write(folder, "quant-quality", rows)
@@ -119,9 +119,9 @@ def perplexities(folder: Path, command: str, texts: Path) -> None:
 def _same_as_held(model: PreTrainedModel, store: Path, stream: Any) -> bool:
     """Are logits with few slots bit for bit those with all quantised experts in memory?"""
     ids = torch.from_numpy(stream[:64].astype("int64"))[None]
-    held = model(ids).logits
+    all_resident = model(ids).logits
     least = flashmoe.load(store, memory=budget_for(store, model.flashmoe.manifest.top_k))
     try:
-        return bool(torch.equal(least(ids).logits, held))
+        return bool(torch.equal(least(ids).logits, all_resident))
     finally:
         least.flashmoe.close()

@@ -50,16 +50,16 @@ def table(store: Path) -> list[dict[str, Any]]:
     rows = []
     with TemporaryDirectory() as work:
         for kind, first in FIRST_PROMPTS.items():
-            kept = Path(work) / f"{kind}.npz"
+            state_path = Path(work) / f"{kind}.npz"
             row: dict[str, Any] = {"kind": kind}
             for start in ("before", "cold", "warm"):
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
-                    row["restored"] = warm_start.restore(model.flashmoe, kept)
-                given = first if start == "before" else PROMPTS[kind]
-                marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
+                    row["restored"] = warm_start.restore(model.flashmoe, state_path)
+                prompt = first if start == "before" else PROMPTS[kind]
+                marks = _generate(model, tokenizer(prompt, return_tensors="pt")["input_ids"])
                 if start == "before":
-                    warm_start.save(model.flashmoe, kept)
+                    warm_start.save(model.flashmoe, state_path)
                 else:
                     row[f"first_token_{start}"] = marks.first
                     row[f"first_{TOKENS}_{start}"] = marks.all

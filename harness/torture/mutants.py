@@ -60,23 +60,23 @@ def make(folder: Path, seed: str) -> list[str]:
 def judge(folder: Path) -> tuple[str, str]:
     """The worse of the outcomes in place and packed, and what was said."""
     expected = _plain(folder)
-    found = []
+    outcomes = []
     for packed in (False, True):
         try:
             output = _streamed(folder, packed)
         except FlashMoEError as error:
-            found.append(("refused", str(error)))
+            outcomes.append(("refused", str(error)))
         except Exception as error:
             alike = type(expected) is type(error)
-            found.append(("alike" if alike else "traceback", repr(error)))
+            outcomes.append(("alike" if alike else "traceback", repr(error)))
         else:
             if isinstance(expected, Exception):
-                found.append(("more", repr(expected)))
+                outcomes.append(("more", repr(expected)))
             else:
                 same = expected.dtype == output.dtype
                 same = same and torch.equal(expected.nan_to_num(), output.nan_to_num())
-                found.append(("equal" if same else "different", ""))
-    return max(found, key=lambda outcome: OUTCOMES.index(outcome[0]))
+                outcomes.append(("equal" if same else "different", ""))
+    return max(outcomes, key=lambda outcome: OUTCOMES.index(outcome[0]))
 
 
 def _plain(folder: Path) -> torch.Tensor | Exception:
