@@ -77,9 +77,15 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """The project's main job: all tables and plots of this machine, into results/."""
+    """The project's main job: all tables of this machine, into results/, and their pages."""
     ensure_fio(session)
     harness(session, "reproduce")
+
+
+@nox.session
+def draw(session: nox.Session) -> None:
+    """Pages and pictures out of the tables in results/; `-- --figures` those that are in git."""
+    harness(session, "draw")
 
 
 @nox.session
@@ -169,7 +175,7 @@ def fuzz(session: nox.Session) -> None:
     names = str(session.run("python", "-c", listing, silent=True)).strip().splitlines()
     with tempfile.TemporaryDirectory() as findings, session.chdir(findings):
         for name in names:
-            session.run("python", "-m", "harness.torture.fuzz", name, seconds)
+            session.run("python", "-m", "harness", "fuzz", name, seconds)
 
 
 @nox.session

@@ -19,10 +19,10 @@ from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
+from harness.demo.prompts import PROMPTS
+from harness.progress import say
 from harness.report import report
-from harness.report.progress import say
-from harness.reproduce import demo_expert_bytes
-from harness.tables import hit_rates, text_table
+from harness.tables import hit_rates
 from harness.tables.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WARM_UP_TOKENS
 
 
@@ -41,7 +41,7 @@ def _hit_rates() -> Iterator[str]:
     if not committed:
         yield "results/ holds no hit_rates.csv"
         return
-    cases = hit_rates.shipped_cases(demo_expert_bytes())
+    cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     rows, _ = hit_rates.table(cases, lambda n: None, ("cold",), (0.25, 0.5))
     with TemporaryDirectory() as folder:
         fresh_path = f"{folder}/hit_rates.csv"
@@ -60,8 +60,10 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     A table whose other rows lack the bytes a token has them as floats, which are written with
     six digits: so many are compared.
     """
-    chosen = (table.trace == "demo") & (table.start == "cold") & table.capacity.isin((0.25, 0.5))
-    rows = table[chosen].drop(columns="microseconds").reset_index(drop=True)
+    is_compared = (
+        (table.trace == "demo") & (table.start == "cold") & table.capacity.isin((0.25, 0.5))
+    )
+    rows = table[is_compared].drop(columns="microseconds", errors="ignore").reset_index(drop=True)
     return rows.assign(bytes_per_token=[float(f"{n:.6g}") for n in rows.bytes_per_token])
 
 
@@ -96,8 +98,8 @@ def _full_scale() -> Iterator[str]:
 
 def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decoded: slice) -> float:
     """Of the decoded tokens that a capped run counts: what two replays from cold differ by."""
-    known = MODELS[model]
-    recorded = trace.load(known.routing).named(known.sequence)
+    routing = MODELS[model]
+    recorded = trace.load(routing.trace).named(routing.sequence)
     counted = []
     for tokens in (decoded.start, decoded.stop):
         step = np.maximum(np.arange(tokens, dtype=np.int32) - PROMPT_TOKENS + 1, 0)
@@ -113,14 +115,14 @@ def _engine() -> Iterator[str]:
     say("generating with the engine, in memory, and in the simulator")
     path = flashmoe.demo_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(text_table.PROMPTS["bible"], return_tensors="pt")["input_ids"]
+    ids = tokenizer(PROMPTS["bible"], return_tensors="pt")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     mask = torch.ones_like(ids)
     expected = whole.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
     model = flashmoe.load(path, memory="9MiB", policy="learned")
     try:
-        given = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
-        if not torch.equal(given, expected):
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+        if not torch.equal(output, expected):
             yield "the engine's tokens differ from transformers' own"
         model.flashmoe.reset()
         trace = record(model, [ids[0]], max_new_tokens=32)

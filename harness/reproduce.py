@@ -1,4 +1,4 @@
-"""The project's main job: from nothing to tables and plots of this machine."""
+"""The project's main job: from nothing to the tables of this machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from pathlib import Path
 import torch
 
 import flashmoe
-from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.util import workers
 from flashmoe.util.progress import count_bar
-from harness.report import plots, provenance, report
-from harness.report.progress import say
+from harness.demo.prompts import PROMPTS
+from harness.progress import say
+from harness.report import provenance, report
 from harness.runs import ssd
 from harness.runs.job import Job
-from harness.tables import full_scale, hit_rates, quality, speedups, text_table, warm_table
+from harness.tables import (
+    full_scale,
+    hit_rates,
+    inexact_systems,
+    paper_training,
+    speedups,
+    text_table,
+    warm_table,
+)
 
 DEMO_SLOTS = [8, 32, 64]
 COMPARED_SLOTS = [32]
@@ -33,33 +41,33 @@ def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
     say("measuring the drive")
     with report.scratch(folder) as work:
         tables = ssd.measure(work, say, seconds=seconds)
-    reader = report.write(folder, "reader", tables["reader"])
-    if tables["ssd"]:
-        plots.ssd(report.write(folder, "ssd", tables["ssd"]), reader, folder)
-    report.provenance(folder, "ssd", provenance.gather(command, folder))
+    for name, rows in tables.items():
+        if rows:
+            report.write(folder, name, rows)
+    report.record(folder, "ssd", command)
 
 
 def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> None:
     """The demo model's held-out routing; with `traces`, also the small models' and theirs."""
     say("replaying recorded routing")
-    cases = hit_rates.shipped_cases(demo_expert_bytes())
+    cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     if traces:
         others = ("deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
-        cases = hit_rates.shipped_cases(demo_expert_bytes(), ("demo", *others))
+        cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes(), ("demo", *others))
         cases += hit_rates.outside_cases(traces)
     with count_bar("replaying", hit_rates.total_events(cases), "event") as advance:
         rows, layers = hit_rates.table(cases, advance)
-    frame = report.write(folder, "hit_rates", rows)
-    plots.hit_rates(frame, folder)
-    plots.gap_by_layer(report.write(folder, "gap_by_layer", layers), folder)
-    plots.paper_training(folder)
-    report.provenance(folder, "hit_rates", provenance.gather(command, folder, seed=hit_rates.SEED))
-
-
-def demo_expert_bytes() -> int:
-    backend = backends.open_path(flashmoe.demo_path())
-    backend.close()
-    return backend.manifest.layers[0].extent_bytes
+    # apart from what is the same on every machine, so that a new run shows what really changed
+    costs = [
+        {key: row[key] for key in ("trace", "part", "start", "capacity", "policy")}
+        | {"microseconds": row.pop("microseconds")}
+        for row in rows
+    ]
+    report.write(folder, "hit_rates", rows)
+    report.write(folder, "policy_cost", costs)
+    report.write(folder, "gap_by_layer", layers)
+    report.write(folder, "paper_training", paper_training.table())
+    report.record(folder, "hit_rates", command, seed=hit_rates.SEED)
 
 
 def run_generation(folder: Path, command: str) -> None:
@@ -72,7 +80,7 @@ def run_generation(folder: Path, command: str) -> None:
             flashmoe.demo_path(),
             store,
             0,
-            text_table.PROMPTS["python"],
+            PROMPTS["python"],
             QUICK_TOKENS,
         )
         _untimed(folder, store)
@@ -80,17 +88,20 @@ def run_generation(folder: Path, command: str) -> None:
         rows = speedups.table(
             speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS), QUICK_ROUNDS, drive, say
         )
-    frame = report.write(folder, "generation", rows)
-    plots.generation(frame, folder, "generation", "Demo model: where a token's time goes")
-    report.provenance(folder, "generation", provenance.gather(command, folder))
+    report.write(folder, "generation", rows)
+    report.record(folder, "generation", command)
 
 
 def _untimed(folder: Path, store: Path) -> None:
     """Tables of what comes out, not of how fast: two at a time, a core each."""
     say("generating text from the store; what other output costs in quality; starting warm")
     with ProcessPoolExecutor(2, workers.CONTEXT, initializer=_on_one_core) as pool:
-        made = {"text": text_table.table, "quality": quality.table, "warm": warm_table.table}
-        pending = {name: pool.submit(table, store) for name, table in made.items()}
+        tables = {
+            "text": text_table.table,
+            "quality": inexact_systems.table,
+            "warm": warm_table.table,
+        }
+        pending = {name: pool.submit(table, store) for name, table in tables.items()}
         for name, rows in pending.items():
             report.write(folder, name, rows.result())
 
@@ -103,9 +114,7 @@ def _on_one_core() -> None:
 
 def run_speedups(folder: Path, command: str) -> None:
     """Every system under caps, on a model small enough for it to take minutes."""
-    full_scale.full_scale(
-        folder,
-        command,
+    comparison = full_scale.Comparison(
         "olmoe-quarter",
         caps=full_scale.QUICK_CAPS,
         systems=full_scale.QUICK_SYSTEMS,
@@ -113,11 +122,11 @@ def run_speedups(folder: Path, command: str) -> None:
         decode_seconds=full_scale.QUICK_DECODE_SECONDS,
         timelines=False,
     )
+    full_scale.full_scale(folder, command, comparison)
 
 
-def reproduce(profile: str) -> Path:
+def reproduce(profile: str, command: str) -> Path:
     """Everything that the profile has. Returns the folder with the results."""
-    command = f"python -m harness reproduce --profile {profile}"
     folder = folder_for(profile)
     seconds = {"quick": 0.3, "desktop": 5.0}[profile]
     run_ssd(folder, command, seconds)
@@ -125,7 +134,6 @@ def reproduce(profile: str) -> Path:
     run_generation(folder, command)
     run_speedups(folder, command)
     if profile == "desktop":
-        full_scale.full_scale(folder, command, "deepseek-v2-lite", rounds=1)
-    report.readme()
+        full_scale.full_scale(folder, command, full_scale.Comparison("deepseek-v2-lite", rounds=1))
     say(f"done: {folder}")
     return folder

@@ -137,9 +137,9 @@ def architecture(family: str) -> Any:
         return getattr(module, _ARCHITECTURES[family])
     for ending in _ENDINGS:
         for name in module.__all__:
-            found: Any = getattr(module, name)
-            if name.endswith(ending) and getattr(found, "config_class", None) is not None:
-                return found
+            model_class: Any = getattr(module, name)
+            if name.endswith(ending) and getattr(model_class, "config_class", None) is not None:
+                return model_class
     raise FlashMoEError(f"{family}: no architecture of transformers {transformers.__version__}")
 
 
@@ -166,9 +166,9 @@ def make(family: str) -> PreTrainedModel:
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """`model` as a checkpoint in `dtype` has it: its routers' biases stay float32."""
-    kept = [(bias, bias.detach().clone()) for bias in _router_biases(model)]
+    biases = [(bias, bias.detach().clone()) for bias in _router_biases(model)]
     model.to(dtype)
-    for bias, before in kept:
+    for bias, before in biases:
         bias.data = before
     model.config.dtype = dtype
     return model
@@ -181,8 +181,8 @@ def _router_biases(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def output(result: Any) -> torch.Tensor:
     """Of a forward pass: logits, or a bare model's hidden states."""
-    found: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
-    return found
+    tensor: torch.Tensor = result["logits" if "logits" in result else "last_hidden_state"]
+    return tensor
 
 
 def _shrunk(defaults: dict[str, Any]) -> dict[str, Any]:

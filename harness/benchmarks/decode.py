@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import flashmoe
 from flashmoe.engines.transformers.checkpoints.pack import pack
+from harness.runs.budget import budget_for
 from harness.tables import speedups
 
 TOKENS = 16
@@ -32,7 +33,7 @@ class Decode:
         self.folder = TemporaryDirectory(prefix="flashmoe-benchmark-")
         self.store = Path(self.folder.name) / "store"
         pack(flashmoe.demo_path(), self.store)
-        memory_bytes = speedups.budget_for(self.store, slots)
+        memory_bytes = budget_for(self.store, slots)
         self.streamed = flashmoe.load(self.store, memory=memory_bytes, policy="lru")
         self.resident = AutoModelForCausalLM.from_pretrained(flashmoe.demo_path())
         self.ids = torch.arange(8)[None] + 100

@@ -112,11 +112,11 @@ KINDS: dict[str, Callable[[Path], Iterator[Document]]] = {
 def load(cache: Path, *, held_out: bool) -> dict[str, list[str]]:
     """Documents of one side of the split, by kind, in a fixed order."""
 
-    def chosen(kind: str, name: str) -> bool:
+    def in_split(kind: str, name: str) -> bool:
         digest = hashlib.sha256(f"{kind}/{name}".encode()).digest()
         return (digest[0] % HELD_OUT_ONE_IN == 0) is held_out
 
     return {
-        kind: [t for name, t in documents(cache) if chosen(kind, name) and len(t) > 400]
+        kind: [t for name, t in documents(cache) if in_split(kind, name) and len(t) > 400]
         for kind, documents in KINDS.items()
     }

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFas
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.trace import Trace
 from harness.demo import corpus, train
-from harness.tables.text_table import PROMPTS
+from harness.demo.prompts import PROMPTS
 
 DEMO = Path(__file__).parents[2] / "flashmoe" / "demo"
 WINDOW = 256

@@ -33,7 +33,7 @@ DECAY_SHARE = 0.35
 CHECKPOINT_STEPS = 50
 BALANCE_LOSS = 0.01  # OLMoE's own coefficient, here applied per layer
 MATRIX_LEARNING_RATE = 5.0  # Muon's, as a multiple of AdamW's
-# Huge pages, and no memory handed back between steps: page faults took half of the time.
+# Huge pages, and no memory handed back between steps: page faults would take half of the time.
 _MALLOC = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
     "glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=268435456"
@@ -106,9 +106,9 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     losses = []
     for logits in router_logits:
         probabilities = logits.float().softmax(-1)
-        chosen = probabilities.topk(top_k, -1).indices
+        top_experts = probabilities.topk(top_k, -1).indices
         experts = logits.shape[-1]
-        load = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
+        load = torch.bincount(top_experts.reshape(-1), minlength=experts) / top_experts.numel()
         losses.append(experts * (load * probabilities.mean(0)).sum())
     return torch.stack(losses).mean()
 

@@ -1,4 +1,4 @@
-"""The pictures beside the tables, each as PNG and SVG."""
+"""The pictures of tables, as PNG. Everything that a picture shows is in a CSV file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import matplotlib as mpl
 import pandas as pd
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "flashmoe"  # the same figure gives the same file
 mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from flashmoe.policies import flashmoe_paper  # noqa: E402
-from flashmoe.policies.parts import policy_file  # noqa: E402
+from harness.report import report  # noqa: E402
 
 PARTS = {
     "wait_ms": ("waiting for reads", "#c44e52"),
@@ -28,7 +26,6 @@ PARTS = {
 def _save(figure: plt.Figure, folder: Path, name: str) -> None:
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=130)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -36,7 +33,7 @@ def _size(size_bytes: float) -> str:
     return f"{size_bytes / 2**20:g} MiB" if size_bytes >= 1 << 20 else f"{size_bytes / 1024:g} KiB"
 
 
-def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
+def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path, name: str) -> None:
     """Bandwidth against block size, a line a depth; the engine's reader as crosses."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     fastest = max(rows.bytes_per_second.max(), reader.reader_bytes_per_second.max())
@@ -65,7 +62,7 @@ def ssd(rows: pd.DataFrame, reader: pd.DataFrame, folder: Path) -> None:
         axis.set_ylim(0, 1.05e-9 * fastest)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("GB/s")
-    _save(figure, folder, "ssd")
+    _save(figure, folder, name)
 
 
 POLICIES = {  # the plot's selection of the zoo; the tables have all
@@ -81,7 +78,7 @@ POLICIES = {  # the plot's selection of the zoo; the tables have all
 }
 
 
-def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
+def hit_rates(rows: pd.DataFrame, folder: Path, name: str) -> None:
     """Gain over LRU against capacity, a panel a trace, Belady as the ceiling."""
     cold = rows[rows.start == "cold"]
     cases = list(cold.groupby(["trace", "part"], sort=False))
@@ -90,7 +87,7 @@ def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
         -(-len(cases) // across), across,
         figsize=(4.6 * across, 3.4 * -(-len(cases) // across)), squeeze=False,
     )  # fmt: skip
-    for axis, ((name, part), case) in zip(axes.flat, cases, strict=False):
+    for axis, ((trace, part), case) in zip(axes.flat, cases, strict=False):
         lru = case[case.policy == "lru"].set_index("capacity").hit_rate
         for policy, colour in POLICIES.items():
             line = case[case.policy == policy].set_index("capacity")
@@ -101,55 +98,53 @@ def hit_rates(rows: pd.DataFrame, folder: Path) -> None:
                 line.index * 100, (line.hit_rate - lru) * 100, style, marker="o", markersize=3,
                 label=policy, color=colour, linewidth=2 if policy == "learned" else 1.2,
             )  # fmt: skip
-        axis.set_title(f"{name}, {part}", fontsize=9)
+        axis.set_title(f"{trace}, {part}", fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(cases) :]:
         axis.axis("off")
-    known = axes.flat[0].get_legend_handles_labels()  # the last panel may lack a policy
-    axes[0, -1].legend(*known, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    entries = axes.flat[0].get_legend_handles_labels()  # the last panel may lack a policy
+    axes[0, -1].legend(*entries, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("resident share of a layer's experts, %")
     figure.supylabel("hit rate above LRU's, points")
-    _save(figure, folder, "hit_rates")
+    _save(figure, folder, name)
 
 
-def gap_by_layer(rows: pd.DataFrame, folder: Path) -> None:
+def gap_by_layer(rows: pd.DataFrame, folder: Path, name: str) -> None:
     """How much of the way from LRU to Belady `learned` goes, layer by layer."""
     rows = rows[rows.capacity.isin((0.25, 0.5))]
     cases = list(rows.groupby(["trace", "part"], sort=False))
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(7, 1.9 * len(cases) + 0.6), squeeze=False, sharey=True
     )
-    for axis, ((name, part), case) in zip(axes.flat, cases, strict=True):
+    for axis, ((trace, part), case) in zip(axes.flat, cases, strict=True):
         for capacity, line in case.groupby("capacity"):
             axis.plot(
                 line.layer, line.gap_closed * 100, marker=".", label=f"{capacity:.0%} resident"
             )
-        axis.set_title(f"{name}, {part}", fontsize=9)
+        axis.set_title(f"{trace}, {part}", fontsize=9)
         axis.set_ylim(0, 100)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
     figure.supxlabel("MoE layer")
     figure.supylabel("gap between LRU and Belady closed, %")
-    _save(figure, folder, "gap_by_layer")
+    _save(figure, folder, name)
 
 
-def paper_training(folder: Path) -> None:
-    """Loss of the shipped networks of `flashmoe-paper`, from the record in their files."""
+def paper_training(rows: pd.DataFrame, folder: Path, name: str) -> None:
+    """Errors of the paper's networks by epoch, in training and on held-out rows."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
-    for path in (flashmoe_paper.SHIPPED, flashmoe_paper.SHIPPED_VECTOR):
-        _, about = policy_file.read(path, flashmoe_paper.KIND)
-        train, held = zip(*about["curve"], strict=True)
-        (line,) = axis.plot(range(1, len(train) + 1), train, label=f"{about['shape']}, training")
+    for network, epochs in rows.groupby("network", sort=False):
+        (line,) = axis.plot(epochs.epoch, epochs.training_error, label=f"{network}, training")
         axis.plot(
-            range(1, len(held) + 1), held, "--", color=line.get_color(),
-            label=f"{about['shape']}, held out",
+            epochs.epoch, epochs.held_out_error, "--", color=line.get_color(),
+            label=f"{network}, held out",
         )  # fmt: skip
     axis.set(xlabel="epoch", ylabel="mean squared error")
     axis.legend(fontsize=8)
-    _save(figure, folder, "paper_training")
+    _save(figure, folder, name)
 
 
-def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
+def generation(rows: pd.DataFrame, folder: Path, name: str) -> None:
     """Where a token's time goes at each budget, with the roofline's time beside it."""
     rows = rows[rows.wait_ms.notna()].sort_values(["system", "slots"], ascending=[False, True])
     labels = [
@@ -165,7 +160,7 @@ def generation(rows: pd.DataFrame, folder: Path, name: str, title: str) -> None:
     for label, height, rate in zip(labels, bottom, rows.tokens_per_second, strict=True):
         axis.annotate(f"{rate:.3g} token/s", (label, height), ha="center", va="bottom", fontsize=8)
     axis.set(ylabel="milliseconds a token", ylim=(0, 1.3 * bottom.max()))  # the legend above all
-    axis.set_title(title, fontsize=10)
+    axis.set_title("Demo model: where a token's time goes", fontsize=10)
     axis.legend(fontsize=8, markerscale=0.4, ncols=3, loc="upper right")
     _save(figure, folder, name)
 
@@ -235,13 +230,13 @@ def timeline(rows: pd.DataFrame, folder: Path, name: str) -> None:
     systems = list(dict.fromkeys(rows.system))
     figure, axes = plt.subplots(len(systems), 1, figsize=(11, 1.9 * len(systems)), sharex=True)
     for axis, system in zip(axes, systems, strict=True):
-        mine = rows[rows.system == system]
-        end = mine.end_ms.max()
-        layers = mine[mine.what == "layer"].sort_values("start_ms")
+        events = rows[rows.system == system]
+        end = events.end_ms.max()
+        layers = events[events.what == "layer"].sort_values("start_ms")
         outside = zip([0.0, *layers.end_ms], [*layers.start_ms, end], strict=True)
         spans = {
             what: [(s, e - s) for s, e in zip(part.start_ms, part.end_ms, strict=True)]
-            for what, part in mine.groupby("what")
+            for what, part in events.groupby("what")
         }
         spans["rest"] = [(s, max(0.0, e - s)) for s, e in outside]
         for what, (label, colour) in SPANS.items():
@@ -252,3 +247,26 @@ def timeline(rows: pd.DataFrame, folder: Path, name: str) -> None:
     axes[0].legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.05))
     axes[-1].set_xlabel("milliseconds")
     _save(figure, folder, name)
+
+
+PLOTS = {
+    "hit_rates": hit_rates,
+    "gap_by_layer": gap_by_layer,
+    "paper_training": paper_training,
+    "generation": generation,
+    "speedups": speedups,
+    "peers": speedups,
+    "timeline": timeline,
+}
+
+
+def draw(folder: Path, name: str, out: Path) -> bool:
+    """Draw table `name` of `folder` as `name`.png in `out`; False where it has no picture."""
+    kind, rows = report.kind_of(name), report.read(folder, name)
+    if kind == "ssd":
+        ssd(rows, report.read(folder, "reader"), out, name)
+    elif kind in PLOTS:
+        PLOTS[kind](rows, out, name)
+    else:
+        return False
+    return True

@@ -61,14 +61,14 @@ def forced_routing(
         for number, module in enumerate(modules.values())
     ]
     if lookahead:
-        own = lookahead.route
+        unforced = lookahead.route
 
         def route(layer: int, hidden: torch.Tensor):  # type: ignore[no-untyped-def]
             if trace.guesses is None or layer >= len(modules):
                 return None
             until = used[layer - 1]  # the layer below has just taken these tokens
             index = trace.guesses[until - len(hidden) : until, layer - 1].astype(np.int64)
-            routed = own(layer, hidden)
+            routed = unforced(layer, hidden)
             return routed and routed._replace(experts=torch.from_numpy(index))
 
         lookahead.route = route  # type: ignore[method-assign]

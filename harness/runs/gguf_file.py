@@ -43,10 +43,10 @@ def write(source: RandomWeights, path: Path, scheme: str = quant.NONE) -> None:
         kind = _kind(key, shape, _KINDS[scheme])
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         size = math.prod(shape) // block * block_bytes
-        found = names.get_name(key, try_suffixes=(".weight",))
-        if found is None:
+        gguf_name = names.get_name(key, try_suffixes=(".weight",))
+        if gguf_name is None:
             raise FlashMoEError(f"GGUF has no name for {key}")
-        writer.add_tensor_info(found, shape, np.dtype(np.float32), size, kind)
+        writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -78,9 +78,9 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 def _shapes(source: RandomWeights) -> dict[str, tuple[int, ...]]:
     """Of every tensor, in the order of `_tensors`."""
-    held = moe_modules.expert_parameter_names(source.model)
+    expert_names = moe_modules.expert_parameter_names(source.model)
     state = source.model.state_dict()
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in held}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in expert_names}
     for module_name, module in source.experts.items():
         parameters = moe_modules.expert_parameters(module)
         count, twice, width = parameters["gate_up_proj"].shape

@@ -34,23 +34,23 @@ def run_alone(job: Job) -> Run:
 
 
 def _forked(job: Job) -> Run:
-    """Without 8 of the 12 seconds that a run of the demo model takes in a new interpreter."""
+    """From a server that has imported torch: a new interpreter would take longer than the run."""
     here, there = workers.CONTEXT.Pipe(duplex=False)
     process = workers.CONTEXT.Process(target=_answer, args=(job, there))
     process.start()
     there.close()
     try:
-        outcome, said = here.recv()
+        outcome, answer = here.recv()
     except EOFError:
         process.join()
-        outcome, said = "failed", f"its process ended with status {process.exitcode}"
+        outcome, answer = "failed", f"its process ended with status {process.exitcode}"
     finally:
         process.kill()
         process.join()
     if outcome != "ok":
-        raise FlashMoEError(f"{job.system} failed: {said}")
+        raise FlashMoEError(f"{job.system} failed: {answer}")
     limits = ("cap_bytes", "read_limit_bytes_per_second", "peak_memory_bytes")
-    result: Run = json.loads(said)
+    result: Run = json.loads(answer)
     return result | {"outcome": "ok"} | dict.fromkeys(limits)
 
 
@@ -81,8 +81,8 @@ def _limited(job: Job) -> Run:
         if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
             result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
         elif done.returncode:
-            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-            raise FlashMoEError(f"{job.system} failed: {said[-1]}")
+            words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise FlashMoEError(f"{job.system} failed: {words[-1]}")
         else:
             result = json.loads(done.stdout.splitlines()[-1]) | {"outcome": "ok"}
         result["cap_bytes"] = job.cap_bytes if cap else None

@@ -117,7 +117,7 @@ def _limit_reading(cap: Cap | None, limit: ReadLimit) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    # A killed child leaves when its memory is given back; one that thrashed took more than 5 s.
+    # A killed child leaves when its memory is given back, which takes seconds if it thrashed.
     for _ in range(300):
         with suppress(OSError):
             folder.rmdir()

@@ -43,14 +43,16 @@ class SteeredWeights(RandomWeights):
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         embeddings = next(tensor for name, tensor in super().dense() if name == _EMBEDDING)
-        seen = embeddings[self._ids].float()  # [tokens, width], as the norms leave it
-        seen /= seen.square().mean(1, keepdim=True).sqrt()
-        inverse = torch.linalg.pinv(seen)  # [width, tokens]
+        normalised = embeddings[self._ids].float()  # [tokens, width], as the norms leave it
+        normalised /= normalised.square().mean(1, keepdim=True).sqrt()
+        inverse = torch.linalg.pinv(normalised)  # [width, tokens]
         for name, tensor in super().dense():
             if name == _EMBEDDING:
                 tensor = tensor * EMBEDDING_SCALE
             elif name == _HEAD:
-                tensor[self._ids + 1] = (seen * (NEXT_TOKEN_LOGIT / seen.shape[1])).to(tensor.dtype)
+                tensor[self._ids + 1] = (normalised * (NEXT_TOKEN_LOGIT / normalised.shape[1])).to(
+                    tensor.dtype
+                )
             elif name in self._layer_of:
                 logits = self._logits(self._layer_of[name])
                 tensor = (inverse @ logits).T.contiguous().to(tensor.dtype)
@@ -58,7 +60,9 @@ class SteeredWeights(RandomWeights):
 
     def _logits(self, layer: int) -> torch.Tensor:
         """What the layer's router is to say of each token, [tokens, experts]."""
-        chosen = torch.from_numpy(self.trace.experts[:, layer].astype(np.int64))
-        ranked = LOGIT - RANK_STEP * torch.arange(chosen.shape[1], dtype=torch.float32)
-        logits = torch.zeros(len(chosen), moe_modules.n_experts(list(self.experts.values())[layer]))
-        return logits.scatter_(1, chosen, ranked.expand(len(chosen), -1))
+        experts = torch.from_numpy(self.trace.experts[:, layer].astype(np.int64))
+        ranked = LOGIT - RANK_STEP * torch.arange(experts.shape[1], dtype=torch.float32)
+        logits = torch.zeros(
+            len(experts), moe_modules.n_experts(list(self.experts.values())[layer])
+        )
+        return logits.scatter_(1, experts, ranked.expand(len(experts), -1))

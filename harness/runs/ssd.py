@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +27,7 @@ from flashmoe.engines.transformers.checkpoints.backends.packed import PackedMode
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
 from flashmoe.store.manifest import Manifest, lay_out
+from harness.progress import Say
 
 BLOCK_BYTES = (4 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 4, 16)
@@ -34,12 +35,10 @@ EXTENT_BYTES = {"demo model": 48 << 10, "olmoe-1b-7b": 12 << 20}
 ENGINES = ("io_uring", "libaio", "psync")
 _FILE_BYTES = 768 << 20  # a multiple of both extents
 _RATIO_ROUNDS = 6
-# fio's buffers on huge pages, as the engine's are: on a virtio NVMe they took its random reads of
-# 12 MiB from 2.0 to 2.7 GB/s, and a roofline must not lie below what the drive can do
+# fio's buffers lie on huge pages, as the engine's do: without them fio is slower, and the roofline
+# would lie below what the drive can do.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 READS_PER_THREAD = 16  # of small extents, as in a prefill that misses most of a layer
-
-Say = Callable[[str], None]
 
 
 def fio_path() -> str | None:
@@ -52,8 +51,8 @@ def test_file(folder: Path, size_bytes: int = _FILE_BYTES) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < 2 * size_bytes:
         raise FlashMoEError(f"{folder}: {2 * size_bytes >> 20} MiB of free disk are needed")
-    with tempfile.TemporaryDirectory(prefix="flashmoe-ssd-", dir=folder) as made:
-        path = Path(made) / "blocks.bin"
+    with tempfile.TemporaryDirectory(prefix="flashmoe-ssd-", dir=folder) as temporary:
+        path = Path(temporary) / "blocks.bin"
         with open(path, "wb") as file:
             for _ in range(size_bytes >> 20):
                 file.write(os.urandom(1 << 20))
@@ -81,8 +80,8 @@ def fio(
         command += [f"--numjobs={depth}", "--group_reporting"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | _HUGE_PAGES)
     if run.returncode:
-        said = (run.stderr or run.stdout).strip().splitlines() or ["nothing"]
-        raise FlashMoEError(f"fio failed ({engine}): {said[-1]}")
+        message = (run.stderr or run.stdout).strip().splitlines() or ["nothing"]
+        raise FlashMoEError(f"fio failed ({engine}): {message[-1]}")
     read = json.loads(run.stdout[run.stdout.index("{") :])["jobs"][0]["read"]
     percentiles = read["clat_ns"].get("percentile", {})
     return {
@@ -111,8 +110,7 @@ def working_engine(path: Path) -> str:
 def random_read_speed(path: Path, block_bytes: int, seconds: float) -> float:
     """fio's bytes a second for random reads of an existing file, at the best of two depths.
 
-    A file's own speed: a small test file can be served from the host's cache where a 12 GiB
-    store is not (12 MiB reads: 2.5 against 2.2 GB/s on a virtio NVMe).
+    Of the store's own file: a small test file may come from the host's cache.
     """
     engine = working_engine(path)
     rows = [fio(path, block_bytes, depth, "random", engine, seconds) for depth in (1, 4)]
@@ -211,7 +209,7 @@ def _compare(
     bench = ReaderBench(path, extent_bytes, depth)
     try:
         bench.bytes_per_second(seconds)  # the first reads are checked, later ones are not
-        own, theirs = [], []
+        ours, theirs = [], []
         for round_number in range(_RATIO_ROUNDS):
 
             def run_fio() -> None:
@@ -221,26 +219,26 @@ def _compare(
 
             if round_number % 2:  # who goes first alternates
                 run_fio()
-            own.append(bench.bytes_per_second(seconds))
+            ours.append(bench.bytes_per_second(seconds))
             if not round_number % 2:
                 run_fio()
     finally:
         bench.close()
-    ratios = sorted(a / b for a, b in zip(own, theirs, strict=False))
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=False))
     row = {
         "extents_of": name,
         "extent_bytes": extent_bytes,
         "depth": depth,
-        "reader_bytes_per_second": statistics.median(own),
+        "reader_bytes_per_second": statistics.median(ours),
         "fio_bytes_per_second": statistics.median(theirs) if theirs else None,
         "reader_over_fio": statistics.median(ratios) if ratios else None,
         "ratio_min": ratios[0] if ratios else None,
         "ratio_max": ratios[-1] if ratios else None,
-        "rounds": len(own),
+        "rounds": len(ours),
     }
     ratio = f", {statistics.median(ratios):.0%} of fio" if ratios else ""
     say(
         f"engine's reader, {extent_bytes >> 10} KiB extents, depth {depth}: "
-        f"{statistics.median(own) / 1e9:.2f} GB/s{ratio}"
+        f"{statistics.median(ours) / 1e9:.2f} GB/s{ratio}"
     )
     return row

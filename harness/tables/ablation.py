@@ -1,4 +1,4 @@
-"""What each feature of `learned` is worth: `python -m harness.tables.ablation TRACES_FOLDER`.
+"""What each feature of `learned` is worth.
 
 Trains it again and again on the shipped split without a group of features, and without some of
 the traces, and prints the gap closed on the held-out part of the folder's traces.
@@ -6,7 +6,6 @@ the traces, and prints the gap closed on the held-out part of the folder's trace
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,10 +67,8 @@ def closed(case: Case, network: Network) -> float:
     return (ours - lru) / (belady - lru)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("traces", type=Path, metavar="TRACES_FOLDER")
-    folder = parser.parse_args().traces
+def print_table(folder: Path) -> None:
+    """A row for each group of features and of traces, a column for each held-out part."""
     cases = hit_rates.outside_cases(folder)
     wholes = dict(data_splits.shipped())
     for path in sorted(folder.glob("*.npz")):
@@ -100,7 +97,3 @@ def main() -> None:
     row("the small models' routing", real, ())
     row("the real model's routing", [name for name in parts if name not in real], ())
     row("all but the demo model's", ["demo"], ())
-
-
-if __name__ == "__main__":
-    main()

@@ -37,12 +37,12 @@ def examine(family: str) -> dict[str, Any]:
     model = tiny_models.make(family)
     row: dict[str, Any] = {"family": family, "architecture": type(model).__name__}
     for name, dtype in DTYPES.items():
-        seen = _compare(tiny_models.cast(model, dtype), dtype)
-        outcome = seen.pop("outcome")
+        comparison = _compare(tiny_models.cast(model, dtype), dtype)
+        outcome = comparison.pop("outcome")
         if outcome != "equal":
-            known = (EXPLAINED.get(key) for key in (family, f"{family} in {name}"))
-            outcome = next(filter(None, known), outcome)
-        row |= seen | {name: outcome}
+            explanations = (EXPLAINED.get(key) for key in (family, f"{family} in {name}"))
+            outcome = next(filter(None, explanations), outcome)
+        row |= comparison | {name: outcome}
     return row
 
 
@@ -59,23 +59,23 @@ def _compare(model: transformers.PreTrainedModel, dtype: torch.dtype) -> dict[st
             manifest = pack(checkpoint, store)
         except FlashMoEError as error:
             return {"outcome": str(error)}
-        own = type(model).from_pretrained(checkpoint, experts_implementation="eager", dtype=dtype)
+        plain = type(model).from_pretrained(checkpoint, experts_implementation="eager", dtype=dtype)
         try:
-            expected = _outputs(with_own_memory(own))
+            expected = _outputs(with_own_memory(plain))
         except RuntimeError as error:
             return {"outcome": f"transformers' own model fails ({error})"}
         packed, stats = _run(store, manifest)
-        seen = {"moe_layers": len(manifest.layers), "misses": stats["misses"]}
+        comparison = {"moe_layers": len(manifest.layers), "misses": stats["misses"]}
         differing = _differing(expected, packed, "packed")
         try:
             in_place, _ = _run(checkpoint, manifest)
-            seen["in_place"] = True
+            comparison["in_place"] = True
             differing += _differing(expected, in_place, "in place")
         except FlashMoEError as error:
             if "flashmoe pack" not in str(error):
                 raise
-            seen["in_place"] = False  # its layout must be converted
-    return seen | {"outcome": "; ".join(differing) or "equal"}
+            comparison["in_place"] = False  # its layout must be converted
+    return comparison | {"outcome": "; ".join(differing) or "equal"}
 
 
 def _outputs(model: transformers.PreTrainedModel) -> Outputs:
@@ -96,12 +96,12 @@ def _outputs(model: transformers.PreTrainedModel) -> Outputs:
     return outputs
 
 
-def _differing(expected: Outputs, given: Outputs, where: str) -> list[str]:
+def _differing(expected: Outputs, outputs: Outputs, where: str) -> list[str]:
     names = ("prompt", "tokens of one", "logits of one", "tokens of a batch", "logits of a batch")
     return [
-        f"{where}, {name} differs by {float((mine.float() - theirs.float()).abs().max()):.2g}"
-        for name, mine, theirs in zip(names, given, expected, strict=False)
-        if not torch.equal(mine, theirs)
+        f"{where}, {name} differs by {float((ours.float() - theirs.float()).abs().max()):.2g}"
+        for name, ours, theirs in zip(names, outputs, expected, strict=False)
+        if not torch.equal(ours, theirs)
     ]
 
 

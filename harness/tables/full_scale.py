@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 import psutil
 
 import baselines
@@ -26,8 +25,8 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.residency.budget import SPARES
 from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
-from harness.report import plots, provenance, report
-from harness.report.progress import say
+from harness.progress import say
+from harness.report import report
 from harness.runs.isolated_run import run_alone
 from harness.runs.job import Job
 from harness.runs.page_cache import cached_bytes
@@ -36,18 +35,18 @@ from harness.tables import speedups
 ROUTING = Path(flashmoe.__file__).parent / "routing"
 
 
-class Model(NamedTuple):
-    """By whose routing a model is run."""
+class Routing(NamedTuple):
+    """A recorded sequence whose experts a model takes."""
 
-    routing: Path
+    trace: Path
     sequence: str
 
 
 MODELS = {
-    "olmoe-quarter": Model(flashmoe.demo_routing_path(), "python-1"),
-    "olmoe-1b-7b": Model(flashmoe.demo_routing_path(), "python-1"),
-    "deepseek-v2-lite": Model(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
-    "qwen3-30b-a3b": Model(ROUTING / "qwen3-30b-a3b.npz", "kernel-docs-0"),
+    "olmoe-quarter": Routing(flashmoe.demo_routing_path(), "python-1"),
+    "olmoe-1b-7b": Routing(flashmoe.demo_routing_path(), "python-1"),
+    "deepseek-v2-lite": Routing(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
+    "qwen3-30b-a3b": Routing(ROUTING / "qwen3-30b-a3b.npz", "kernel-docs-0"),
 }
 SHIPPED = "shipped"  # what a row says of routing that comes with the project
 CAPS = (0.15, 0.25, 0.4, 0.6, 1.2)  # as far as the machine has the memory
@@ -60,90 +59,97 @@ SYSTEMS = (
     "os-paging",
     "os-paging-willneed",
 )
-# A prompt that touches nearly every expert, so that none is read, and checked, for the first
-# time while decode is measured: a first read's checksum costs a fifth of the read here.
+# A prompt that touches nearly every expert: a first read is checked, and decode shall not pay it.
 PROMPT_TOKENS = 160
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
-UNEVEN_RATIO = 1.2  # of the median token's speed to that of all; elsewhere 1.08 at most
-QUICK_CAPS = (0.4,)  # Python alone is a fifth of the small model's size
+UNEVEN_RATIO = 1.2  # of the median token's speed to that of all, above which a run is called uneven
+QUICK_CAPS = (0.4,)  # less than that Python alone nearly fills
 QUICK_DECODE_SECONDS = 3.0
 QUICK_SYSTEMS = ("flashmoe", "fiddler", "daop", "os-paging")
-# Python, torch, transformers and a prompt's activations: 480 MiB of anonymous memory without any
-# weights, the code pages of the libraries, and what the allocator keeps. 640 MiB were enough on a
-# Xeon; on an EPYC two of 36 runs were killed.
+# Of a cap: Python, torch, transformers, a prompt's activations and what the allocator keeps.
 BESIDE_BYTES = 768 << 20
 FIO_SECONDS = 1.0
 
 
-def full_scale(
-    folder: Path,
-    command: str,
-    name: str,
-    *,
-    caps: Sequence[float] = CAPS,
-    slots: Sequence[int] = (),
-    systems: Sequence[str] = SYSTEMS,
-    rounds: int = ROUNDS,
-    decode_seconds: float = DECODE_SECONDS,
-    read_bytes_per_second: int | None = None,
-    stores: Path | None = None,
-    model: Model | None = None,
-    label: str = "",
-    scheme: str = quant.NONE,
-    timelines: bool = True,
-) -> None:
-    """Write checkpoint and store (given back afterwards), run, write the tables.
-
-    `slots` takes the place of `caps`: experts of each layer that FlashMoE shall have room for.
-    `stores` keeps checkpoint and store: a directory, where they are made if absent. `model` names
-    other routing than the shipped; `label` goes into the table's name. `scheme` quantises.
-    `timelines` draws one token of it, with and without guesses.
-    """
+def shipped_routing(name: str) -> Routing:
+    """Raises FlashMoEError for a model of which no routing is shipped."""
     if name not in MODELS:
         raise FlashMoEError(f"no routing is shipped for {name!r}: choose from {', '.join(MODELS)}")
-    for system in systems:  # before gigabytes are written
-        baselines.get(system)
-    shipped = model is None
-    model = model or MODELS[name]
-    with report.scratch(stores or folder) as work:
-        home = stores or work
+    return MODELS[name]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a full-scale table compares, and under which limits."""
+
+    model: str  # of MODELS
+    caps: Sequence[float] = CAPS  # shares of the model's size
+    slots: Sequence[int] = ()  # in their place: experts of each layer that FlashMoE has room for
+    systems: Sequence[str] = SYSTEMS
+    rounds: int = ROUNDS
+    decode_seconds: float = DECODE_SECONDS
+    read_bytes_per_second: int | None = None  # the kernel's limit on reading
+    stores: Path | None = None  # where checkpoint and store are kept; None: given back
+    routing: Routing | None = None  # in place of the shipped
+    label: str = ""  # goes into the table's name
+    scheme: str = quant.NONE  # of the experts' weights
+    timelines: bool = True  # also one token with, and one without guesses
+
+    def __post_init__(self) -> None:
+        """Raises FlashMoEError for an unknown model or system, before gigabytes are written."""
+        shipped_routing(self.model)
+        for system in self.systems:
+            baselines.get(system)
+
+
+def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
+    """Write checkpoint and store, run every system under every cap, write the tables."""
+    name = comparison.model
+    routing = comparison.routing or shipped_routing(name)
+    with report.scratch(comparison.stores or folder) as work:
+        home = comparison.stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
-            say(f"writing {name} with random weights")
-            if fits(total_bytes(name)) and scheme == quant.NONE:
-                if not checkpoint.exists():
-                    synthesise(name, checkpoint)
-                say("packing it")
-                report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
-            else:  # no reference run then; `accelerate-disk` alone would need the checkpoint
-                synthesise_store(name, store, quant=scheme)
+            _write_store(folder, name, comparison.scheme, checkpoint, store)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
-        sizes: list[float] = [cap_for(manifest, n) for n in slots]
-        sizes = sizes or [share * total for share in caps]
+        caps: list[float] = [cap_for(manifest, n) for n in comparison.slots]
+        caps = caps or [share * total for share in comparison.caps]
         base = replace(
-            job(model, checkpoint, store),
-            read_bytes_per_second=read_bytes_per_second,
-            decode_seconds=decode_seconds,
+            job(routing, checkpoint, store),
+            read_bytes_per_second=comparison.read_bytes_per_second,
+            decode_seconds=comparison.decode_seconds,
         )
         jobs = [
             replace(limited, system=system)
-            for limited in (capped(base, manifest, size) for size in sizes if fits(size))
-            for system in systems
+            for limited in (with_cap(base, manifest, cap) for cap in caps if fits(cap))
+            for system in comparison.systems
         ]
         if not jobs:
             raise FlashMoEError(f"this machine has not the memory for {name} at any of those caps")
-        if fits(total) and checkpoint.exists() and not read_bytes_per_second:
+        if fits(total) and checkpoint.exists() and not comparison.read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
-        title = titled("speedups", name, scheme, label)
-        rows = measured(folder, title, jobs, rounds)
+        title = title_of("speedups", name, comparison.scheme, comparison.label)
+        rows = measure(folder, title, jobs, comparison.rounds)
         _tell_uneven(rows)
         publish_tokens(folder, title)
-        rows = named(rows, name, SHIPPED if shipped else model.routing.stem, model, total)
-        plots.speedups(published(folder, title, rows, command), folder, title)
-        if timelines and speedups.OURS in systems and not label:
-            _timelines(folder, name, capped(base, manifest, sizes[len(sizes) // 2]))
+        source = routing.trace.stem if comparison.routing else SHIPPED
+        publish(folder, title, label_rows(rows, name, source, routing, total), command)
+        if comparison.timelines and speedups.OURS in comparison.systems and not comparison.label:
+            _timelines(folder, name, with_cap(base, manifest, caps[len(caps) // 2]))
+
+
+def _write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
+    """A store of random weights; through a checkpoint where the reference run fits in memory."""
+    say(f"writing {name} with random weights")
+    if fits(total_bytes(name)) and scheme == quant.NONE:
+        if not checkpoint.exists():
+            synthesise(name, checkpoint)
+        say("packing it")
+        report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
+    else:  # `accelerate-disk` alone would need the checkpoint
+        synthesise_store(name, store, quant=scheme)
 
 
 def _tell_uneven(rows: list[dict[str, Any]]) -> None:
@@ -158,39 +164,37 @@ def _tell_uneven(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def titled(kind: str, name: str, scheme: str, label: str = "") -> str:
+def title_of(kind: str, name: str, scheme: str, label: str = "") -> str:
     """What a table is called; bf16, and no label, go without saying."""
     return "-".join(
         [kind, name, *(part for part in (scheme, label) if part not in ("", quant.NONE))]
     )
 
 
-def measured(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
     """Rows of the jobs; an interrupted table goes on where it was, until it is published."""
     short = (jobs[0].decode_seconds or DECODE_SECONDS) < DECODE_SECONDS
     drive = speedups.drive_of(jobs[0].store, FIO_SECONDS / 2 if short else FIO_SECONDS)
-    return speedups.table(jobs, rounds, drive, say, _kept(folder, title))
+    return speedups.table(jobs, rounds, drive, say, _journal(folder, title))
 
 
-def published(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> pd.DataFrame:
+def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
     """Write the table and where it came from."""
-    frame = report.write(folder, title, rows)
-    report.provenance(folder, title, provenance.gather(command, folder, seed=0))
-    _kept(folder, title).unlink(missing_ok=True)
-    return frame
+    report.write(folder, title, rows)
+    report.record(folder, title, command, seed=0)
+    _journal(folder, title).unlink(missing_ok=True)
 
 
 def publish_tokens(folder: Path, title: str) -> None:
     """Write how long each token of the table took. To be called before the table is published."""
-    tokens = speedups.tokens(_kept(folder, title))
-    report.csv(folder, f"tokens-{title}", pd.DataFrame(tokens))
+    report.write(folder, f"tokens-{title}", speedups.tokens(_journal(folder, title)))
 
 
-def _kept(folder: Path, title: str) -> Path:
+def _journal(folder: Path, title: str) -> Path:
     return folder / f".{title}.runs.jsonl"
 
 
-def job(model: Model, checkpoint: Path, store: Path) -> Job:
+def job(routing: Routing, checkpoint: Path, store: Path) -> Job:
     """FlashMoE on a model of random weights, by its recorded routing; no limits yet."""
     return Job(
         "flashmoe",
@@ -199,22 +203,22 @@ def job(model: Model, checkpoint: Path, store: Path) -> Job:
         0,
         "",
         TOKENS,
-        routing=model.routing,
-        sequence=model.sequence,
+        routing=routing.trace,
+        sequence=routing.sequence,
         prompt_tokens=PROMPT_TOKENS,
         warm_up_tokens=WARM_UP_TOKENS,
         decode_seconds=DECODE_SECONDS,
     )
 
 
-def named(
-    rows: list[dict[str, Any]], name: str, source: str, model: Model, total_bytes: int
+def label_rows(
+    rows: list[dict[str, Any]], name: str, source: str, routing: Routing, total_bytes: int
 ) -> list[dict[str, Any]]:
     """Rows that say of which model they are, whose routing it had, and how large the cap was."""
-    routing = f"{source}: {model.sequence}"
+    text = f"{source}: {routing.sequence}"
     shares = [row["cap_bytes"] and round(row["cap_bytes"] / total_bytes, 3) for row in rows]
     return [
-        {"model": name, "routing": routing, "cap_share": share} | row
+        {"model": name, "routing": text, "cap_share": share} | row
         for share, row in zip(shares, rows, strict=True)
     ]
 
@@ -226,7 +230,7 @@ def cap_for(manifest: Manifest, slots: int) -> int:
     return manifest.dense_bytes + BESIDE_BYTES + experts
 
 
-def capped(job: Job, manifest: Manifest, cap_bytes: float) -> Job:
+def with_cap(job: Job, manifest: Manifest, cap_bytes: float) -> Job:
     """`job` under a limit; what that leaves for experts."""
     memory_bytes = int(cap_bytes) - manifest.dense_bytes - BESIDE_BYTES
     return replace(job, cap_bytes=int(cap_bytes), memory_bytes=memory_bytes)
@@ -241,8 +245,7 @@ def _timelines(folder: Path, name: str, job: Job) -> None:
             {"system": system, "what": what, "start_ms": 1e3 * start, "end_ms": 1e3 * end}
             for what, start, end in run.get("timeline", ())
         ]
-    frame = report.write(folder, f"timeline-{name}", rows)
-    plots.timeline(frame, folder, f"timeline-{name}")
+    report.write(folder, f"timeline-{name}", rows)
 
 
 def fits(size_bytes: float) -> bool:

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
+import flashmoe
 from flashmoe import policies, trace
 from flashmoe.cache.replay_pool import ReplayJob, replay_all
 from flashmoe.cache.simulate import Conditions, Replay
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from harness.tables import data_splits
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
-WARM_CAPACITIES = (0.25, 0.5)  # of starts other than cold: all five took a minute more of two
+WARM_CAPACITIES = (0.25, 0.5)  # of starts other than cold: fewer, so that it takes minutes
 CONDITIONS = {
     "cold": Conditions(),
     "one stream": Conditions(warm=True),
@@ -49,12 +52,19 @@ class Case:
 
 def labels(case: Case, start: str, capacity: float) -> list[str]:
     """The policies that a part of the table has, in order."""
-    found = {*policies.available(), *OTHERS}
+    names = {*policies.available(), *OTHERS}
     if start != "cold" or case.trace != "demo":
-        found.discard(PAPER)
+        names.discard(PAPER)
     elif capacity == 0.5:
-        found.add(PAPER_VECTOR)
-    return sorted(found)
+        names.add(PAPER_VECTOR)
+    return sorted(names)
+
+
+def demo_expert_bytes() -> int:
+    """Of one expert in bf16."""
+    backend = backends.open_path(flashmoe.demo_path())
+    backend.close()
+    return backend.manifest.layers[0].extent_bytes
 
 
 def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[Case]:
@@ -71,9 +81,15 @@ def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[C
 
 
 def outside_cases(folder: Path) -> list[Case]:
-    """Traces of `folder`: unseen subjects where sequences are named so, else every n-th one."""
+    """Traces of `folder`: unseen subjects where sequences are named so, else every n-th one.
+
+    Raises FlashMoEError where there is none.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise FlashMoEError(f"{folder} holds no trace (*.npz)")
     cases = []
-    for path in sorted(folder.glob("*.npz")):
+    for path in paths:
         whole = trace.load(path)
         named = all(name.count("/") == 2 for name in whole.names())
         part = data_splits.take(whole, data_splits.UNSEEN_DOMAIN) if named else whole
@@ -86,8 +102,8 @@ def outside_cases(folder: Path) -> list[Case]:
 
 def _bytes_of(path: Path) -> int | None:
     """Of one bf16 expert, for real models whose shapes we know."""
-    known = {"gpt-oss-20b": 3 * 2880 * 2880 * 2, "deepseek-v2-lite": 3 * 2048 * 1408 * 2}
-    return next((size for name, size in known.items() if path.stem.startswith(name)), None)
+    sizes = {"gpt-oss-20b": 3 * 2880 * 2880 * 2, "deepseek-v2-lite": 3 * 2048 * 1408 * 2}
+    return next((size for name, size in sizes.items() if path.stem.startswith(name)), None)
 
 
 def table(
@@ -107,11 +123,11 @@ def table(
     rows, layers = [], []
     for case, start, capacity in parts:
         outcomes = {name: next(replays) for name in labels(case, start, capacity)}
-        given: dict[str, Any] = {"trace": case.trace, "part": case.part}
-        given |= {"start": start, "capacity": capacity}
-        rows += [given | row for row in _rows(outcomes, case)]
+        columns: dict[str, Any] = {"trace": case.trace, "part": case.part}
+        columns |= {"start": start, "capacity": capacity}
+        rows += [columns | row for row in _rows(outcomes, case)]
         if start == "cold":
-            layers += [given | row for row in _layers(outcomes)]
+            layers += [columns | row for row in _layers(outcomes)]
     return rows, layers
 
 

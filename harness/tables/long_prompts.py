@@ -15,7 +15,7 @@ import flashmoe
 from baselines.in_memory import with_own_memory
 from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.util import workers
-from harness.report.progress import say
+from harness.progress import say
 
 TOKENS = (1024, 8192, 32768)
 # OLMoE's layer at its full size, twice.
@@ -34,8 +34,8 @@ def table(config: dict[str, Any] | None = None, tokens: tuple[int, ...] = TOKENS
     rows = []
     with TemporaryDirectory(prefix="flashmoe-") as folder:
         torch.manual_seed(0)
-        made = transformers.OlmoeConfig(**CONFIG | (config or {}))
-        model = transformers.OlmoeForCausalLM._from_config(made, dtype=torch.bfloat16)
+        olmoe = transformers.OlmoeConfig(**CONFIG | (config or {}))
+        model = transformers.OlmoeForCausalLM._from_config(olmoe, dtype=torch.bfloat16)
         # or attention's mean over the prompt outweighs each token, and all choose the same experts
         torch.nn.init.normal_(model.get_input_embeddings().weight)
         model.save_pretrained(folder)

@@ -12,8 +12,8 @@ from flashmoe import quant, trace
 from flashmoe.engines.transformers.checkpoints.synth import config_of, synthesise_store, total_bytes
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
-from harness.report import plots, report
-from harness.report.progress import say
+from harness.progress import say
+from harness.report import report
 from harness.runs import peers
 from harness.runs.self_routing_weights import SteeredWeights
 from harness.tables import full_scale, speedups
@@ -30,14 +30,14 @@ def peer_table(
     scheme: str = quant.NONE,
 ) -> None:
     """Write the same weights for every engine (given back but for `stores`), run, report."""
-    model = full_scale.MODELS[name]
-    routing = trace.load(model.routing).named(model.sequence)
+    routing = full_scale.shipped_routing(name)
+    recorded = trace.load(routing.trace).named(routing.sequence)
     with report.scratch(stores or folder) as work:
         home = stores or work
         store = home / "steered-store"
-        base = full_scale.job(model, store, store)
-        seen = routing.first(base.prompt_tokens + base.tokens)
-        weights = partial(SteeredWeights, trace=seen)
+        base = full_scale.job(routing, store, store)
+        prefix = recorded.first(base.prompt_tokens + base.tokens)
+        weights = partial(SteeredWeights, trace=prefix)
         if not manifests.is_store(store):
             say(f"writing {name} with random weights and solved routers")
             synthesise_store(name, store, weights=weights, quant=scheme)
@@ -65,14 +65,14 @@ def peer_table(
             replace(capped, system=system, checkpoint=path)
             for share in caps
             if full_scale.fits(share * total)
-            for capped in [full_scale.capped(base, manifest, share * total)]
+            for capped in [full_scale.with_cap(base, manifest, share * total)]
             for system, path in systems.items()
         ]
-        title = full_scale.titled("peers", name, scheme)
-        found = full_scale.measured(folder, title, jobs, rounds)
-    rows = full_scale.named(found, name, full_scale.SHIPPED, model, total)
+        title = full_scale.title_of("peers", name, scheme)
+        measurements = full_scale.measure(folder, title, jobs, rounds)
+    rows = full_scale.label_rows(measurements, name, full_scale.SHIPPED, routing, total)
     full_scale.publish_tokens(folder, title)
-    plots.speedups(full_scale.published(folder, title, rows, command), folder, title)
+    full_scale.publish(folder, title, rows, command)
 
 
 def _remove(path: Path) -> None:

@@ -16,9 +16,10 @@ from flashmoe.engines.transformers.checkpoints.synth import synthesise_store, to
 from flashmoe.store import manifest as manifests
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
-from harness.report import provenance, report
-from harness.report.progress import say
-from harness.tables import full_scale, speedups
+from harness.progress import say
+from harness.report import report
+from harness.runs.budget import budget_for
+from harness.tables import full_scale
 
 SCHEMES = (quant.NONE, *quant.available())
 CAPS = (0.25, 0.4)
@@ -34,7 +35,7 @@ def speed(
     stores: Path | None = None,
 ) -> None:
     """Every scheme at the same caps, shares of the bf16 model's size; interleaved."""
-    model = full_scale.MODELS[name]
+    routing = full_scale.shipped_routing(name)
     total = total_bytes(name)
     with report.scratch(stores or folder) as work:
         home = stores or work
@@ -46,16 +47,18 @@ def speed(
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         cases = [(share, scheme) for share in caps for scheme in SCHEMES]
         jobs = [
-            full_scale.capped(
-                full_scale.job(model, paths[scheme], paths[scheme]), contents[scheme], share * total
+            full_scale.with_cap(
+                full_scale.job(routing, paths[scheme], paths[scheme]),
+                contents[scheme],
+                share * total,
             )
             for share, scheme in cases
         ]
         title = f"quant-{name}"
-        found = full_scale.measured(folder, title, jobs, rounds)
+        measurements = full_scale.measure(folder, title, jobs, rounds)
     rows = []
-    for (share, scheme), row in zip(cases, found, strict=True):
-        plain = found[cases.index((share, quant.NONE))]
+    for (share, scheme), row in zip(cases, measurements, strict=True):
+        plain = measurements[cases.index((share, quant.NONE))]
         of_plain = {
             "expert_bytes": contents[scheme].layers[0].extent_bytes,
             "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
@@ -64,7 +67,7 @@ def speed(
         }
         kinds = {"model": name, "cap_share": share, "quant": scheme}
         rows.append(kinds | of_plain | {k: v for k, v in row.items() if not _of_pairs(k)})
-    full_scale.published(folder, title, rows, command)
+    full_scale.publish(folder, title, rows, command)
 
 
 def _of_pairs(column: str) -> bool:
@@ -72,7 +75,7 @@ def _of_pairs(column: str) -> bool:
     return column.startswith(("flashmoe_speedup", "tokens_differing", "same_output"))
 
 
-def quality(folder: Path, command: str, texts: Path) -> None:
+def perplexities(folder: Path, command: str, texts: Path) -> None:
     """Perplexity of the demo model on held-out documents of every kind, under each scheme.
 
     texts: where harness.demo.corpus keeps what it fetches (from Debian's packages).
@@ -93,32 +96,32 @@ def quality(folder: Path, command: str, texts: Path) -> None:
             model = flashmoe.load(store, memory="1GiB")
             try:
                 for kind, stream in held_out.items():
-                    found = perplexity(model, stream)
+                    value = perplexity(model, stream)
                     rows.append(
                         {
                             "quant": scheme,
                             "expert_bytes": expert_bytes,
                             "kind": kind,
                             "tokens": len(stream),
-                            "perplexity": found,
-                            "change": found / plain[kind] - 1,
+                            "perplexity": value,
+                            "change": value / plain[kind] - 1,
                             "same_as_held": _same_as_held(model, store, stream),
                         }
                     )
-                    say(f"{scheme}, {kind}: perplexity {found:.2f} ({rows[-1]['change']:+.2%})")
+                    say(f"{scheme}, {kind}: perplexity {value:.2f} ({rows[-1]['change']:+.2%})")
             finally:
                 model.flashmoe.close()
     report.write(folder, "quant-quality", rows)
-    report.provenance(folder, "quant-quality", provenance.gather(command, folder))
+    report.record(folder, "quant-quality", command)
 
 
 @torch.inference_mode()
 def _same_as_held(model: PreTrainedModel, store: Path, stream: Any) -> bool:
     """Are logits with few slots bit for bit those with all quantised experts in memory?"""
     ids = torch.from_numpy(stream[:64].astype("int64"))[None]
-    held = model(ids).logits
-    least = flashmoe.load(store, memory=speedups.budget_for(store, model.flashmoe.manifest.top_k))
+    all_resident = model(ids).logits
+    least = flashmoe.load(store, memory=budget_for(store, model.flashmoe.manifest.top_k))
     try:
-        return bool(torch.equal(least(ids).logits, held))
+        return bool(torch.equal(least(ids).logits, all_resident))
     finally:
         least.flashmoe.close()

@@ -12,21 +12,17 @@ from typing import Any
 
 import baselines
 from flashmoe.store import manifest as manifests
+from harness.progress import Say
 from harness.runs import ssd
+from harness.runs.budget import budget_for
 from harness.runs.isolated_run import Run, run_alone
 from harness.runs.job import Job
 from harness.runs.page_cache import drop_all
 
-Say = Callable[[str], None]
 Drive = Callable[[], float]
 
 REFERENCE = "in-memory"  # whose tokens the others' must be
 OURS = "flashmoe"
-
-
-def budget_for(store: Path, slots: int) -> int:
-    """The bytes that give every layer exactly `slots` slots."""
-    return slots * sum(layer.extent_bytes for layer in manifests.load(store).layers)
 
 
 def jobs_for(base: Job, slots: list[int], compared: list[int]) -> list[Job]:
@@ -54,26 +50,26 @@ def drive_of(store: Path, seconds: float) -> Drive | None:
 
 
 def table(
-    jobs: list[Job], rounds: int, drive: Drive | None, say: Say, kept: Path | None = None
+    jobs: list[Job], rounds: int, drive: Drive | None, say: Say, journal: Path | None = None
 ) -> list[dict[str, Any]]:
     """Run every job `rounds` times in turn; medians, spread, and the roofline of each.
 
     `drive` gives the bytes a second of random reads of the store's extents. It is asked before
     every run, and after those that stream: a shared drive's speed drifts, and the faster of the
-    two counts (once it was 0.9 GB/s, and the run then read 1.8). None: no roofline from a drive.
-    The page cache is emptied before each run under a cap, where that is allowed. `kept` is a file
-    in which finished runs are noted, so that an interrupted table goes on where it was.
+    two counts. None: no roofline from a drive. The page cache is emptied before each run under a
+    cap, where that is allowed. `journal` is a file in which finished runs are noted, so that an
+    interrupted table goes on where it was.
     """
     results: list[list[Run]] = [[] for _ in jobs]
     just_now: float | None = None  # the drive's speed, where no run came since
     for round_number in range(rounds):
-        for job, mine in zip(jobs, results, strict=True):
+        for job, runs in zip(jobs, results, strict=True):
             name = f"{round_number} {asdict(job)}"
-            run = _recall(kept, name)
+            run = _recall(journal, name)
             if run is not None:
                 just_now = None
             else:
-                # 3 s a run, for Python and torch come from the disk again: only where it matters
+                # only where it matters: Python and torch come from the disk again
                 dropped = job.cap_bytes is not None and drop_all()
                 asked = drive if job.system != REFERENCE else None
                 before = just_now or (asked() if asked else None)
@@ -81,36 +77,36 @@ def table(
                 just_now = drive() if drive and "bytes_per_token" in run else None
                 speeds = [speed for speed in (before, just_now) if speed]
                 run["drive_bytes_per_second"] = max(speeds, default=None)
-                _keep(kept, name, round_number, run)
-            mine.append(run)
+                _append(journal, name, round_number, run)
+            runs.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
-    known = [[s for run in mine if (s := _arithmetic_seconds(run))] for mine in results]
-    compute = min(statistics.median(seconds) for seconds in known if seconds)
-    rows = [_row(mine, compute) for mine in results]
+    arithmetic = [[s for run in runs if (s := _arithmetic_seconds(run))] for runs in results]
+    compute = min(statistics.median(seconds) for seconds in arithmetic if seconds)
+    rows = [_row(runs, compute) for runs in results]
     _compare(rows, results)
     return rows
 
 
-def _recall(kept: Path | None, name: str) -> Run | None:
-    if kept is None or not kept.exists():
+def _recall(journal: Path | None, name: str) -> Run | None:
+    if journal is None or not journal.exists():
         return None
-    return next((note["run"] for note in _notes(kept) if note["name"] == name), None)
+    return next((note["run"] for note in _notes(journal) if note["name"] == name), None)
 
 
-def _notes(kept: Path) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in kept.read_text().splitlines())
+def _notes(journal: Path) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in journal.read_text().splitlines())
 
 
-def _keep(kept: Path | None, name: str, round_number: int, run: Run) -> None:
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(kept, "a") as file:
+def _append(journal: Path | None, name: str, round_number: int, run: Run) -> None:
+    if journal:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with open(journal, "a") as file:
             note = {"name": name, "round": round_number, "run": run}
             file.write(json.dumps(note) + "\n")
 
 
-def tokens(kept: Path) -> list[dict[str, Any]]:
-    """How long each measured token of the runs noted in `kept` took, in order."""
+def tokens(journal: Path) -> list[dict[str, Any]]:
+    """How long each measured token of the runs noted in `journal` took, in order."""
     return [
         {
             "system": run["system"],
@@ -119,7 +115,7 @@ def tokens(kept: Path) -> list[dict[str, Any]]:
             "token": number,
             "milliseconds": 1e3 * seconds,
         }
-        for note in _notes(kept)
+        for note in _notes(journal)
         for run in (note["run"],)
         for number, seconds in enumerate(run.get("token_seconds", ()), 1)
     ]
@@ -202,7 +198,7 @@ def _row(runs: list[Run], compute: float) -> dict[str, Any]:
 
 
 def _roofline(runs: list[Run], compute: float) -> dict[str, Any]:
-    """The least seconds a token can take (spec section 1): the drive's, or the arithmetic's.
+    """The least seconds a token can take: those of the drive or those of the arithmetic.
 
     Bytes that a wrong guess read are no part of it: they are a loss, and show as one.
     """
@@ -246,16 +242,16 @@ def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
         if row["outcome"] != "ok":
             continue
         if reference:
-            expected, given = reference[0]["token_ids"], runs[0]["token_ids"]
-            new = list(zip(expected, given, strict=False))[runs[0]["prompt_tokens"] :]
+            expected, output = reference[0]["token_ids"], runs[0]["token_ids"]
+            new = list(zip(expected, output, strict=False))[runs[0]["prompt_tokens"] :]
             differing = sum(a != b for a, b in new) / len(new)
             row["tokens_differing"] = differing
             system = baselines.available().get(row["system"])  # none: a peer, of other kernels
             row["same_output"] = not differing if system and system.exact else None
-        if rivals := ours.get(_limits(runs[0])):
+        if our_runs := ours.get(_limits(runs[0])):
             ratios = [
-                mine["tokens_per_second"] / run["tokens_per_second"]
-                for mine, run in zip(rivals, runs, strict=True)
+                our_run["tokens_per_second"] / run["tokens_per_second"]
+                for our_run, run in zip(our_runs, runs, strict=True)
             ]
             row["flashmoe_speedup"] = statistics.median(ratios)
             row["flashmoe_speedup_min"] = min(ratios)

@@ -10,16 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import flashmoe
-from harness.tables.speedups import budget_for
+from harness.demo.prompts import PROMPTS
+from harness.runs.budget import budget_for
 
-PROMPTS = {
-    "bible": "And it came to pass in those days, that",
-    "dictionary": 'Harbor \\Har"bor\\, n.',
-    "french-manual": "Cette option permet de",
-    "german-manual": "Diese Option gibt an, dass",
-    "kernel-docs": "The driver must call this function before",
-    "python": "def main(argv=None):\n    parser = argparse.",
-}
 SLOTS = (8, 24)
 NEW_TOKENS = 48
 

@@ -12,12 +12,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import flashmoe
 from flashmoe.residency import warm_start
+from harness.demo.prompts import PROMPTS
+from harness.runs.budget import budget_for
 from harness.tables import text_table
-from harness.tables.speedups import budget_for
 
 SLOTS = 24
 TOKENS = 100
-FIRST_PROMPTS = {  # of the run before; the one that is measured has texts.PROMPTS
+FIRST_PROMPTS = {  # of the run before; the one that is measured has PROMPTS
     "bible": "Now these are the names of the children of",
     "german-manual": "Die folgenden Dateien werden",
     "python": "class Parser:\n    def __init__(self",
@@ -49,16 +50,16 @@ def table(store: Path) -> list[dict[str, Any]]:
     rows = []
     with TemporaryDirectory() as work:
         for kind, first in FIRST_PROMPTS.items():
-            kept = Path(work) / f"{kind}.npz"
+            state_path = Path(work) / f"{kind}.npz"
             row: dict[str, Any] = {"kind": kind}
             for start in ("before", "cold", "warm"):
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
-                    row["restored"] = warm_start.restore(model.flashmoe.residency, kept)
-                given = first if start == "before" else text_table.PROMPTS[kind]
-                marks = _generate(model, tokenizer(given, return_tensors="pt")["input_ids"])
+                    row["restored"] = warm_start.restore(model.flashmoe, state_path)
+                prompt = first if start == "before" else PROMPTS[kind]
+                marks = _generate(model, tokenizer(prompt, return_tensors="pt")["input_ids"])
                 if start == "before":
-                    warm_start.save(model.flashmoe.residency, kept)
+                    warm_start.save(model.flashmoe, state_path)
                 else:
                     row[f"first_token_{start}"] = marks.first
                     row[f"first_{TOKENS}_{start}"] = marks.all

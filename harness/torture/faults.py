@@ -29,7 +29,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.reading.verify import verify
 from flashmoe.store import manifest as manifests
 from harness import tiny_models
-from harness.tables.speedups import budget_for
+from harness.runs.budget import budget_for
 
 FAMILY = "olmoe"
 KINDS = ("error", "short", "late", "wrong", "end")
@@ -91,17 +91,17 @@ def reads(faults: int, seed: int = 0) -> list[dict[str, Any]]:
             injected = runs = 0
             while injected < faults:
                 runs += 1
-                found = _Faults(kind, seed + runs)
+                injector = _Faults(kind, seed + runs)
                 model = _load(store)
-                outcome = _outcome(model, ids, expected, found)
+                outcome = _outcome(model, ids, expected, injector)
                 outcomes[outcome] += 1
-                injected += found.injected
+                injected += injector.injected
                 if outcome != "hangs":
                     model.flashmoe.close()
-            known = {what: outcomes.pop(what, 0) for what in OUTCOMES}
+            tally = {what: outcomes.pop(what, 0) for what in OUTCOMES}
             other = sum(outcomes.values())
             rows.append(
-                {"fault": kind, "injected": injected, "runs": runs} | known | {"other": other}
+                {"fault": kind, "injected": injected, "runs": runs} | tally | {"other": other}
             )
     return rows
 
@@ -120,33 +120,33 @@ def _load(store: Path) -> transformers.PreTrainedModel:
 def _generate(model: transformers.PreTrainedModel, ids: torch.Tensor) -> list[int]:
     mask = torch.ones_like(ids)
     output = model.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
-    found: list[int] = output[0].tolist()
-    return found
+    tokens: list[int] = output[0].tolist()
+    return tokens
 
 
 def _outcome(
     model: transformers.PreTrainedModel, ids: torch.Tensor, expected: list[int], faults: _Faults
 ) -> str:
     """Generate with faults, then once more without: a model outlives a failed read."""
-    found: list[str] = []
+    outcomes: list[str] = []
 
     def work() -> None:
         with torch.inference_mode():
             try:
                 with patch.object(os, "preadv", faults):
-                    found.append("right" if _generate(model, ids) == expected else "wrong")
+                    outcomes.append("right" if _generate(model, ids) == expected else "wrong")
             except FlashMoEError as error:
                 named = "expert" in str(error) and "MoE layer" in str(error)
-                found.append("refused" if named else f"unclear: {error}")
+                outcomes.append("refused" if named else f"unclear: {error}")
             except BaseException as error:
-                found.append(repr(error))
+                outcomes.append(repr(error))
             if _generate(model, ids) != expected:
-                found.insert(0, "wrong")
+                outcomes.insert(0, "wrong")
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(HANGS_AFTER_SECONDS)
-    return "hangs" if thread.is_alive() else found[0]
+    return "hangs" if thread.is_alive() else outcomes[0]
 
 
 def kills(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""Coverage-guided fuzzing of one kind of input: `python -m harness.torture.fuzz INPUT SECONDS`.
-
-A crash (anything but FlashMoEError getting out) ends with status 1, and libFuzzer keeps the bytes
-that made it in the working directory. `nox -s fuzz` does all kinds of input.
-"""
+"""Coverage-guided fuzzing of one kind of input, by atheris."""
 
 from __future__ import annotations
 
@@ -12,13 +8,18 @@ from tempfile import TemporaryDirectory
 
 import atheris
 
+from flashmoe.errors import FlashMoEError
+
 with atheris.instrument_imports(include=["flashmoe"], enable_loader_override=False):
     from harness.torture import untrusted
 
 MOST_MEGABYTES = 4096  # of the whole process, torch included: more would be memory not bounded
 
 
-def main(name: str, seconds: int) -> None:
+def fuzz(name: str, seconds: int) -> None:
+    """Ends the process, with a status other than 0 after a crash."""
+    if name not in untrusted.INPUTS:
+        raise FlashMoEError(f"no input {name!r}: choose from {', '.join(untrusted.INPUTS)}")
     what = untrusted.INPUTS[name]
     with TemporaryDirectory(prefix="flashmoe-fuzz-") as folder:
         path = what.make(Path(folder))
@@ -31,7 +32,3 @@ def main(name: str, seconds: int) -> None:
         ]  # fmt: skip
         atheris.Setup(arguments, lambda content: untrusted.survives(what, path, content))
         atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

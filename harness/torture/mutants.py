@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from baselines.in_memory import with_own_memory
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
 from harness import tiny_models
+from harness.progress import Say
 from harness.torture.mutations import MUTATIONS, Mutant
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4v_moe",
@@ -60,23 +60,23 @@ def make(folder: Path, seed: str) -> list[str]:
 def judge(folder: Path) -> tuple[str, str]:
     """The worse of the outcomes in place and packed, and what was said."""
     expected = _plain(folder)
-    found = []
+    outcomes = []
     for packed in (False, True):
         try:
             output = _streamed(folder, packed)
         except FlashMoEError as error:
-            found.append(("refused", str(error)))
+            outcomes.append(("refused", str(error)))
         except Exception as error:
             alike = type(expected) is type(error)
-            found.append(("alike" if alike else "traceback", repr(error)))
+            outcomes.append(("alike" if alike else "traceback", repr(error)))
         else:
             if isinstance(expected, Exception):
-                found.append(("more", repr(expected)))
+                outcomes.append(("more", repr(expected)))
             else:
                 same = expected.dtype == output.dtype
                 same = same and torch.equal(expected.nan_to_num(), output.nan_to_num())
-                found.append(("equal" if same else "different", ""))
-    return max(found, key=lambda outcome: OUTCOMES.index(outcome[0]))
+                outcomes.append(("equal" if same else "different", ""))
+    return max(outcomes, key=lambda outcome: OUTCOMES.index(outcome[0]))
 
 
 def _plain(folder: Path) -> torch.Tensor | Exception:
@@ -109,9 +109,7 @@ def _streamed(folder: Path, packed: bool) -> torch.Tensor:
             model.flashmoe.close()
 
 
-def examine(
-    count: int, seed: int = 0, say: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+def examine(count: int, seed: int = 0, say: Say = lambda text: None) -> list[dict[str, Any]]:
     """A row a mutation: how many mutants had it, and what became of them."""
     tally: dict[str, Counter[str]] = {m.__name__: Counter() for m in MUTATIONS}
     for number in range(count):

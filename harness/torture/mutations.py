@@ -31,27 +31,27 @@ class Mutant(NamedTuple):
 
     def pick(self, *, matrices: bool = False) -> tuple[Path, str]:
         """A shard, and the name of one of its tensors."""
-        found = [
+        candidates = [
             (shard, name)
             for shard in self.shards
             for name, tensor in load_file(shard).items()
             if tensor.dim() > 1 or not matrices
         ]
-        return self.dice.choice(found)
+        return self.dice.choice(candidates)
 
     @contextmanager
     def tensors(self, shard: Path) -> Iterator[dict[str, torch.Tensor]]:
         """A shard's tensors, written back as they are left."""
-        held = {name: tensor.clone() for name, tensor in load_file(shard).items()}
-        yield held
-        save_file({n: t.contiguous() for n, t in held.items()}, shard, metadata={"format": "pt"})
+        content = {name: tensor.clone() for name, tensor in load_file(shard).items()}
+        yield content
+        save_file({n: t.contiguous() for n, t in content.items()}, shard, metadata={"format": "pt"})
 
     @contextmanager
     def json(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.folder / name
-        held = json.loads(path.read_text())
-        yield held
-        path.write_text(json.dumps(held))
+        content = json.loads(path.read_text())
+        yield content
+        path.write_text(json.dumps(content))
 
 
 def drop(mutant: Mutant) -> None:
@@ -150,9 +150,9 @@ def duplicate(mutant: Mutant) -> None:
 def fuse(mutant: Mutant) -> None:
     """Experts one by one and, beside them, all in one."""
     shard, name = mutant.pick()
-    head, found, _ = name.partition(".experts.")
+    head, marker, _ = name.partition(".experts.")
     with mutant.tensors(shard) as tensors:
-        tensors[f"{head}{found or '.mlp.experts.'}down_proj"] = torch.zeros(8, 32, 24)
+        tensors[f"{head}{marker or '.mlp.experts.'}down_proj"] = torch.zeros(8, 32, 24)
 
 
 def single_beside_shards(mutant: Mutant) -> None:

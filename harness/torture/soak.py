@@ -16,7 +16,8 @@ import torch
 import flashmoe
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.errors import FlashMoEError
-from harness.tables.speedups import Say, budget_for
+from harness.progress import Say
+from harness.runs.budget import budget_for
 
 SETTLED_AFTER = 0.2  # share of the time; until then allocators and compiled code still grow
 MOST_GROWTH_BYTES = 32 << 20
@@ -30,18 +31,18 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
     Raises FlashMoEError when resident memory, descriptors or threads grew once it had settled.
     """
     chance = random.Random(seed)
-    seen: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     with TemporaryDirectory() as work:
         store = Path(work) / "store"
         pack(flashmoe.demo_path(), store)
         started = time.monotonic()
         rounds = tokens = 0
-        while (now := time.monotonic() - started) < seconds or len(seen) < LEAST_ROUNDS:
+        while (now := time.monotonic() - started) < seconds or len(samples) < LEAST_ROUNDS:
             tokens += _round(store, chance)
             rounds += 1
             gc.collect()
             process = psutil.Process()
-            seen.append(
+            samples.append(
                 {
                     "seconds": now,
                     "rounds": rounds,
@@ -51,7 +52,7 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
                     "threads": threading.active_count(),
                 }
             )
-    settled = [row for row in seen if row["seconds"] >= SETTLED_AFTER * seconds] or seen
+    settled = [row for row in samples if row["seconds"] >= SETTLED_AFTER * seconds] or samples
     half = len(settled) // 2
     for what, allowed in (("rss_bytes", MOST_GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
         early = max(row[what] for row in settled[: max(1, half)])
@@ -59,7 +60,7 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
         if late > early + allowed:
             raise FlashMoEError(f"soak: {what} grew from {early} to {late} in {seconds:.0f} s")
     say(f"{rounds} rounds, {tokens} tokens, {settled[-1]['rss_bytes'] / 2**20:.0f} MiB resident")
-    return seen[:: -max(1, len(seen) // ROWS)][::-1]
+    return samples[:: -max(1, len(samples) // ROWS)][::-1]
 
 
 @torch.inference_mode()
@@ -68,15 +69,15 @@ def _round(store: Path, chance: random.Random) -> int:
     top_k, n_experts = 8, 64
     policy = chance.choice(["lru", "learned"])
     model = flashmoe.load(store, memory=budget_for(store, chance.randint(8, 64)), policy=policy)
-    made = 0
+    tokens = 0
     for _ in range(3):
         ids = torch.tensor([[chance.randrange(3, 4000) for _ in range(chance.randint(1, 40))]])
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
         )
-        made += output.shape[1] - ids.shape[1]
+        tokens += output.shape[1] - ids.shape[1]
         model.flashmoe.resize(budget_for(store, chance.randint(top_k, n_experts)))
         if chance.random() < 0.3:
             model.flashmoe.reset()
     model.flashmoe.close()
-    return made
+    return tokens

@@ -56,8 +56,8 @@ def _store(folder: Path) -> Path:
 
 def _trace(folder: Path) -> Path:
     every = np.tile(np.arange(8, dtype=np.uint8), (12, 2, 1))
-    chosen = np.random.default_rng(0).permuted(every, axis=2)
-    recorded = Trace(chosen[..., :2], np.repeat(np.arange(3, dtype=np.int32), 4), 8)
+    experts = np.random.default_rng(0).permuted(every, axis=2)
+    recorded = Trace(experts[..., :2], np.repeat(np.arange(3, dtype=np.int32), 4), 8)
     recorded.save(folder / "trace.npz")
     return folder / "trace.npz"
 

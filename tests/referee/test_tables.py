@@ -15,7 +15,7 @@ from flashmoe import policies, trace
 from flashmoe.trace import Trace
 from harness import check
 from harness.__main__ import build_parser
-from harness.report import plots, provenance, report
+from harness.report import digests, index, pages, plots, provenance, report
 from harness.runs import isolated_run
 from harness.tables import data_splits, full_scale, hit_rates, speedups
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_folder_of_a_run_that_was_stopped_early_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "here-quick").mkdir()
-    report.readme()
+    index.write()
     assert "here-quick" not in (tmp_path / "README.md").read_text()
 
 
@@ -57,15 +57,12 @@ def test_the_hit_rate_table_means_what_it_says(tmp_path):
     by_layer = pd.DataFrame(layers).groupby("capacity").lru.mean()
     np.testing.assert_allclose(by_layer, cold.loc["lru"].hit_rate, atol=1e-4)
     frame = report.write(tmp_path, "hit_rates", found)
-    plots.hit_rates(frame, tmp_path)
-    plots.gap_by_layer(report.write(tmp_path, "gap_by_layer", layers), tmp_path)
-    plots.paper_training(tmp_path)
-    names = [
-        f"{n}.{kind}" for n in ("hit_rates", "gap_by_layer") for kind in ("csv", "md", "png", "svg")
-    ]
-    names += ["paper_training.png", "paper_training.svg"]
-    assert set(names) == {path.name for path in tmp_path.iterdir()}
-    assert "| learned" in report.gaps(frame)
+    report.write(tmp_path, "gap_by_layer", layers)
+    names = {f"{name}.{kind}" for name in ("hit_rates", "gap_by_layer") for kind in ("csv", "png")}
+    for name in ("hit_rates", "gap_by_layer"):
+        assert plots.draw(tmp_path, name, tmp_path)
+    assert names == {path.name for path in tmp_path.iterdir()}
+    assert " learned |" in digests.hit_rates(frame)
 
 
 def test_the_split_keeps_kinds_and_subjects_whole():
@@ -93,7 +90,7 @@ def test_speedups_are_drawn_for_one_cap_and_for_several(tmp_path, caps):
                                       ("fiddler", np.nan, isolated_run.OUT_OF_MEMORY))
     ]  # fmt: skip
     plots.speedups(pd.DataFrame(rows), tmp_path, "speedups-m")
-    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
 
 def test_provenance_is_whole_and_names_no_path_of_this_machine(tmp_path):
@@ -110,7 +107,7 @@ def test_provenance_is_whole_and_names_no_path_of_this_machine(tmp_path):
 
 def test_a_table_shows_units_that_a_person_reads():
     frame = pd.DataFrame([{"read_bytes": 2_000_000, "bytes_per_second": 1.5e9, "text": "a|b\nc"}])
-    text = report.markdown(frame)
+    text = pages.markdown(frame)
     assert "read_MB" in text
     assert "GB/s" in text
     assert "1.5 " in text

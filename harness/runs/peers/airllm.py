@@ -44,14 +44,18 @@ def write(source: RandomWeights, path: Path, scheme: str) -> None:
     last = len(source.experts) + 3  # embeddings, layers, norm, head
     for number, (owner, dense) in enumerate(groups, start=1):
         file_name = f"model-{number:05}-of-{last:05}.safetensors"
-        held = dict(dense)
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
+        dense_tensors = dict(dense)
+        shapes = {
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in dense_tensors.items()
+        }
         outline = _experts(source, owner, partial(_outline, source))
         shapes |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in outline}
         weight_map |= dict.fromkeys(shapes, file_name)
         with open(path / file_name, "wb") as file:
             file.write(header(shapes))
-            for _, tensor in itertools.chain(held.items(), _experts(source, owner, source.expert)):
+            for _, tensor in itertools.chain(
+                dense_tensors.items(), _experts(source, owner, source.expert)
+            ):
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,0 +1,22 @@
+"""Replay recorded routing through the engine's cache code, under every policy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "replay recorded routing"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--traces", type=Path, help="also the shipped small models', and every trace of this folder"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    from harness import reproduce
+
+    folder = reproduce.folder_for("policies" if arguments.traces else "quick")
+    reproduce.run_hit_rates(folder, arguments.command_line, arguments.traces)
+    return folder

@@ -1,0 +1,34 @@
+"""The pictures that README.md and docs/ show: the only ones in git, each beside its CSV.
+
+Nothing lists them but those documents. To show another one, link results/FOLDER/TABLE.png from a
+document; after a new run, or with a new link, `python -m harness draw --figures` draws all of
+them, and they are committed with the CSV.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flashmoe.errors import FlashMoEError
+from harness.report import plots, report
+
+_LINK = re.compile(r"\]\((?:\.\./)?results/([\w.-]+)/([\w.-]+)\.png\)")
+
+
+def shown() -> list[Path]:
+    """Paths of the pictures that the documents link."""
+    root = report.RESULTS.parent
+    documents = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    links = {link for path in documents for link in _LINK.findall(path.read_text())}
+    return [report.RESULTS / folder / f"{name}.png" for folder, name in sorted(links)]
+
+
+def draw() -> list[Path]:
+    """Draw them all from the CSV. Raises FlashMoEError for a link that has no table or picture."""
+    paths = shown()
+    for path in paths:
+        table = path.with_suffix(".csv")
+        if not table.exists() or not plots.draw(path.parent, path.stem, path.parent):
+            raise FlashMoEError(f"a document shows {path.name}, which cannot be drawn: see {table}")
+    return paths

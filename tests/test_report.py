@@ -1,0 +1,152 @@
+"""What is written of a run: its command, its tables, pages, pictures and the index."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flashmoe.errors import FlashMoEError
+from harness import commands
+from harness.__main__ import build_parser, main
+from harness.report import figures, index, pages, report
+
+RECORD = {
+    "command": "python -m harness x", "date": "2026-11-26", "commit": "0123456789abcdef",
+    "uncommitted_changes": False, "versions": {"torch": "2"},
+    "machine": {"cpu": "a", "cores": 2, "memory_gib": 24, "file_system": "ext4"},
+}  # fmt: skip
+
+
+def command_line(words: str) -> str:
+    return commands.command_line(words.split(), build_parser().parse_args(words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("full-scale olmoe-1b-7b --caps 0.25 0.4 --stores /mnt/a", "--caps 0.25 0.4 --stores DIR"),
+        ("full-scale --routing /b/c.npz --sequence c", "full-scale --routing TRACE --sequence c"),
+        ("hit-rates --traces=../traces/", "hit-rates --traces=DIR"),
+        ("quant --texts texts", "quant --texts DIR"),
+        ("run flashmoe --prompt a|b", "run flashmoe --prompt 'a|b'"),
+    ],
+)
+def test_provenance_has_the_command_as_given_but_for_paths(words, written):
+    assert command_line(words).startswith("python -m harness ")
+    assert command_line(words).endswith(written)
+
+
+def test_the_command_that_runs_one_system_imports_nothing_heavy():
+    """It may have little memory: what it needs is imported when it runs."""
+    script = (
+        "import sys; from harness.__main__ import build_parser; build_parser();"
+        "print(*{'torch', 'numpy', 'pandas', 'matplotlib', 'transformers'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "\n", run.stderr
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """One folder of results of a made-up machine."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    folder = report.RESULTS / "here-quick"
+    rows = [
+        {"cap_share": 0.4, "system": "flashmoe", "outcome": "ok", "tokens_per_second": 1.23456,
+         "model": "m", "store_bytes": 1, "hit_rate": 0.123456},
+        {"cap_share": 0.4, "system": "daop", "outcome": "out of memory", "model": "m"},
+    ]  # fmt: skip
+    report.write(folder, "speedups-m", rows)
+    report.write(folder, "tokens-speedups-m", [{"token": 1, "milliseconds": 1.23456}])
+    report.write(folder, "soak", [{"seconds": 1.0, "rss_bytes": 5 << 20}])
+    report.provenance(folder, "speedups-m", RECORD)
+    report.provenance(folder, "soak", RECORD)
+    return folder
+
+
+def test_times_and_speeds_are_written_with_four_digits_all_else_with_six(results):
+    table = report.read(results, "speedups-m")
+    assert table.tokens_per_second[0] == 1.235
+    assert table.hit_rate[0] == 0.123456
+    assert report.read(results, "tokens-speedups-m").milliseconds[0] == 1.235
+
+
+def test_a_page_shows_what_was_run_and_which_runs_were_killed(results, monkeypatch):
+    monkeypatch.setattr(pages.plots, "draw", lambda *of: False)  # the columns here are few
+    text = pages.draw(results).read_text()
+    assert "`python -m harness x`, 2026-11-26, commit 0123456789ab" in text
+    assert "out of memory" in text
+    assert "[speedups-m.csv](../speedups-m.csv), [tokens-speedups-m.csv]" in text
+    assert text.index("## speedups") < text.index("## soak")
+    with pytest.raises(FlashMoEError, match="no results"):
+        pages.draw(results.parent)
+
+
+def test_the_index_is_one_row_a_run(results):
+    index.write()
+    text = (results.parent / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| [here-quick]")]
+    assert len(rows) == 2
+    assert "(here-quick/tokens-speedups-m.csv) | measured | 2026-11-26 | 0123456789ab |" in rows[0]
+
+
+def test_the_committed_index_is_fresh_and_has_every_table():
+    text = (report.RESULTS / "README.md").read_text()
+    assert text == index.text()
+    assert len(text.splitlines()) <= 100
+    for path in report.RESULTS.glob("*/*.csv"):
+        assert f"({path.parent.name}/{path.name})" in text
+
+
+def test_kinds_of_tables_have_a_note_and_at_most_eight_columns():
+    for kind, columns in (pages.COLUMNS | pages.SPECIAL_COLUMNS).items():
+        assert report.evidence(kind) in ("measured", "replayed", "recorded")
+        assert len(columns or ()) <= 8
+    notes = Path(report.__file__).parent / "notes"
+    assert {path.stem for path in notes.iterdir()} == set(pages.COLUMNS)
+
+
+def test_the_committed_pictures_are_those_that_the_documents_show():
+    assert sorted(report.RESULTS.glob("*/*.png")) == sorted(figures.shown())
+    assert not list(report.RESULTS.glob("*/*.svg"))
+
+
+def test_committed_results_are_drawn_elsewhere_on_demand(tmp_path, capsys):
+    folder = min(path.parent for path in report.RESULTS.glob("*/timeline-*.csv"))
+    main(["draw", str(folder), "--out", str(tmp_path)])
+    page = tmp_path / folder.name / "README.md"
+    assert capsys.readouterr().out.strip() == str(page)
+    for name in pages.tables(folder):
+        assert f"/{name}.csv)" in page.read_text()
+    assert (page.parent / "timeline-olmoe-1b-7b.png").stat().st_size > 1000
+
+
+def test_a_link_to_a_picture_that_cannot_be_drawn_is_said(results):
+    (results.parents[1] / "README.md").write_text("![a](results/here-quick/soak.png)")
+    with pytest.raises(FlashMoEError, match=r"soak\.png, which cannot be drawn"):
+        figures.draw()
+
+
+def test_records_are_found_for_what_a_run_writes_beside_its_table():
+    assert report.record_of("timeline-m") == report.record_of("packing-m") == "speedups-m"
+    assert report.record_of("tokens-peers-m-int4") == "peers-m-int4"
+    assert report.record_of("faults-kills") == "faults"
+    assert report.record_of("reader") == "ssd"
+
+
+def test_a_record_replaces_that_of_the_run_before(results):
+    report.provenance(results, "soak", RECORD | {"date": "2027-01-01"})
+    records = json.loads((results / report.RECORDS).read_text())
+    assert list(records) == ["speedups-m", "soak"]
+    assert records["soak"]["date"] == "2027-01-01"
+
+
+def test_units_are_chosen_by_the_largest_value():
+    frame = pd.DataFrame({"a_bytes": [2e10, 1e9], "b_bytes": [2e6, 0], "c_bytes": [48 << 10, None]})
+    header = pages.markdown(frame).splitlines()[0]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["a_GB", "b_MB", "c_kB"]
