@@ -99,7 +99,9 @@ def pack_all(model: nn.Module) -> None:
         return
     n_users = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     same_bits: dict[tuple[int, int, bool], bool] = {}
-    for name, module in list(model.named_modules()):
+    # names, because a list of the modules would keep every plain weight alive until the end
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if type(module) is not nn.Linear or not _is_worth_packing(module.weight):
             continue
         if n_users[id(module.weight)] > 1:  # such as a head's, whose rows the embeddings look up
