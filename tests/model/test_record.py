@@ -38,7 +38,7 @@ def test_a_recording_that_cannot_begin_leaves_no_hook_behind(loaded, monkeypatch
         pass
     assert hooks(model) == before
     model(prompt(3))
-    assert not any(recorder.experts)
+    assert not any(recording.experts)
 
 
 def test_a_recording_that_stops_leaves_no_hook_behind(loaded):
