@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from flashmoe import quant
 from flashmoe.disk.direct_io import drop_page_cache
-from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 

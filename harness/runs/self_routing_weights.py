@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace

@@ -16,11 +16,8 @@ import psutil
 import baselines
 import flashmoe
 from flashmoe import quant
-from flashmoe.engines.transformers.checkpoints.synth import (
-    synthesise,
-    synthesise_store,
-    total_bytes,
-)
+from flashmoe.engines.transformers.checkpoints.named_models import total_bytes
+from flashmoe.engines.transformers.checkpoints.synth import synthesise, synthesise_store
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency.budget import SPARES
 from flashmoe.store import manifest as manifests

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe import quant, trace
-from flashmoe.engines.transformers.checkpoints.synth import config_of, synthesise_store, total_bytes
+from flashmoe.engines.transformers.checkpoints.named_models import config_of, total_bytes
+from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from harness.progress import say

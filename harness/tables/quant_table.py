@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import flashmoe
 from flashmoe import quant
+from flashmoe.engines.transformers.checkpoints.named_models import total_bytes
 from flashmoe.engines.transformers.checkpoints.pack import pack
-from flashmoe.engines.transformers.checkpoints.synth import synthesise_store, total_bytes
+from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
 from flashmoe.store import manifest as manifests
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity

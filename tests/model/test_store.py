@@ -72,7 +72,7 @@ def test_fused_tensors_on_disk_pack_to_the_same_store(checkpoints, stores, tmp_p
         save_file(
             {k: v.contiguous() for k, v in model.state_dict().items()}, fused / "model.safetensors"
         )
-        assert set(source.expert_names) <= set(model.state_dict())
+        assert set(source.expert_parameter_names) <= set(model.state_dict())
     made = pack(fused, tmp_path / "store")
     assert made.layers == manifest.load(stores()).layers
 

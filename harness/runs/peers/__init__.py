@@ -24,7 +24,7 @@ from harness.runs.clock import Clock
 from harness.runs.job import FIRST_TOKEN, Job
 
 if TYPE_CHECKING:  # the programs do without the engine
-    from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+    from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 
 ROOT = Path(__file__).parents[3]
 

@@ -21,7 +21,7 @@ from harness.runs.job import Job
 if TYPE_CHECKING:  # writing happens where the harness is, running where AirLLM is
     import torch
 
-    from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+    from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 
 
 def write(source: RandomWeights, path: Path, scheme: str) -> None:

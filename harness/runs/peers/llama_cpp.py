@@ -15,7 +15,7 @@ from harness.runs import peers
 from harness.runs.job import Job
 
 if TYPE_CHECKING:
-    from flashmoe.engines.transformers.checkpoints.synth import RandomWeights
+    from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 
 
 def write(source: RandomWeights, path: Path, scheme: str) -> None:

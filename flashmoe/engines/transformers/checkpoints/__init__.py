@@ -1,0 +1,13 @@
+"""Models on disk: Hugging Face checkpoints and packed stores.
+
+backends                what lies at a path, opened: a packed store, or a checkpoint read in place
+checkpoint              a checkpoint's tensors, as the model has them
+weight_files            which files hold them, and in which dtype the model computes
+conversion              how tensors on disk become parameters
+expert_tensors          which tensors, and which rows of them, hold an expert
+published_quantisation  whether the weights were published quantised, which is refused
+pack                    from a checkpoint to a store
+synth                   a checkpoint or a store of random weights, for measurements
+named_models            which models `synth` knows, and their configurations
+random_weights          the values that it writes
+"""

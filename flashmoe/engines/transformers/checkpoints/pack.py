@@ -1,10 +1,11 @@
-"""Packs a Hugging Face checkpoint into a store, once it is known that a model can be made of it."""
+"""Packs a Hugging Face checkpoint into a store, after checking that it makes a whole model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.engines.transformers.checkpoints.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.weight_files import REMEDY
 from flashmoe.engines.transformers.model import dense_weights, empty_model
 from flashmoe.quant import NONE
 from flashmoe.store.manifest import Manifest
@@ -16,6 +17,8 @@ def pack(
 ) -> Manifest:
     """Pack the Hugging Face directory `checkpoint` into the directory `store`.
 
+    quant: the name of a scheme of `flashmoe.quant`. progress: called with the bytes of experts
+    that were written, and with those in all.
     Raises FlashMoEError when the checkpoint is unusable, and as `write_store` does; a store that
     was there stays usable then.
     """

@@ -1,4 +1,4 @@
-"""Says whether a checkpoint's weights are quantised, whatever its config.json says."""
+"""Refuses checkpoints that were published quantised: the tensors tell, not config.json."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from flashmoe.store.manifest import dtype_name
 
 _SETTINGS = ("quantization_config", "compression_config")
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MASK_OR_POSITION = (torch.bool, torch.int64)
 _SCALE = re.compile(r"_(scale|scales|scale_inv|scale_2|zero_point|global_scale|absmax)$")
 
 
@@ -25,16 +26,16 @@ def refuse(
     used: Collection[str],
     floats: Collection[str],
 ) -> None:
-    """Raise FlashMoEError where weights are quantised, or where config.json says so in vain.
+    """Raise FlashMoEError where weights are quantised, or where only config.json says so.
 
     tensors: all that is in the files. used: the names of those that the model takes. floats: of
     these, the ones that it computes with as floating point.
     """
-    found = sorted(_signs(tensors, used, floats))
+    quantised = sorted(_quantised_tensors(tensors, used, floats))
     claims = dict(_claims(json.loads((directory / "config.json").read_text()), "config.json"))
     method = ", ".join(dict.fromkeys(claims.values()))
-    if found:
-        name = found[0]
+    if quantised:
+        name = quantised[0]
         raise FlashMoEError(
             f"{directory} is already quantised ({method or 'its config.json does not say how'}; "
             f"{name.rpartition('.')[0] or name} holds {dtype_name(tensors[name].dtype)}), which "
@@ -49,16 +50,16 @@ def refuse(
         )
 
 
-def _signs(
+def _quantised_tensors(
     tensors: Mapping[str, TensorEntry], used: Collection[str], floats: Collection[str]
 ) -> Iterator[str]:
-    """Tensors that only a quantised checkpoint has."""
+    """The names of tensors that only a quantised checkpoint has."""
     for name, entry in tensors.items():
         if name in used:
             if name in floats and entry.dtype not in _PLAIN:
                 yield name
         elif len(entry.shape) > 1 and entry.dtype not in _PLAIN:
-            if entry.dtype not in (torch.bool, torch.int64):  # masks and positions are
+            if entry.dtype not in _MASK_OR_POSITION:
                 yield name
         elif _SCALE.sub("", name) in used and _SCALE.search(name):
             yield name

@@ -1,7 +1,7 @@
 """Which files hold a checkpoint's weights, and in which dtype it computes: as transformers decides.
 
-What `from_pretrained` itself asks is asked here, so that a stale index, a second copy or a missing
-dtype cannot lead to other weights than transformers would load.
+The functions that `from_pretrained` itself calls decide here too, so that a stale index, a second
+copy or a missing dtype cannot lead to other weights than transformers would load.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers.modeling_utils import _get_dtype, _get_resolved_checkpoint_fil
 from flashmoe.errors import FlashMoEError
 
 INDEX_NAME, ADAPTER_NAME = "model.safetensors.index.json", "adapter_config.json"
-_OTHER_KINDS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
+REMEDY = "fetch the checkpoint again"  # in messages about tensors that are missing or damaged
+_WEIGHT_KINDS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
 
 
 def find(directory: Path, config: PretrainedConfig) -> list[Path]:
@@ -70,7 +71,10 @@ def dtype_of(directory: Path, config: PretrainedConfig) -> torch.dtype:
 def _resolved(
     directory: Path, config: PretrainedConfig
 ) -> tuple[list[Path], dict[str, Any] | None]:
-    """What transformers resolves; every name checked to lie within the directory first."""
+    """The weight files that transformers finds, and their metadata.
+
+    Raises FlashMoEError where there are none, or the index names files outside the directory.
+    """
     _check_index(directory / (getattr(config, "transformers_weights", None) or INDEX_NAME))
     try:
         names, metadata = _get_resolved_checkpoint_files(
@@ -86,7 +90,7 @@ def _resolved(
         raise FlashMoEError(
             f"{directory} has no weights to load: {_what_is_there(directory)}"
         ) from None
-    except Exception as error:  # whatever a foreign index makes of it
+    except Exception as error:  # an index that anybody wrote fails in many ways
         raise FlashMoEError(f"{directory / INDEX_NAME} is not a shard index ({error!r})") from None
     extra = [directory / name for name in type(config).extra_files if (directory / name).is_file()]
     return list(dict.fromkeys([*map(Path, names or []), *extra])), metadata
@@ -107,10 +111,13 @@ def _check_index(index: Path) -> None:
 
 
 def _what_is_there(directory: Path) -> str:
-    found = sorted(file.name for kind in _OTHER_KINDS for file in directory.glob(kind))
-    if not found:
+    """The end of a sentence that says that no weights are: what is, and what to do."""
+    names = sorted(file.name for kind in _WEIGHT_KINDS for file in directory.glob(kind))
+    if not names:
         return "fetch model.safetensors, or the shards and their index"
-    shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    if any(name.endswith(".safetensors") for name in found):
-        return f"there is {shown}, but neither model.safetensors nor {INDEX_NAME}: fetch that too"
-    return f"there is {shown}: FlashMoE reads safetensors"
+    examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if any(name.endswith(".safetensors") for name in names):
+        return (
+            f"there is {examples}, but neither model.safetensors nor {INDEX_NAME}: fetch that too"
+        )
+    return f"there is {examples}: FlashMoE reads safetensors"

@@ -14,16 +14,20 @@ from flashmoe.quant import Parameters, Weight
 def weighted_output(
     module: Any, parameters: Parameters, x: torch.Tensor, share: torch.Tensor, precision: Precision
 ) -> torch.Tensor:
-    """What one expert adds for x [n, width], with the router's share [n, 1], as it is added."""
-    output = expert_output(module, parameters, x, precision.computes) * share
-    return output.to(precision.adds)
+    """What one expert adds to the sum for x [n, width]: [n, width], in the dtype of the sum.
+
+    share: the router's weights for it, [n, 1].
+    """
+    output = expert_output(module, parameters, x, precision.compute_dtype) * share
+    return output.to(precision.sum_dtype)
 
 
 def expert_output(
     module: Any, parameters: Parameters, x: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """One expert on x [n, width] -> [n, width].
+    """One expert on x [n, width] -> [n, width], before the router's share.
 
+    module: the experts module, which says how. parameters: of that one expert, by name.
     dtype: of the arithmetic, where it is not that of x and the parameters.
     """
     name = "gate_up_proj" if module.has_gate else "up_proj"
@@ -38,9 +42,10 @@ def expert_output(
 def _linear(
     module: Any, parameters: Parameters, name: str, x: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    bias: Any = parameters[f"{name}_bias"] if module.has_bias else None  # a tensor, if any
+    """x [n, in] -> [n, out] by the weight called `name`, and by its bias if it has one."""
+    bias: Any = parameters[f"{name}_bias"] if module.has_bias else None
     weight = parameters[name]
-    if isinstance(weight, Weight):  # which has a kernel for its own dtype only
+    if isinstance(weight, Weight):  # quantised: its kernel takes x in one dtype only
         out = weight.linear(x)
         return out if bias is None else out + bias
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""Gradients through a layer's experts, whose weights are fetched once more on the way back."""
+"""Gradients through a layer's experts, whose weights are served again in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from flashmoe.engines.transformers.experts.mixture import precision_of
 from flashmoe.quant import Parameters
 
 
-class Experts(Protocol):
-    """Who computes a layer's experts, and can bring their weights again."""
+class ServingExperts(Protocol):
+    """A layer's experts, whose weights can be served once more after the forward pass."""
 
     def run(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
 
     def serve(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> Generator[tuple[int, Parameters], None, None]: ...
+    ) -> Generator[tuple[int, Parameters], None, None]:
+        """Each expert that `index` names, once, with its parameters."""
 
 
 def needed(hidden: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Is anybody going to ask for gradients of these?"""
+    """May a backward pass ask for gradients of these?"""
     return torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
 
 
 def run(
-    experts: Experts,
+    experts: ServingExperts,
     module: nn.Module,
     hidden: torch.Tensor,
     index: torch.Tensor,
@@ -48,16 +50,19 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(
         context: Any,
-        experts: Experts,
+        experts: ServingExperts,
         module: nn.Module,
         hidden: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        context.experts, context.module, kind = experts, module, hidden.device.type
+        context.experts, context.module = experts, module
         context.precision = precision_of(module, hidden, weights)
+        device_type = hidden.device.type
         context.autocast = torch.autocast(
-            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            device_type,
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_enabled(device_type),
         )
         context.save_for_backward(hidden, index, weights)
         return experts.run(module, hidden, index, weights)
@@ -65,9 +70,12 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The weights of slots were overwritten since: each expert is served and computed again."""
+        """gradient [tokens, width] -> those of hidden [tokens, width] and weights [tokens, top_k].
+
+        Slots may hold other experts by now, so each expert is served and computed again.
+        """
         hidden, index, weights = context.saved_tensors
-        of_hidden, of_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
+        hidden_gradient, weights_gradient = torch.zeros_like(hidden), torch.zeros_like(weights)
 
         with closing(context.experts.serve(hidden, index, weights)) as arrivals:
             for expert, parameters in arrivals:
@@ -78,8 +86,8 @@ class _Streamed(torch.autograd.Function):
                     output = weighted_output(
                         context.module, parameters, x, share[:, None], context.precision
                     )
-                # not autograd.grad: a family's own norm behind each expert may be trained too
+                # not autograd.grad, because a norm that follows each expert may be trained too
                 torch.autograd.backward(output, gradient[token].to(output.dtype))
-                of_hidden.index_add_(0, token, x.grad.to(of_hidden.dtype))
-                of_weights[token, position] = share.grad
-        return None, None, of_hidden, None, of_weights
+                hidden_gradient.index_add_(0, token, x.grad.to(hidden_gradient.dtype))
+                weights_gradient[token, position] = share.grad
+        return None, None, hidden_gradient, None, weights_gradient

@@ -12,23 +12,26 @@ from flashmoe.engines.transformers.model import moe_modules
 
 logger = logging.getLogger(__name__)
 
-# Of a prompt only the last tokens vote: a router's work on all of them costs as much again.
+# Only so many of a prompt's last tokens vote, because asking a router about all of them would
+# double its work.
 VOTING_TOKENS = 512
 
 
 class RouterOutput(NamedTuple):
-    """What a router says, in the order in which transformers' routers return it."""
+    """What transformers' routers return, in their order."""
 
     scores: torch.Tensor  # [tokens, experts], logits
-    weights: torch.Tensor  # [tokens, top_k]
-    experts: torch.Tensor  # [tokens, top_k]
+    weights: torch.Tensor  # [tokens, top_k], each expert's share in the sum
+    experts: torch.Tensor  # [tokens, top_k], integers, the likeliest first
 
 
 class Lookahead:
-    """A layer's own router on the layer below's hidden state (mixtral-offloading, DAOP, Fate).
+    """Asks a layer's own router about the hidden state of the layer below.
 
     Residual connections change the hidden state little from one layer to the next, so the
-    guess is mostly right: docs/speed.md has the shares by model.
+    guess is mostly right: docs/speed.md#what-prefetching-does has the shares by model.
+    mixtral-offloading, DAOP and Fate guess in the same way.
+    routers: by layer; None where a layer has none that can be asked.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +41,7 @@ class Lookahead:
         ]
 
     def route(self, layer: int, hidden: torch.Tensor) -> RouterOutput | None:
-        """What `layer` would choose for hidden [tokens, width], another layer's input.
+        """What the router of `layer` says of hidden [tokens, width], another layer's input.
 
         None where the layer has no router that can be asked, or does not exist.
         """
@@ -46,22 +49,21 @@ class Lookahead:
         if router is None:
             return None
         try:
-            output = RouterOutput(
-                *router.forward(hidden)
-            )  # not called: hooks are for the real routing
+            # `forward`, because a call would run the hooks, which are for the real routing
+            output = RouterOutput(*router.forward(hidden))
             if output.experts.is_floating_point() or len(output.experts) != len(hidden):
                 raise TypeError("it does not return logits, weights and experts")
-        except Exception as error:  # a family's router may want more, or return something else
+        except Exception as error:  # a family's router may take more, or return something else
             logger.debug("no guesses for MoE layer %d: %r", layer, error)
             self.routers[layer] = None
             return None
         return output
 
     def likely(self, layer: int, hidden: torch.Tensor) -> list[int] | None:
-        """The experts that `layer` will probably need, those most tokens would choose first.
+        """The experts that `layer` will probably need, the likeliest first.
 
-        hidden [tokens, width] is the layer below's. Of one token, in its router's order. None
-        where `route` has none.
+        hidden [tokens, width] is the layer below's. Of one token, the order is its router's; of
+        several, that of the number of tokens that would choose the expert. None as for `route`.
         """
         output = self.route(layer, hidden[-VOTING_TOKENS:])
         if output is None:
@@ -73,7 +75,10 @@ class Lookahead:
 
 
 def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:
-    """The sibling of an experts module that scores its experts, if it also picks them."""
+    """The sibling of an experts module that scores its experts and chooses among them.
+
+    A plain linear layer is none: it returns scores, and another module chooses.
+    """
     count = moe_modules.n_experts(experts)
     for sibling in model.get_submodule(name.rpartition(".")[0]).children():
         weight = getattr(sibling, "weight", None)

@@ -19,18 +19,19 @@ from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_out
 from flashmoe.engines.transformers.experts.precision import Example, Precision, find_precision
 from flashmoe.quant import Parameters
 
-# The tokens that chose an expert [n], and for each its position in top_k [n]. Of one token that
-# decodes: None, and a number, since indexing would take as long as the arithmetic.
+# The tokens that chose an expert [n], and for each the expert's position in top_k [n]. Of a lone
+# token: None and a number, because indexing would take as long as the arithmetic.
 Choices = tuple[torch.Tensor, torch.Tensor] | tuple[None, int]
 
 
 class Mixture:
-    """hidden [tokens, width] through the experts of index [tokens, top_k], shares in weights.
+    """The weighted sum of experts' outputs for hidden [tokens, width].
 
+    index [tokens, top_k] names the experts of each token, weights [tokens, top_k] their shares.
     `add` each expert that `index` names once, in any order and from any thread; then take the
     `total`. Beside the result it takes memory for one expert's arithmetic, and for each output
-    that comes before its turn. Raises FlashMoEError when the module's own arithmetic is none that
-    is known here.
+    that comes before its turn. Raises FlashMoEError when the module's own forward computes in a
+    way that `find_precision` does not know.
     """
 
     def __init__(
@@ -41,17 +42,17 @@ class Mixture:
         weights: torch.Tensor,
         precision: Precision | None = None,
     ) -> None:
-        """precision: default, that of the module's own forward."""
+        """module: the experts module. precision: default, that of its own forward."""
         self.module = module
         self.hidden = hidden
         self.weights = weights
         self.precision = precision or precision_of(module, hidden, weights)
-        self._choices = _by_expert(index)
-        sums = torch.zeros_like(hidden, dtype=self.precision.adds)  # [tokens, width]
+        self._choices = _choices_by_expert(index)
+        sums = torch.zeros_like(hidden, dtype=self.precision.sum_dtype)  # [tokens, width]
         self._sum = OrderedSum(sums, sorted(self._choices))
 
     def add(self, expert: int, parameters: Parameters) -> None:
-        """Compute one expert; its parameters are needed until this returns."""
+        """Compute one expert and add its output; its parameters are needed until this returns."""
         tokens, positions = self._choices[expert]
         if tokens is None:
             x, share = self.hidden, self.weights[:, positions, None]
@@ -61,16 +62,16 @@ class Mixture:
         self._sum.add(expert, tokens, output)
 
     def total(self) -> torch.Tensor:
-        """[tokens, width], once every expert was added."""
+        """The sum [tokens, width] in the dtype of `hidden`, once every expert was added."""
         return self._sum.value.to(self.hidden.dtype)
 
 
 def precision_of(module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor) -> Precision:
     """In which dtypes `module` computes; raises what `Mixture` raises."""
-    return find_precision(module, hidden, weights, _of_example)
+    return find_precision(module, hidden, weights, _example_total)
 
 
-def _of_example(
+def _example_total(
     example: Example,
     hidden: torch.Tensor,
     index: torch.Tensor,
@@ -84,14 +85,17 @@ def _of_example(
 
 
 def most_waiting_bytes(model: PreTrainedModel) -> int:
-    """Of outputs that wait for their turn in the sum, at float32: see `LONG_CHOICES`."""
+    """The most bytes of outputs that wait for their turn in the sum: see `LONG_CHOICES`.
+
+    They are counted at float32, the widest dtype of a sum.
+    """
     return LONG_CHOICES * getattr(model.config.get_text_config(), "hidden_size", 0) * 4
 
 
-def _by_expert(index: torch.Tensor) -> dict[int, Choices]:
-    """Who chose each expert, of index [tokens, top_k], in the order in which eager takes them.
+def _choices_by_expert(index: torch.Tensor) -> dict[int, Choices]:
+    """Who chose each expert, of index [tokens, top_k], in the order of transformers' `eager`.
 
-    That is by position in top_k, then by token: the order of rows may decide the last bit of a
+    That is by position in top_k, then by token. The order of rows may decide the last bit of a
     matrix product.
     """
     tokens, top_k = index.shape
@@ -112,8 +116,8 @@ def _by_expert(index: torch.Tensor) -> dict[int, Choices]:
 class OrderedSum:
     """Adds experts' outputs in ascending order of expert; one that comes early waits its turn.
 
-    value [tokens, width] is the sum once all of `experts` (ascending) were added; `early` are
-    those that wait. Several threads may add.
+    value [tokens, width] is the sum once all of `experts` (ascending) were added. early: the
+    outputs that wait, by expert. Several threads may add.
     """
 
     def __init__(self, value: torch.Tensor, experts: list[int]) -> None:
@@ -123,7 +127,7 @@ class OrderedSum:
         self._lock = threading.Lock()
 
     def add(self, expert: int, tokens: torch.Tensor | None, output: torch.Tensor) -> None:
-        """Add output [n, width] to the sums of these tokens (None: of all), or when it is due."""
+        """Add output [n, width] to the sums of these tokens [n] (None: of all) in its turn."""
         with self._lock:
             self.early[expert] = tokens, output
             while self._turns and self._turns[-1] in self.early:

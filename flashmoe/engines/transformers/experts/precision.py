@@ -1,9 +1,9 @@
-"""In which dtypes a family's own experts compute: its `eager` forward is the rule, tried once.
+"""Finds in which dtypes a family's own experts compute, by running their forward on an example.
 
 Most families multiply and add in the model's dtype; some add in float32, some do all in it, some
-in whichever dtype the router's weights have. Which it is stands nowhere but in their code. So
-each experts module runs that code on a small example, and FlashMoE takes the precision in which
-its own arithmetic gives the same bits; where none does, the family is refused.
+in whichever dtype the router's weights have. Nothing but their code says which. So each experts
+module runs that code on a small example, and FlashMoE takes the precision in which its own
+arithmetic gives the same bits. Where none does, the family is refused.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import nn
 
 from flashmoe.errors import FlashMoEError
 
-EXPERTS, TOP_K, TOKENS, INTERMEDIATE = 4, 3, 16, 8  # of the example; as wide as the model
+# The sizes of the example, whose hidden states are as wide as the model's.
+EXPERTS, TOP_K, TOKENS, INTERMEDIATE = 4, 3, 16, 8
 
 
 class Precision(NamedTuple):
     """The dtypes of a layer's arithmetic."""
 
-    computes: torch.dtype | None  # weights and hidden states are cast to it; None: left as they are
-    adds: torch.dtype  # of the sum of the experts' outputs
+    compute_dtype: torch.dtype | None  # of an expert's arithmetic; None: as its inputs are
+    sum_dtype: torch.dtype  # of the sum of the experts' outputs
 
 
 # (module, hidden [tokens, width], index and weights [tokens, top_k], precision) -> hidden's shape
@@ -33,9 +34,10 @@ Arithmetic = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, Precision]
 def find_precision(
     module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
 ) -> Precision:
-    """That of `module` for hidden states and router weights such as these; tried once.
+    """The precision of `module` for hidden states and router weights of these dtypes.
 
-    Raises FlashMoEError when `arithmetic` equals the module's own in no precision.
+    It is found once, and kept with the module. arithmetic: the computation that is to equal the
+    module's own; raises FlashMoEError where it does so in no precision.
     """
     by_dtypes: dict[tuple[torch.dtype, torch.dtype], Precision]
     by_dtypes = vars(module).setdefault("flashmoe_precision", {})
@@ -49,7 +51,8 @@ def find_precision(
 def _try_each(
     module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, arithmetic: Arithmetic
 ) -> Precision:
-    generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay
+    # a generator of its own leaves the user's random numbers as they were
+    generator = torch.Generator().manual_seed(0)
 
     def random(like: torch.Tensor, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(like.device, like.dtype)
@@ -73,7 +76,7 @@ def _try_each(
 
 
 def _shapes(module: nn.Module, width: int) -> dict[str, tuple[int, ...]]:
-    """Of one expert's parameters in the example, by name; see `expert_arithmetic.expert_output`."""
+    """The shapes of one expert's parameters, by the names that `expert_output` asks for."""
     gated = bool(module.has_gate)
     up, rows = ("gate_up_proj", 2 * INTERMEDIATE) if gated else ("up_proj", INTERMEDIATE)
     shapes: dict[str, tuple[int, ...]] = {up: (rows, width), "down_proj": (width, INTERMEDIATE)}
@@ -85,11 +88,11 @@ def _shapes(module: nn.Module, width: int) -> dict[str, tuple[int, ...]]:
 
 
 class Example:
-    """An experts module of few small experts; in all else it is `module`."""
+    """An experts module of few small experts; everything else is `module`'s."""
 
     def __init__(self, module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
         self.module = module
-        self.parameters = parameters  # by name, the first dimension being the expert
+        self.parameters = parameters  # [experts, ...], by name
         self.num_experts = EXPERTS
 
     def __getattr__(self, name: str) -> Any:

@@ -18,7 +18,10 @@ from flashmoe.residency.residency import Residency
 
 
 class StreamedExperts:
-    """One layer's experts: `forward` stands in for the module's own."""
+    """One layer's experts: `forward` stands in for the module's own.
+
+    number: of the layer, counted among the MoE layers from 0.
+    """
 
     def __init__(self, number: int, residency: Residency, lookahead: Lookahead) -> None:
         self.number = number
@@ -53,9 +56,9 @@ class StreamedExperts:
     ) -> Generator[tuple[int, Parameters], None, None]:
         """Each expert that `index` names, once, with its parameters when they are in a slot."""
         with self.residency.lock:
-            # on an accelerator this waits for all that was computed so far, so that no slot whose
-            # expert is evicted now is still being read
+            # On an accelerator this waits for all earlier arithmetic, so that no slot is
+            # overwritten while a kernel still reads it.
             rows = index.cpu().numpy()
-            scores = weights.detach().float().cpu().numpy()
+            shares = weights.detach().float().cpu().numpy()
             likely = partial(self.lookahead.likely, self.number + 1, hidden)
-            yield from self.residency.serve(self.number, rows, scores, likely)
+            yield from self.residency.serve(self.number, rows, shares, likely)

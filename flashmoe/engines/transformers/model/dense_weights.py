@@ -27,13 +27,15 @@ def fill(
     remedy: str,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Weights, buffers and generation settings; its experts' parameters become placeholders.
+    """Give `model` its weights, buffers and generation settings, but for the experts.
 
-    model: fresh from `empty_model.build`. tensors: by the model's own names. path: where they are
-    from; remedy: what to do when it lacks some. transformers ties weights, casts them and
-    initialises what no checkpoint holds (such as rotary frequencies) as in `from_pretrained`.
-    Raises FlashMoEError when a weight is missing, where transformers would draw it at random, or
-    does not fit. A persistent buffer that is missing gets its family's default, with a warning.
+    model: fresh from `empty_model.build`; its experts' parameters become placeholders.
+    tensors: everything that belongs to no expert, by the model's own names.
+    path: the directory that they are from. remedy: what to do when some are missing, for messages.
+    transformers ties weights, casts them and initialises what no checkpoint holds (such as rotary
+    frequencies) as in `from_pretrained`.
+    Raises FlashMoEError when a weight does not fit, or is missing, where transformers would draw
+    it at random. A persistent buffer that is missing gets its family's default, with a warning.
     """
     _load(model, dict(tensors), path, remedy, torch.device(device))
     packed_linear.pack_all(model)
@@ -46,9 +48,9 @@ def check_complete(
     path: Path,
     remedy: str,
 ) -> None:
-    """Raise FlashMoEError where `tensors`, on the meta device, would not fill `model`.
+    """Raise FlashMoEError where `fill` would, were `tensors` not on the meta device.
 
-    model: fresh from `empty_model.build`; it is used up.
+    model: fresh from `empty_model.build`, and of no use afterwards.
     """
     _load(model, dict(tensors), path, remedy, torch.device("meta"))
 
@@ -70,16 +72,16 @@ def _load(
         weight_mapping=[],  # the tensors have the model's own names
     )
     with _no_progress_bar():
-        found, _ = model._load_pretrained_model(model, tensors, None, config)
-        found.missing_keys -= experts
-        if found.mismatched_keys:
-            name, given, wanted = min(found.mismatched_keys)
+        info, _ = model._load_pretrained_model(model, tensors, None, config)
+        info.missing_keys -= experts
+        if info.mismatched_keys:
+            name, shape, expected = min(info.mismatched_keys)
             raise FlashMoEError(
-                f"{path}: {name} has shape {list(given)} on disk, the model wants {list(wanted)}; "
-                "config.json and weights do not match"
+                f"{path}: {name} has shape {list(shape)} on disk, the model wants "
+                f"{list(expected)}; config.json and weights do not match"
             )
-        _refuse_missing(model, found.missing_keys, path, remedy)
-        model._finalize_model_loading(model, config, found)
+        _refuse_missing(model, info.missing_keys, path, remedy)
+        model._finalize_model_loading(model, config, info)
 
 
 def _refuse_missing(
@@ -87,10 +89,10 @@ def _refuse_missing(
 ) -> None:
     """Raise FlashMoEError for a parameter that transformers would draw at random, before it does.
 
-    Weights that are tied to one that is there are none, and buffers get their family's default.
+    It draws none that is tied to one on disk, and gives buffers their family's default.
     """
     ties, buffers = model.all_tied_weights_keys, {name for name, _ in model.named_buffers()}
-    there = set(model.state_dict()) - missing
+    present = set(model.state_dict()) - missing
     for name in sorted(missing):
         source = ties.get(name, name)
         if name in buffers:
@@ -100,28 +102,28 @@ def _refuse_missing(
                 path,
                 name,
             )
-        elif not there & {source, *(tied for tied, other in ties.items() if other == source)}:
+        elif not present & {source, *(tied for tied, other in ties.items() if other == source)}:
             raise FlashMoEError(f"{path} lacks the tensor {name}; {remedy}")
 
 
 def _put_placeholders(model: nn.Module, device: torch.device) -> set[str]:
-    """In place of the experts' parameters, whose full names are returned."""
+    """Replace the experts' parameters by placeholders; returns their full names."""
     names = moe_modules.expert_parameter_names(model)
     for module, name in names.values():
         parameter = StreamedParameter(model.get_parameter(f"{module}.{name}"), device)
-        parameter._is_hf_initialized = True  # for transformers: no values are to be drawn
+        parameter._is_hf_initialized = True  # so that transformers draws no values for it
         model.get_submodule(module).register_parameter(name, parameter)
     return set(names)
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
+    was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             transformers_logging.enable_progress_bar()
 
 
@@ -130,7 +132,7 @@ def _take_generation_settings(model: transformers.PreTrainedModel, path: Path) -
         return
     try:
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    except Exception as error:  # JSON that is none, or settings that contradict each other
+    except Exception as error:  # such as broken JSON, or settings that contradict each other
         raise FlashMoEError(
             f"{path / 'generation_config.json'} cannot be used ({error}): mend or remove it"
         ) from None

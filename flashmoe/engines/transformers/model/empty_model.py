@@ -18,9 +18,9 @@ from flashmoe.errors import FlashMoEError
 
 
 def read_config(directory: Path) -> transformers.PretrainedConfig:
-    """The model's configuration; no code of the checkpoint is run.
+    """The configuration of the model in `directory`; no code of the checkpoint is run.
 
-    Raises FlashMoEError when it is missing or unknown to transformers.
+    Raises FlashMoEError when it is missing, or transformers does not know its kind.
     """
     path = directory / "config.json"
     try:
@@ -42,14 +42,14 @@ def read_config(directory: Path) -> transformers.PretrainedConfig:
 def build(
     config: transformers.PretrainedConfig, dtype: torch.dtype | None = None
 ) -> transformers.PreTrainedModel:
-    """The model that `config` names, as `from_pretrained` begins with it: all on the meta device.
+    """The model that `config` names, all of it on the meta device, as `from_pretrained` begins.
 
     dtype: in which it computes; default: what `config` says, else float32. Parameters and
-        persistent buffers have it, but for the families' own float32 exceptions.
-    Raises FlashMoEError when transformers has no such model, or the configuration makes none.
+        persistent buffers have it, but for those that the family keeps in float32.
+    Raises FlashMoEError when transformers has no such model, or cannot make it.
     """
     model_class, config = _model_class(config)
-    # written into the sub-configurations too
+    # transformers' own function, because it writes the dtype into the sub-configurations too
     config, dtype = _get_dtype(
         dtype or config.dtype or torch.float32, None, config, None, None, True
     )
@@ -65,10 +65,10 @@ def build(
             "it is damaged, or of another model"
         ) from None
     if plan := model._get_dtype_plan(dtype):
-        pattern, kept, _ = build_glob_alternation(list(plan))
+        pattern, glob_of_group, _ = build_glob_alternation(list(plan))
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if found := pattern.search(name):
-                tensor.data = tensor.data.to(plan[kept[str(found.lastgroup)]])
+            if match := pattern.search(name):
+                tensor.data = tensor.data.to(plan[glob_of_group[str(match.lastgroup)]])
     return model.eval()
 
 
@@ -84,23 +84,24 @@ def _model_class(config: transformers.PretrainedConfig):  # type: ignore[no-unty
         model_class = mapping[type(config)]
     else:
         model_class = _named_class(config, config.architectures[0])
-    wanted = model_class.config_class
+    config_class = model_class.config_class
     for part in (config, config.get_text_config()):
-        if isinstance(part, wanted):
+        if isinstance(part, config_class):
             return model_class, part
     raise FlashMoEError(
         f"config.json names the architecture {model_class.__name__}, which takes a "
-        f"{wanted.model_type!r} configuration, but is one of {config.model_type!r}"
+        f"{config_class.model_type!r} configuration, but is one of {config.model_type!r}"
     )
 
 
 def _named_class(config: transformers.PretrainedConfig, name: object):  # type: ignore[no-untyped-def]
+    """transformers' model class of that name, public or of the configuration's own family."""
     family = type(config).__module__.replace(".configuration_", ".modeling_")
-    places = [transformers, *([importlib.import_module(family)] if _exists(family) else [])]
-    for place in places:
-        found = getattr(place, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+    modules = [transformers, *([importlib.import_module(family)] if _exists(family) else [])]
+    for module in modules:
+        candidate = getattr(module, str(name), None)
+        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
+            return candidate
     raise FlashMoEError(
         f"config.json names the architecture {name!r}, which transformers "
         f"{transformers.__version__} does not have: code of a checkpoint's own is not run"

@@ -23,7 +23,7 @@ _TOP_K_NAMES = (
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose experts go through transformers' ExpertsInterface, by name, in order.
 
-    `use_experts_implementation` gives each the attributes looked for here.
+    They are told by the attributes that transformers' `use_experts_implementation` gives them.
     """
     return {
         name: module
@@ -33,12 +33,12 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def n_experts(module: nn.Module) -> int:
-    """Experts of one module that `expert_modules` found."""
+    """The number of experts of one of the `expert_modules`."""
     return int(module.num_experts)  # type: ignore[arg-type]
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose first dimension is the expert."""
+    """The parameters [experts, ...] of one of the `expert_modules`, by their names in it."""
     count = n_experts(module)
     return {
         name: parameter
@@ -48,7 +48,7 @@ def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def expert_parameter_names(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Full name of every parameter of experts -> (module's name, parameter's name)."""
+    """The full name of every experts' parameter -> (module's name, parameter's name in it)."""
     return {
         f"{module_name}.{name}": (module_name, name)
         for module_name, module in expert_modules(model).items()
@@ -57,7 +57,10 @@ def expert_parameter_names(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def top_k(config: transformers.PretrainedConfig) -> int:
-    """Experts per token, under whichever name the family's configuration has for it."""
+    """Experts per token, under whichever name the family's configuration has for it.
+
+    Raises FlashMoEError where it has none of the names in use.
+    """
     text = config.get_text_config()
     for name in _TOP_K_NAMES:
         value = getattr(text, name, None)
@@ -71,7 +74,7 @@ def top_k(config: transformers.PretrainedConfig) -> int:
 def describe(
     model: transformers.PreTrainedModel, config: transformers.PretrainedConfig
 ) -> ModelDescription:
-    """What a store says of `model`; config: all of its configuration.
+    """What a store records of `model`; config: all of its configuration.
 
     Raises FlashMoEError where the configuration does not say how many experts a token uses.
     """

@@ -1,4 +1,4 @@
-"""nn.Linear whose bfloat16 weight lies as oneDNN multiplies it, where that gives the same bits."""
+"""Linear layers whose bf16 weight lies as oneDNN multiplies it, where the bits stay the same."""
 
 from __future__ import annotations
 
@@ -12,63 +12,71 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# oneDNN rearranges a plain bf16 weight at each product. Rearranged beforehand it multiplies one
-# token 1.4 to 1.5 times as fast from DRAM (14-15 and 20-22 GB/s on two cores of an EPYC), 160
-# tokens as fast as before. A weight below this lies in a cache, or is a router's, which some
-# families read in place of calling.
-PAYS_FROM_BYTES = 1 << 20
-_TRIED_ROWS = (1, 2, 3, 8, 17, 40)  # tokens for which both must agree, once for each shape
+# Smaller weights stay in the processor's cache, or are a router's, which some families read
+# instead of calling it (docs/speed.md#packed-weights).
+PACK_FROM_BYTES = 1 << 20
+_TRIAL_ROWS = (1, 2, 3, 8, 17, 40)  # numbers of tokens for which plain and packed must agree
 
 
 class PackedLinear(nn.Linear):
-    """Computes what the nn.Linear did from which it was made, faster; no gradients.
+    """Computes the same bits as the nn.Linear that it was made of, faster; no gradients.
 
-    As soon as anybody wants its parameters, or a gradient through it, it becomes that nn.Linear
-    again, for good: same object, same hooks.
+    READING `weight`, `bias` OR THE PARAMETERS CHANGES THE LAYER: this object becomes a plain
+    nn.Linear again, for good, with its hooks. So do a gradient, autocast or another dtype, a move
+    or cast, a copy and pickling. Libraries may therefore use it as any linear layer. Whoever wants
+    it to stay packed asks only for `in_features`, `out_features` and the product.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
+        """linear: bfloat16, on the CPU; it stays as it is.
+
+        Raises AttributeError or RuntimeError where this torch, or this processor, cannot pack.
+        """
         super(nn.Linear, self).__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # past nn.Module's own bookkeeping, which would list them as parameters
         frozen = not linear.weight.requires_grad
-        self.__dict__.update(_packed=_pack(linear.weight), _bias=linear.bias, _frozen=frozen)
+        self.__dict__.update(_packed=_rearranged(linear.weight), _bias=linear.bias, _frozen=frozen)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it knows not oneDNN's layout
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot trace oneDNN's layout
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]"""
+        """input [..., in] -> [..., out]."""
         wants_gradient = torch.is_grad_enabled() and (input.requires_grad or not self._frozen)
         if wants_gradient or input.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
-            return F.linear(input, self.weight, self.bias)
+            plain = self.unpack()
+            return F.linear(input, plain.weight, plain.bias)
         return _product(input, self.__dict__["_packed"], self.__dict__["_bias"])
 
     def unpack(self) -> nn.Linear:
-        """Become an ordinary nn.Linear. Returns itself."""
-        own = self.__dict__
-        weight = nn.Parameter(own.pop("_packed").to_dense(), requires_grad=not own.pop("_frozen"))
-        own["_parameters"] = {"weight": weight, "bias": own.pop("_bias")}
+        """Become a plain nn.Linear, for good; the result is this object."""
+        state = self.__dict__
+        dense = state.pop("_packed").to_dense()
+        weight = nn.Parameter(dense, requires_grad=not state.pop("_frozen"))
+        state["_parameters"] = {"weight": weight, "bias": state.pop("_bias")}
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """[out, in], bfloat16."""
+        """[out, in], bfloat16. Reading it unpacks this layer for good: see the class."""
         return self.unpack().weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """[out], bfloat16, if any. Reading it unpacks this layer for good: see the class."""
         return self.unpack().bias
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        """nn.Module's own, by which it lists and copies. Reading them unpacks this layer."""
         return self.unpack()._parameters
 
     @_parameters.setter
-    def _parameters(self, none: dict[str, nn.Parameter | None]) -> None:
-        """nn.Module begins with none."""
+    def _parameters(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        """Ignored: nn.Module's constructor sets an empty dict."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts, such as `.to(device)`: those that change nothing leave it packed."""
+        """Moves and casts, such as `.to(device)`; those that change nothing leave it packed."""
         probe = torch.empty(1, dtype=torch.bfloat16)
         if fn(probe) is probe and not probe.is_shared():
             return self
@@ -83,26 +91,34 @@ class PackedLinear(nn.Linear):
 
 
 def pack_all(model: nn.Module) -> None:
-    """Pack the linear layers of a filled model, in place, where it pays and changes no bit.
+    """Pack the linear layers of a filled model, in place, where it is faster and changes no bit.
 
-    One after the other, and the heap trimmed after each: the holes that they leave do not hold
-    the next one, so that OLMoE's 1.0 GB of dense weights took 1.5.
+    The heap is trimmed after each, because the holes that plain weights leave hold no packed one.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    n_users = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     same_bits: dict[tuple[int, int, bool], bool] = {}
-    for name, module in list(model.named_modules()):
-        # not those that share their weight, such as a head's with the embeddings, who look up rows
-        pays = type(module) is nn.Linear and uses[id(module.weight)] == 1 and _pays(module.weight)
-        if pays and (packed := _packed(module, same_bits)):
+    # names, because a list of the modules would keep every plain weight alive until the end
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
+        if type(module) is not nn.Linear or not _is_worth_packing(module.weight):
+            continue
+        if n_users[id(module.weight)] > 1:  # such as a head's, whose rows the embeddings look up
+            continue
+        if packed := _packed_if_same_bits(module, same_bits):
             model.set_submodule(name, packed)
-            del module
+            del module  # its weight is to be gone before the heap is trimmed
             _trim_heap()
 
 
-def _packed(linear: nn.Linear, same_bits: dict[tuple[int, int, bool], bool]) -> PackedLinear | None:
-    """Packed, if that gives the same bits, which is tried once for each shape."""
+def _packed_if_same_bits(
+    linear: nn.Linear, same_bits: dict[tuple[int, int, bool], bool]
+) -> PackedLinear | None:
+    """None where packing would change a bit, or cannot be done here.
+
+    same_bits: what was tried so far, by (out, in, has a bias); each shape is tried once.
+    """
     shape = (linear.out_features, linear.in_features, linear.bias is not None)
     if not same_bits.get(shape, True):
         return None
@@ -110,39 +126,41 @@ def _packed(linear: nn.Linear, same_bits: dict[tuple[int, int, bool], bool]) -> 
         packed = PackedLinear(linear)
         if shape not in same_bits:
             same_bits[shape] = _same_bits(linear, packed)
-    except (AttributeError, RuntimeError):  # this torch, or this processor, has no such kernel
+    except (AttributeError, RuntimeError):  # of PackedLinear: there is no such kernel here
         same_bits[shape] = False
     return packed if same_bits[shape] else None
 
 
-def _pays(weight: torch.Tensor) -> bool:
-    large = weight.nbytes >= PAYS_FROM_BYTES
+def _is_worth_packing(weight: torch.Tensor) -> bool:
+    large = weight.nbytes >= PACK_FROM_BYTES
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and large
 
 
 @torch.no_grad()
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def _rearranged(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] in oneDNN's own layout."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
     return packed
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., in] -> [..., out]."""
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out
 
 
 @torch.inference_mode()
 def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:
-    """Tried on this machine, for which kernels are used is decided by its processor."""
+    """Tried on this machine, because the processor decides which kernels multiply."""
     generator = torch.Generator().manual_seed(0)
-    tried = (
+    trials = (
         torch.randn(rows, linear.in_features, generator=generator).bfloat16()
-        for rows in _TRIED_ROWS
+        for rows in _TRIAL_ROWS
     )
-    return all(torch.equal(linear(x), packed(x)) for x in tried)
+    return all(torch.equal(linear(x), packed(x)) for x in trials)
 
 
 def _trim_heap() -> None:
-    """Return what was freed within the heap to the system, where the C library can (glibc)."""
+    """Return the heap's free memory to the system, where the C library (glibc) can."""
     with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # 0.2 to 1 ms
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a model whose experts stay on the SSD does not let libraries do to it."""
+"""Refuses what libraries cannot do to a model whose experts stay on the SSD."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ Change = Callable[[torch.Tensor], torch.Tensor]  # such as a move to a device, o
 
 
 def protect(model: transformers.PreTrainedModel) -> None:
-    """Moves, casts and saving are harmless or refused with a sentence, before anything is done.
+    """From now on `model` refuses moves, casts and saving that would need its experts' values.
 
-    That holds for the model and for every part of it with experts in it.
+    They raise FlashMoEError before anything is done. That holds for the model and for every part
+    of it with experts in it. What changes nothing, and saving an adapter, goes on.
     """
     for name in moe_modules.expert_modules(model):
         experts = model.get_submodule(name)
         experts._apply = partial(_apply_to_rest, experts)  # type: ignore[method-assign]
         while name:
             name = name.rpartition(".")[0]
-            above = model.get_submodule(name)
-            above._apply = partial(_apply_if_harmless, above)  # type: ignore[method-assign]
+            parent = model.get_submodule(name)
+            parent._apply = partial(_apply_if_harmless, parent)  # type: ignore[method-assign]
     model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
     model.push_to_hub = partial(_push_to_hub, model)  # type: ignore[method-assign]
 
 
 def _apply_if_harmless(module: nn.Module, change: Change, recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, by which `.to()`, `.half()`, `.cuda()` and their like do all they do."""
-    for tensor in {(t.device, t.dtype): t for t in _held(module)}.values():
+    """`nn.Module._apply`, which `.to()`, `.half()`, `.cuda()` and their like all call."""
+    for tensor in {(t.device, t.dtype): t for t in _tensors_in_memory(module)}.values():
         probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         try:
-            changed = change(probe)
-            where = f"to {changed.dtype} on {changed.device}"
-            same = (changed.device, changed.dtype) == (probe.device, probe.dtype)
+            result = change(probe)
+            where = f"to {result.dtype} on {result.device}"
+            same = (result.device, result.dtype) == (probe.device, probe.dtype)
         except Exception as error:  # such as a device that is not there
             where, same = f"there ({error})", False
         if not same:
@@ -52,17 +53,18 @@ def _apply_if_harmless(module: nn.Module, change: Change, recurse: bool = True) 
     return type(module)._apply(module, change, recurse)
 
 
-def _held(module: nn.Module) -> Iterator[torch.Tensor]:
-    """What there is to change, without taking packed layers apart."""
+def _tensors_in_memory(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers that a change would reach; packed layers are left packed."""
     for part in module.modules():
-        for held in (part.__dict__.get("_parameters") or {}, part._buffers):
-            for tensor in held.values():
+        # not by `part._parameters`, which would unpack a PackedLinear
+        for tensors in (part.__dict__.get("_parameters") or {}, part._buffers):
+            for tensor in tensors.values():
                 if tensor is not None and not isinstance(tensor, StreamedParameter):
                     yield tensor
 
 
 def _apply_to_rest(module: nn.Module, change: Change, recurse: bool = True) -> nn.Module:
-    """To all of an experts module that is in memory."""
+    """`nn.Module._apply` to all of an experts module but its streamed parameters."""
     streamed = {n: p for n, p in module._parameters.items() if isinstance(p, StreamedParameter)}
     for name in streamed:
         module._parameters[name] = None
@@ -75,7 +77,7 @@ def _apply_to_rest(module: nn.Module, change: Change, recurse: bool = True) -> n
 def _save_pretrained(
     model: transformers.PreTrainedModel, save_directory: Any, *arguments: Any, **named: Any
 ) -> None:
-    """Adapters are saved as ever; a model is not."""
+    """Saves an adapter as transformers does; refuses to save the model."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         _refuse_saving(model)
     type(model).save_pretrained(model, save_directory, *arguments, **named)

@@ -1,4 +1,4 @@
-"""Puts another's computing in the place of an experts module's own forward."""
+"""Lets an experts module compute with weights that are not in it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flashmoe.engines.transformers.model.streamed_parameter import StreamedParam
 from flashmoe.errors import FlashMoEError
 
 
-class Experts(Protocol):
-    """Who computes for an experts module whose weights are not in it."""
+class ExpertsForward(Protocol):
+    """What computes in the place of an experts module's own forward."""
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -22,38 +22,39 @@ class Experts(Protocol):
         """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
 
 
-def install(module: nn.Module, experts: Experts) -> None:
+def install(module: nn.Module, experts: ExpertsForward) -> None:
     """From now on `experts` computes what `module` is asked for.
 
-    The configuration is left alone, so that a plain model can be made of it.
+    That raises FlashMoEError where the module's parameters were replaced, adapted or made
+    trainable. The configuration is left alone, so that a plain model can be made of it.
     """
     names = tuple(moe_modules.expert_parameters(module))
     module.forward = partial(_forward, module, names, experts)  # type: ignore[method-assign]
 
 
 def uninstall(module: nn.Module) -> None:
-    """From now on `module` says that its engine was closed."""
+    """From now on `module` raises FlashMoEError: its engine was closed."""
     module.forward = _closed  # type: ignore[method-assign]
 
 
-# which experts are read depends on data: compiled code steps aside here
+# Which experts are read depends on data, so torch.compile cannot trace this.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     module: nn.Module,
     names: tuple[str, ...],
-    experts: Experts,
+    experts: ExpertsForward,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    own = [module._parameters.get(name) for name in names]
-    if any(type(parameter) is not StreamedParameter for parameter in own):
+    parameters = [module._parameters.get(name) for name in names]
+    if any(type(parameter) is not StreamedParameter for parameter in parameters):
         raise FlashMoEError(
             f"the weights of {type(module).__name__} were replaced or adapted, but FlashMoE "
             "computes with those on the SSD: put adapters (LoRA) on other layers, such as attention"
         )
     if torch.is_grad_enabled() and any(
-        parameter.requires_grad for parameter in own if parameter is not None
+        parameter.requires_grad for parameter in parameters if parameter is not None
     ):
         raise FlashMoEError(
             "the experts' weights cannot be trained, since they stay on the SSD: leave their "

@@ -10,6 +10,7 @@ from torch import nn
 
 from flashmoe.errors import FlashMoEError
 
+# Attributes of torch.Tensor that need no values. Those that this torch lacks are passed over.
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset",
     "is_floating_point", "is_complex", "is_contiguous", "is_shared", "is_pinned", "is_inference",
@@ -25,10 +26,11 @@ _PROPERTIES = (
 
 
 class StreamedParameter(nn.Parameter):
-    """Tells shape, dtype and device of all experts' parameter; whatever needs values is refused.
+    """Has the shape, dtype and device of one parameter of all experts, and no values.
 
-    The device is the one that computes. Arithmetic, casts, copies, in-place changes, pickling and
-    saving raise FlashMoEError, so that no library can work on values that are not there.
+    shape: [experts, ...]; device: the one that computes. Arithmetic, casts, copies, in-place
+    changes, pickling and saving raise FlashMoEError, so that no library can work on values that
+    are not there.
     """
 
     _device: torch.device
@@ -36,9 +38,9 @@ class StreamedParameter(nn.Parameter):
 
     def __new__(cls, parameter: torch.Tensor, device: torch.device) -> StreamedParameter:
         """parameter: on the meta device, [experts, ...]."""
-        made = torch.Tensor._make_subclass(cls, parameter.detach(), False)
-        made._device = device
-        return made
+        placeholder = torch.Tensor._make_subclass(cls, parameter.detach(), False)
+        placeholder._device = device
+        return placeholder
 
     @classmethod
     def __torch_function__(
@@ -53,7 +55,7 @@ class StreamedParameter(nn.Parameter):
         if function == _IS_META:
             return False
         if function not in _HARMLESS:
-            raise refusal(f"torch's {_named(function)}")
+            raise refusal(f"torch's {_name_of(function)}")
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*arguments, **(named or {}))
         if isinstance(result, torch.Tensor) and result is not arguments[0]:  # as of `detach`
@@ -71,6 +73,7 @@ class StreamedParameter(nn.Parameter):
 
 
 def refusal(what: str) -> FlashMoEError:
+    """The error for whatever needs the values; what: the operation, to begin a sentence."""
     return FlashMoEError(
         f"{what} needs all experts of this model in memory, but they stay on the SSD: FlashMoE "
         "computes with them where they are and can neither change, copy, move nor save them; "
@@ -78,8 +81,8 @@ def refusal(what: str) -> FlashMoEError:
     )
 
 
-def _named(function: Callable[..., Any]) -> str:
-    """`add`, or of an attribute's `__get__` the attribute."""
+def _name_of(function: Callable[..., Any]) -> str:
+    """Such as `add`; of an attribute's `__get__`, the attribute's name."""
     owner = getattr(function, "__self__", None)
     return str(getattr(owner, "__name__", None) or getattr(function, "__name__", function))
 

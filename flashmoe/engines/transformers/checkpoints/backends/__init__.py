@@ -1,4 +1,4 @@
-"""Where models are read from, one file each behind `ModelBackend`; `available()` lists them."""
+"""Opens the model at a path: one file for each kind of directory; `available()` lists them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def available() -> dict[str, type[ModelBackend]]:
 
 
 def backend_for(path: Path) -> type[ModelBackend]:
-    """The backend for what lies at `path`, not opened yet. Raises FlashMoEError without one."""
+    """The backend that reads `path`, not opened yet. Raises FlashMoEError where none does."""
     with reading(path):
         if not path.is_dir():
             raise FlashMoEError(f"{path}: no such directory; give a Hugging Face model or a store")
@@ -33,7 +33,10 @@ def backend_for(path: Path) -> type[ModelBackend]:
 
 
 def open_path(path: Path) -> ModelBackend:
-    """The backend for what lies at `path`. Raises FlashMoEError when there is none."""
+    """The model at `path`, open.
+
+    Raises FlashMoEError where no backend reads it, or the one that does cannot.
+    """
     backend = backend_for(path)
     with reading(path):
         return backend(path)

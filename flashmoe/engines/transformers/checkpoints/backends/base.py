@@ -1,4 +1,4 @@
-"""What a model on disk is, to this engine."""
+"""What this engine asks of a model on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelBackend(Backend):
     `path` is a directory, where config.json and the tokenizer lie.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # by which `available` lists it
 
     @classmethod
     @abstractmethod

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint as it is: experts are read out of its safetensors shards.
 
-No second copy on disk. An expert's tensors lie in several places and at odd offsets, so the
-enclosing aligned ranges are read past the page cache into a buffer, and copied from there to
-where the extent has them. docs/speed.md says what that costs against a packed store.
+There is no second copy on disk. An expert's tensors lie in several ranges of a file and at odd
+offsets, so the enclosing aligned ranges are read past the page cache into a buffer, and copied
+from there to where the extent has them. docs/speed.md#without-packing says what that costs.
 """
 
 from __future__ import annotations
@@ -26,24 +26,35 @@ from flashmoe.disk.direct_io import (
     read_all,
 )
 from flashmoe.engines.transformers.checkpoints.backends.base import ModelBackend
-from flashmoe.engines.transformers.checkpoints.checkpoint import REMEDY, Checkpoint
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.weight_files import REMEDY
 from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest as manifests
 from flashmoe.store.layout import config_digest, lay_out_layers
 from flashmoe.store.manifest import LayerSpec, Manifest, dtype_name
 
-_AT_ONCE_BYTES = 1 << 20
-_BUFFER_BYTES = _AT_ONCE_BYTES + 2 * ALIGNMENT_BYTES  # what encloses so many at any offset
+_LARGEST_COPY_BYTES = 1 << 20  # what one read brings, so that every thread's buffer stays small
+# An aligned range that encloses so many bytes, wherever they begin.
+_BUFFER_BYTES = _LARGEST_COPY_BYTES + 2 * ALIGNMENT_BYTES
 
 
 class _Segment(NamedTuple):
     """Bytes of an extent that lie side by side in a file."""
 
-    start: int  # in the extent
-    size: int
+    start_bytes: int  # where they begin in the extent
+    size_bytes: int
     file: Path
-    offset: int  # in the file
+    offset_bytes: int  # where they begin in the file
+
+    @property
+    def end_bytes(self) -> int:
+        return self.start_bytes + self.size_bytes
+
+    def is_continued_by(self, other: _Segment) -> bool:
+        """Does `other` begin where this one ends, in the extent and in the file?"""
+        in_file = (self.file, self.offset_bytes + self.size_bytes)
+        return self.end_bytes == other.start_bytes and in_file == (other.file, other.offset_bytes)
 
 
 class InPlace(ModelBackend):
@@ -67,7 +78,8 @@ class InPlace(ModelBackend):
             for layer in layers:
                 self._check_layout(layer)
             self._segments = [
-                [self._find(layer, expert) for expert in range(layer.n_experts)] for layer in layers
+                [self._segments_of(layer, expert) for expert in range(layer.n_experts)]
+                for layer in layers
             ]
             for segment in itertools.chain.from_iterable(itertools.chain(*self._segments)):
                 if segment.file not in self._files:
@@ -87,24 +99,19 @@ class InPlace(ModelBackend):
             dtype=dtype_name(self._checkpoint.dtype),
         )
 
-    def _find(self, layer: LayerSpec, expert: int) -> list[_Segment]:
-        """Where the extent's bytes are; neighbours in both places are one segment."""
-        found: list[_Segment] = []
+    def _segments_of(self, layer: LayerSpec, expert: int) -> list[_Segment]:
+        """Where an extent's bytes lie; those that continue each other are one segment."""
+        segments: list[_Segment] = []
         for spec in layer.tensors:
             start = spec.offset_bytes
             for place in self._checkpoint.places(layer.module, spec.name, expert):
-                new = _Segment(start, place.size_bytes, place.file, place.offset_bytes)
-                last = found[-1] if found else None
-                if (
-                    last
-                    and last.file == new.file
-                    and last.offset + last.size == new.offset
-                    and last.start + last.size == new.start
-                ):
-                    new = found.pop()._replace(size=last.size + new.size)
-                found.append(new)
+                segment = _Segment(start, place.size_bytes, place.file, place.offset_bytes)
                 start += place.size_bytes
-        return found
+                if segments and segments[-1].is_continued_by(segment):
+                    last = segments.pop()
+                    segment = last._replace(size_bytes=last.size_bytes + segment.size_bytes)
+                segments.append(segment)
+        return segments
 
     def _check_layout(self, layer: LayerSpec) -> None:
         """Raises FlashMoEError unless the bytes on disk are those that the model computes with."""
@@ -124,15 +131,18 @@ class InPlace(ModelBackend):
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
         end = start + len(memory)
         for segment in self._segments[layer][expert]:
-            first, last = max(segment.start, start), min(segment.start + segment.size, end)
+            first, last = max(segment.start_bytes, start), min(segment.end_bytes, end)
             while first < last:
-                size = min(last - first, _AT_ONCE_BYTES)
-                offset = segment.offset + first - segment.start
+                size = min(last - first, _LARGEST_COPY_BYTES)
+                offset = segment.offset_bytes + first - segment.start_bytes
                 self._copy(segment.file, offset, memory[first - start : first - start + size])
                 first += size
 
     def _copy(self, file: Path, offset: int, target: memoryview) -> None:
-        """Read what encloses `target`'s bytes, then copy them: numpy lets other threads run."""
+        """Read the aligned range around `target`'s bytes, then copy them.
+
+        numpy copies, because it lets other threads run meanwhile.
+        """
         descriptor, direct = self._files[file]
         if not hasattr(self._buffers, "view"):
             self._buffers.view = memoryview(aligned_memory(_BUFFER_BYTES))

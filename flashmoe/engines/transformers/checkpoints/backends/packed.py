@@ -1,4 +1,4 @@
-"""A packed store as a model: its experts, and the tensors beside them."""
+"""A packed store as a model: `PackedExperts` reads its experts, this the other tensors."""
 
 from __future__ import annotations
 
