@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -49,6 +50,24 @@ def test_the_command_that_runs_one_system_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.stdout == "\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [
+        ("runs", {"report", "tables", "torture", "commands", "demo"}),
+        ("report", {"tables", "torture", "commands", "demo"}),
+        ("torture", {"tables", "commands"}),
+        ("tables", {"torture", "commands"}),
+    ],
+)
+def test_folders_of_the_harness_import_what_is_below(folder, above):
+    for path in (Path(commands.__file__).parents[1] / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harness"):
+                rest = (node.module or "").split(".")[1:]
+                names = rest[:1] or [alias.name for alias in node.names]
+                assert not set(names) & above, path
 
 
 @pytest.fixture

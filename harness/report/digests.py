@@ -52,4 +52,4 @@ def policy_cost(frame: pd.DataFrame) -> str:
         index="policy", columns="capacity", values="microseconds", aggfunc="median"
     )
     costs.columns = [f"{capacity:.1%} resident" for capacity in costs.columns]
-    return "Microseconds a token and layer, median:\n\n" + table(costs.reset_index(), ".2g")
+    return "Microseconds a token and layer, median:\n\n" + table(costs.reset_index(), ".3g")

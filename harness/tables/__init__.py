@@ -1,0 +1,1 @@
+"""Many runs or replays, compared: one file a table. Imports runs and report."""

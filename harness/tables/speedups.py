@@ -81,7 +81,7 @@ def table(
             runs.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
     arithmetic = [[s for run in runs if (s := _arithmetic_seconds(run))] for runs in results]
-    compute = min(statistics.median(seconds) for seconds in arithmetic if seconds)
+    compute = min((statistics.median(s) for s in arithmetic if s), default=0.0)
     rows = [_row(runs, compute) for runs in results]
     _compare(rows, results)
     return rows

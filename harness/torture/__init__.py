@@ -1,0 +1,1 @@
+"""What must not fail: faults, damaged files, hours of use. Imports no tables."""
