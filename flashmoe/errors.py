@@ -1,4 +1,4 @@
-"""The one exception that users see: a sentence that says what, where and what to do."""
+"""The exception that users see: one sentence that says what failed, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 class FlashMoEError(Exception):
-    """Anything the user can act on. The command line prints it and exits with status 1."""
+    """An error that the user can act on. The command line prints it and exits with status 1."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses at `path`, or below, becomes a FlashMoEError."""
+    """Turn an OSError at `path`, or at a file below it, into a FlashMoEError."""
     try:
         yield
     except OSError as error:

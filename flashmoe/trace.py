@@ -19,15 +19,17 @@ _OPTIONAL = ("weights", "probabilities", "step", "guesses")
 
 @dataclass
 class Trace:
-    """Recorded routing. See `../shared/traces/README.md` in spirit: plain .npz, no pickles.
+    """Recorded routing. Its file is a plain .npz without pickles, beside a description in JSON.
 
     experts: [tokens, layers, top_k] uint8 or uint16, distinct within a token and layer.
-    sequence: [tokens] int32, non-decreasing runs: the prompt or answer a token belongs to.
-    weights: [tokens, layers, top_k] float16, the router's weights of the chosen, or None.
-    probabilities: [tokens, layers, experts] float16, the router's of all experts, or None.
+    sequence: [tokens] integers: which prompt, with its answer, a token belongs to; contiguous.
+    n_experts: experts in each layer.
+    weights: [tokens, layers, top_k] float16, the router's weights of `experts`, or None.
+    probabilities: [tokens, layers, n_experts] float16, the router's for all experts, or None.
     step: [tokens] int32, the forward pass that computed the token, or None.
-    guesses: [tokens, layers - 1, top_k] uint8 or uint16, or None: what the router of each layer
-        but the first names for the hidden state at the layer below, best first (`lookahead`).
+    guesses: [tokens, layers - 1, top_k] uint8 or uint16, or None: the experts that the router of
+        each layer but the first chooses, best first, for the hidden state at the layer below.
+    info: the description: "model", "names" of the sequences, and whatever else was recorded.
     """
 
     experts: np.ndarray
@@ -52,7 +54,7 @@ class Trace:
         yield from _runs(self.sequence)
 
     def select(self, positions: Sequence[int]) -> Trace:
-        """Only these sequences (0 is the first in the file), renumbered from 0."""
+        """A trace of only these sequences, renumbered from 0; position 0 is the file's first."""
         runs = [tokens for _, tokens in self.sequences()]
         tokens = np.concatenate([np.arange(runs[p].start, runs[p].stop) for p in positions])
         lengths = [runs[p].stop - runs[p].start for p in positions]
@@ -65,38 +67,38 @@ class Trace:
         return replace(self, experts=self.experts[tokens], sequence=sequence, info=info, **parts)
 
     def names(self) -> list[str]:
-        """Of each sequence, as the description gives it, or its number."""
-        given = self.info.get("names", [])
+        """Each sequence's name in the description, or its number."""
+        names = self.info.get("names", [])
         return [
-            given[number] if number < len(given) else str(number) for number, _ in self.sequences()
+            names[number] if number < len(names) else str(number) for number, _ in self.sequences()
         ]
 
     def uses(self) -> np.ndarray:
         """How many tokens chose each expert, int64 [layers, experts]."""
         layers = np.moveaxis(self.experts, 1, 0).reshape(self.n_layers, -1)
-        return np.stack([np.bincount(chosen, minlength=self.n_experts) for chosen in layers])
+        return np.stack([np.bincount(layer, minlength=self.n_experts) for layer in layers])
 
     def first(self, tokens: int) -> Trace:
-        """The first tokens only."""
+        """A trace of only the first `tokens` tokens."""
         parts = {n: a[:tokens] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
         experts, sequence = self.experts[:tokens], self.sequence[:tokens]
         return replace(self, experts=experts, sequence=sequence, **parts)
 
     def named(self, name: str) -> Trace:
-        """One sequence, by its name in the description. Raises FlashMoEError if there is none."""
+        """A trace of the sequence with this name. Raises FlashMoEError if there is none."""
         names = self.names()
         if name not in names:
             raise FlashMoEError(f"the trace has no sequence called {name!r}")
         return self.select([names.index(name)])
 
     def without(self, name: str) -> Trace:
-        """All sequences but the one of that name (all, if there is none); at least one stays."""
+        """A trace without the sequence of this name; the whole trace if it has no other."""
         names = self.names()
         rest = [number for number, other in enumerate(names) if other != name]
         return self.select(rest) if rest else self
 
     def steps(self, tokens: slice) -> Iterator[slice]:
-        """Ranges of the tokens that one forward pass computed; single tokens if unrecorded."""
+        """Ranges of tokens that one forward pass computed; single tokens where `step` is None."""
         if self.step is None:
             yield from (slice(t, t + 1) for t in range(tokens.start, tokens.stop))
         else:
@@ -104,7 +106,7 @@ class Trace:
                 yield slice(run.start + tokens.start, run.stop + tokens.start)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `path` (.npz) and, beside it, the description as .json; each atomically.
+        """Write `path` (.npz) and, beside it, the description (.json); each atomically.
 
         Raises FlashMoEError when one of them cannot be written.
         """
@@ -126,6 +128,7 @@ class Trace:
 
 
 def _runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Each label and the range of its run, in order."""
     edges = np.flatnonzero(np.diff(labels)) + 1
     starts = [0, *edges.tolist()] if len(labels) else []
     for start, stop in zip(starts, [*starts[1:], len(labels)], strict=False):
@@ -135,8 +138,8 @@ def _runs(labels: np.ndarray) -> Iterator[tuple[int, slice]]:
 def load(path: str | os.PathLike[str]) -> Trace:
     """Read and check a trace, which may come from anywhere.
 
-    Raises FlashMoEError when it is not a trace, holds pickled objects, or its shapes, dtypes
-    or ranges do not fit together.
+    Raises FlashMoEError when it is no trace, holds pickled objects, or its shapes, dtypes or
+    ranges do not fit together.
     """
     path = Path(path)
 
@@ -183,21 +186,22 @@ def load(path: str | os.PathLike[str]) -> Trace:
     for name in _OPTIONAL:
         if name in arrays and arrays[name].shape != shapes[name]:
             raise refuse(f"{name!r} must have shape {list(shapes[name])}")
-    guessed = arrays.get("guesses", experts)
-    if guessed.dtype not in (np.uint8, np.uint16) or (guessed >= n_experts).any():
+    guesses = arrays.get("guesses", experts)
+    if guesses.dtype not in (np.uint8, np.uint16) or (guesses >= n_experts).any():
         raise refuse(f"'guesses' must be experts of a layer (0..{n_experts - 1})")
     optional = {name: arrays.get(name) for name in _OPTIONAL}
     return Trace(experts, sequence, n_experts, info=info, **optional)
 
 
 def _description(path: Path, refuse: Any) -> dict[str, Any]:
-    beside = path.with_suffix(".json")
-    if not beside.exists():
+    """What the .json beside `path` says, without what the arrays themselves say."""
+    file = path.with_suffix(".json")
+    if not file.exists():
         return {}
     try:
-        info = json.loads(beside.read_text("utf-8"))
+        info = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise refuse(f"its description {beside.name} is not JSON ({error})") from None
+        raise refuse(f"its description {file.name} is not JSON ({error})") from None
     if not isinstance(info, dict):
-        raise refuse(f"its description {beside.name} is not an object")
+        raise refuse(f"its description {file.name} is not an object")
     return {k: v for k, v in info.items() if k not in ("layers", "top_k", "tokens", "sequences")}

@@ -107,8 +107,8 @@ def _untimed(folder: Path, store: Path) -> None:
 
 
 def _on_one_core() -> None:
-    workers.obey()
-    workers.hush()
+    workers.end_with_parent()
+    workers.silence_stderr()
     torch.set_num_threads(1)
 
 

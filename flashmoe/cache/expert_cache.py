@@ -16,7 +16,7 @@ import numpy as np
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts import saved_state
-from flashmoe.policies.parts.compiled import freeze, helper, kernel, touch, victim
+from flashmoe.policies.parts.compiled import helper, kernel, state_of, touch, victim
 
 # Tokens times top_k above which an event is served in ascending order of expert, so that no
 # outputs have to be kept for the order of their sum (docs/speed.md#long-prompts).
@@ -204,7 +204,7 @@ class ExpertCache:
         self.tokens = self.requests = self.hits = 0
         self.policy_seconds = 0.0
         self.most_resident = 0  # at any time since the last reset, where served by `waves`
-        self._state = freeze(policy)
+        self._state = state_of(policy)
         self._members = np.empty(policy.n_keys, np.int64)
         self._open = kernel(_open, type(policy))
         self._next_wave = kernel(_next_wave, type(policy))

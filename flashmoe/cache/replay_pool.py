@@ -35,7 +35,9 @@ def replay_all(
     In processes, not threads: compiling a policy, seconds the first time, holds Python's lock.
     Raises FlashMoEError as `replay` does.
     """
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=workers.CONTEXT, initializer=workers.obey)
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), mp_context=workers.CONTEXT, initializer=workers.end_with_parent
+    )
     try:
         pending = deque((job, pool.submit(replay, *job)) for job in jobs)
         while pending:

@@ -15,7 +15,7 @@ from flashmoe.errors import FlashMoEError
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
-    """The budget of every command that runs a model."""
+    """Add --memory, the same for every command that runs a model."""
     parser.add_argument(
         "--memory",
         default="auto",
@@ -24,6 +24,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of `flashmoe`, with a subcommand for each module of this package."""
     top = argparse.ArgumentParser(
         prog="flashmoe", description="Run Mixture-of-Experts models whose experts stay on the SSD."
     )
@@ -38,14 +39,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def seed(text: str) -> int:
-    """An argument's type: what every generator of random numbers here takes."""
+    """The type of --seed. Raises ValueError outside 0..2**63-1, which every generator takes."""
     if not 0 <= (number := int(text)) < 1 << 63:
         raise ValueError
     return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; errors that users can act on become one sentence and status 1."""
+    """Run a subcommand; return its exit status. A FlashMoEError becomes a sentence and status 1."""
     logging.basicConfig(format="flashmoe: %(message)s", level=logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parsed = parser().parse_args(arguments)
@@ -57,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flashmoe: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of our output ended first, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def entry() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
+    """The console script: `main`, on an output that prints whatever the terminal cannot encode."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Generate text with the experts streamed from the SSD; the text appears as it comes."""
+"""Generate text with the experts streamed from the SSD, printed token by token."""
 
 from __future__ import annotations
 
@@ -30,27 +30,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator, such as cuda")
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
-        "--no-prefetch", action="store_true", help="read an expert only when it is surely needed"
+        "--no-prefetch", action="store_true", help="read an expert only when a router has chosen it"
     )
     parser.add_argument(
-        "--warm", type=Path, metavar="FILE", help="begin as the run before ended, and keep this one"
+        "--warm",
+        type=Path,
+        metavar="FILE",
+        help="start from the cache that the last run saved here, and save this run's",
     )
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--stats", action="store_true", help="say every second how it goes")
+    parser.add_argument("--stats", action="store_true", help="print statistics every second")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
-class _Counting:
-    """A streamer that counts tokens on their way to another, if there is one."""
+class _TokenCounter:
+    """A streamer that counts tokens and passes them on to another streamer, if there is one."""
 
     def __init__(self, streamer: Any, telemetry: Any) -> None:
         self.streamer = streamer
         self.telemetry = telemetry
-        self.prompt_seen = False
+        self.prompt_passed = False
 
     def put(self, value: Any) -> None:
-        self.telemetry.tokens += self.prompt_seen
-        self.prompt_seen = True
+        self.telemetry.tokens += self.prompt_passed
+        self.prompt_passed = True
         if self.streamer:
             self.streamer.put(value)
 
@@ -59,7 +62,7 @@ class _Counting:
             self.streamer.end()
 
 
-def _say(second: object) -> None:
+def _print_second(second: object) -> None:
     print(second, file=sys.stderr)
 
 
@@ -88,8 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         ids = ids.to(model.device)
         if arguments.warm and arguments.warm.exists():
             warm_start.restore(model.flashmoe.residency, arguments.warm)
-        telemetry = Telemetry(model.flashmoe, _say if arguments.stats else None)
-        streamer = _Counting(None if arguments.json else prompter.streamer(), telemetry)
+        telemetry = Telemetry(model.flashmoe, _print_second if arguments.stats else None)
+        streamer = _TokenCounter(None if arguments.json else prompter.streamer(), telemetry)
         started = time.perf_counter()
         with torch.inference_mode(), telemetry:
             output = model.generate(
@@ -100,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
                 streamer=streamer,
             )
         seconds = time.perf_counter() - started
-        new = output.shape[1] - ids.shape[1]
+        new_tokens = output.shape[1] - ids.shape[1]
         stats = model.flashmoe.stats()
         if arguments.warm:
             warm_start.save(model.flashmoe.residency, arguments.warm)
@@ -109,13 +112,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         text = prompter.decode(output[0], skip_special_tokens=True)
         result = {"text": text, "token_ids": output[0].tolist()}
-        result |= {"new_tokens": new, "seconds": seconds}
-        result |= {"tokens_per_second": new / seconds, "stats": stats}
+        result |= {"new_tokens": new_tokens, "seconds": seconds}
+        result |= {"tokens_per_second": new_tokens / seconds, "stats": stats}
         result["each_second"] = [second._asdict() for second in telemetry.seconds]
         print(json.dumps(result))
     else:
         print(
-            f"{new} tokens, {new / seconds:.1f} token/s, hit rate {stats['hit_rate']:.1%}, "
-            f"{stats['bytes_read'] / 2**20:.0f} MiB read",
+            f"{new_tokens} tokens, {new_tokens / seconds:.1f} token/s, "
+            f"hit rate {stats['hit_rate']:.1%}, {stats['bytes_read'] / 2**20:.0f} MiB read",
             file=sys.stderr,
         )

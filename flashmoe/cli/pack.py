@@ -1,4 +1,4 @@
-"""Pack a Hugging Face checkpoint into a store: one aligned extent an expert."""
+"""Pack a Hugging Face checkpoint into a store: one aligned extent for each expert."""
 
 from __future__ import annotations
 

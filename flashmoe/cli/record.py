@@ -39,13 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(path: Path) -> dict[str, str]:
+    """Prompts by name. Raises FlashMoEError when the file is no list of prompts."""
     try:
         text = path.read_text("utf-8")
         if path.suffix == ".json":
-            given = json.loads(text)
-            if not isinstance(given, dict | list):
+            document = json.loads(text)
+            if not isinstance(document, dict | list):
                 raise ValueError("it is neither a list nor an object")
-            prompts = given if isinstance(given, dict) else dict(enumerate(given))
+            prompts = document if isinstance(document, dict) else dict(enumerate(document))
         else:
             prompts = dict(enumerate(line for line in text.splitlines() if line.strip()))
     except (OSError, ValueError, RecursionError) as error:
@@ -66,12 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     files.check_replaceable(arguments.out)
     prompts = read_prompts(arguments.prompts)
     prompter = Prompter(arguments.model, raw=arguments.raw)  # before the model, which takes minutes
-    encoded = [prompter.token_ids(prompt) for prompt in prompts.values()]
+    token_ids = [prompter.token_ids(prompt) for prompt in prompts.values()]
     model = flashmoe.load(arguments.model, memory=arguments.memory, policy=arguments.policy)
     try:
         trace = record(
             model,
-            encoded,
+            token_ids,
             max_new_tokens=arguments.max_new_tokens,
             probabilities=arguments.probabilities,
             guesses=arguments.guesses,

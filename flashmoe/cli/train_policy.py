@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     files.check_replaceable(arguments.out)
     kind = train.kinds().get(arguments.kind)
     if kind is None:
-        known = ", ".join(train.kinds())
-        raise FlashMoEError(f"--kind {arguments.kind!r} is unknown: choose from {known}")
+        choices = ", ".join(train.kinds())
+        raise FlashMoEError(f"--kind {arguments.kind!r} is unknown: choose from {choices}")
     traces = [trace.load(path) for path in arguments.traces]
     kind().run(traces, arguments.out, arguments.seed, print)
     print(f"wrote {arguments.out}")

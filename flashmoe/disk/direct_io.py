@@ -1,4 +1,4 @@
-"""Opens files, past the page cache where it can, and makes the aligned memory that this needs."""
+"""Reads and writes files past the page cache where it can, in the aligned memory this needs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from flashmoe.errors import FlashMoEError
 
 logger = logging.getLogger(__name__)
 
-MOST_STALLS = 16
+MOST_STALLS = 16  # reads in a row that bring nothing new before a drive counts as failed
 ALIGNMENT_BYTES = 4096  # covers 512-byte and 4 KiB logical blocks, and the page size
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # a file system refuses O_DIRECT
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # O_DIRECT is refused
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota or a file is full
 
 
 def aligned_memory(size_bytes: int) -> mmap.mmap:
     """Page-aligned anonymous memory, zero-filled, resident only where touched.
 
-    Huge pages are asked for: pinning a 12 MiB extent for a direct read then takes 6 pages
-    in place of 3,072.
+    It asks for huge pages, so that the kernel pins few of them for a direct read.
     """
     memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -37,9 +36,9 @@ def aligned_memory(size_bytes: int) -> mmap.mmap:
 
 
 def open_file(path: Path, flags: int, mode: int = 0o644) -> int:
-    """`os.open`, which raises the process's own limit on open files where that is reached.
+    """`os.open`; where the process reaches its limit on open files, this raises the limit.
 
-    Raises OSError, and FlashMoEError where no more files may be open at all.
+    Raises OSError, and FlashMoEError where the limit cannot be raised.
     """
     try:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -77,7 +76,7 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
                 os.close(descriptor)
             if error.errno not in _NOT_DIRECT:
                 raise
-        if flags & os.O_EXCL:  # some file systems have made the new file when they refuse
+        if flags & os.O_EXCL:  # some file systems make the new file and then refuse
             path.unlink(missing_ok=True)
     logger.warning(
         "%s: this file system refuses direct I/O; it is read and written through the page cache, "
@@ -85,7 +84,7 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
         path,
     )
     descriptor = open_file(path, flags, mode)
-    if hasattr(os, "posix_fadvise"):  # readahead would bring in pages that nobody drops
+    if hasattr(os, "posix_fadvise"):  # nobody would drop the pages of a readahead
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor, False
 
@@ -96,10 +95,10 @@ def _direct_flag(descriptor: int) -> int:
 
 
 def read_all(descriptor: int, memory: memoryview, needed: int, offset: int) -> None:
-    """Fill aligned `memory` from `offset` on, the first `needed` bytes at least.
+    """Read into aligned `memory` from `offset` on, at least the first `needed` bytes.
 
-    A short read may end anywhere, but a direct one can only go on from a block's beginning.
-    Raises EOFError when the file ends before, OSError when the drive fails or stops giving.
+    A short read may end anywhere, but a direct read must begin where a block begins.
+    Raises EOFError when the file ends too early, OSError when the drive fails or stalls.
     """
     done = stalled = 0
     while done < needed:
@@ -114,10 +113,10 @@ def read_all(descriptor: int, memory: memoryview, needed: int, offset: int) -> N
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:
-    """Take the disk's room for so many bytes now, where the file system can.
+    """Reserve room on the disk for so many bytes, where the file system can.
 
-    Raises OSError where there is not the room. Without O_DIRECT the C library would stand in for a
-    file system that cannot by writing a byte into every block: all would be written twice.
+    Raises OSError where there is not enough room. It does nothing without O_DIRECT, because the C
+    library may then write a byte into every block, so that the disk writes everything twice.
     """
     if not _direct_flag(descriptor):
         return
@@ -130,7 +129,7 @@ def reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def write_all(descriptor: int, memory: memoryview, offset: int) -> None:
-    """Write all of aligned `memory` at `offset`, past the page cache if the file system lets it.
+    """Write all of aligned `memory` at `offset`, past the page cache where the file system can.
 
     Raises OSError when the drive fails or is full.
     """
@@ -141,7 +140,8 @@ def write_all(descriptor: int, memory: memoryview, offset: int) -> None:
         except OSError as error:
             if error.errno not in _NOT_DIRECT or not _direct_flag(descriptor):
                 raise
-            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)  # refused at the first write only
+            # Some file systems refuse O_DIRECT only at the first write.
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
 
 

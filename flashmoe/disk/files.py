@@ -1,4 +1,4 @@
-"""Replaces files: whole or not at all, and never somebody else's."""
+"""Replaces files, whole or not at all, and keeps to the folder where it should."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from flashmoe.errors import FlashMoEError
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make `path` what `write` puts into the file that it is given: atomic and durable.
+    """Replace `path` by a file with what `write` writes to it; atomic and durable.
 
     A symbolic link at `path` is replaced, not followed. Raises FlashMoEError when the file cannot
     be written; then, as when `write` raises, `path` stays as it was and nothing is left beside it.
     """
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "xb") as file:  # exclusive: a file or link of that name is not opened
+        with open(partial, "xb") as file:  # "x": a file or link of that name is not opened
             try:
                 write(file)
                 file.flush()
@@ -38,7 +38,7 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises FlashMoEError when `replace` could not write `path`: asked before a long work."""
+    """Raise FlashMoEError where `replace` could not write `path`; call it before long work."""
     folder = path.absolute().parent
     obstacle = ""
     try:
@@ -48,14 +48,27 @@ def check_replaceable(path: Path) -> None:
             obstacle = "it is a directory; name a file"
         elif not os.access(folder, os.W_OK | os.X_OK):
             obstacle = f"{folder} is not yours to write to"
-    except OSError as error:  # a folder that may not be searched, a name too long
+    except OSError as error:  # the folder may not be searched, or the name is too long
         obstacle = error.strerror or str(error)
     if obstacle:
         raise FlashMoEError(f"{path} cannot be written: {obstacle}")
 
 
+def is_inside(name: object, *, subfolders: bool) -> bool:
+    """Is `name` the name of a file that cannot lie outside the folder to which it is relative?
+
+    With `subfolders` the file may lie in one of these.
+    """
+    if not isinstance(name, str) or not name:
+        return False
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return False
+    return subfolders or path.name == name
+
+
 def _sync_directory(directory: Path) -> None:
-    """Make a rename durable, where the file system can: the file is whole without it too."""
+    """Make a rename durable where the file system can; the file is whole in any case."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

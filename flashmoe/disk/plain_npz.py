@@ -18,32 +18,32 @@ _HEADERS = {
 
 
 class UnreadableError(FlashMoEError):
-    """Not such a file, or damaged."""
+    """The file is no plain .npz, or damaged."""
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Compressed, atomically. Raises FlashMoEError when `path` cannot be written."""
+    """Write `arrays`, compressed, atomically. Raises FlashMoEError when it cannot."""
     files.replace(
         path,
         lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),  # type: ignore[arg-type]
     )
 
 
-def read(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of `path` by name, or those of them that are `wanted`.
+def read(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of `path` by name, or only those that `names` has.
 
-    Memory is bounded by what the archive's table says of each array, which deflate bounds by a
+    Arrays take no more memory than the archive's table says, which deflate limits to about a
     thousand times the file's size. Raises UnreadableError, whose text says why.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
-            if len(set(names)) != len(names):
+            members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+            if len(set(members)) != len(members):
                 raise ValueError("a name occurs twice")
             for info in archive.infolist():
                 _check(archive, info)
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if wanted is None or name in wanted}
+            return {name: file[name] for name in members if names is None or name in names}
     except FileNotFoundError:
         raise UnreadableError("no such file") from None
     except Exception as error:  # numpy and zipfile raise a dozen kinds
@@ -53,7 +53,7 @@ def read(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndar
 
 
 def _check(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """The array's header claims what the archive holds of it, no more."""
+    """Raise ValueError if the array's header claims more than the archive holds, or objects."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:

@@ -1,7 +1,7 @@
 """Random access to safetensors shards: any rows of any tensor, without mapping the file.
 
-safetensors' own `get_slice` with its pread backend reads the whole tensor for one row (packing
-12 GiB took 6.6 minutes that way), and its mmap backend counts every page as this process's.
+safetensors' own `get_slice` serves neither way: its pread backend reads the whole tensor for one
+row, and its mmap backend counts every page as this process's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from flashmoe.disk.direct_io import drop_page_cache, open_file
 from flashmoe.errors import FlashMoEError
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+SAFETENSORS_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
@@ -48,13 +48,15 @@ class Place(NamedTuple):
 
 
 def header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The bytes that open a safetensors file holding `tensors` one after the other."""
+    """The first bytes of a safetensors file that holds `tensors` one after the other."""
     entries, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
         entries[name] = {
-            "dtype": CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]
-        }  # fmt: skip
+            "dtype": SAFETENSORS_CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     encoded = json.dumps(entries).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -100,12 +102,12 @@ class Shard:
         for name, entry in entries.items():
             if name == "__metadata__":
                 continue
-            if (code := entry["dtype"]) not in DTYPES:
+            if (code := entry["dtype"]) not in SAFETENSORS_DTYPES:
                 raise FlashMoEError(
                     f"{self.path}: tensor {name} has the dtype {code}, which FlashMoE cannot "
                     "stream: use the checkpoint's float16, bfloat16 or float32 version"
                 )
-            dtype, shape = DTYPES[code], tuple(entry["shape"])
+            dtype, shape = SAFETENSORS_DTYPES[code], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             size = math.prod(shape) * dtype.itemsize
             if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
@@ -130,9 +132,8 @@ class Shard:
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """A whole tensor, or with `row` its slice [row : row + 1] along the first dimension.
 
-        It lies as torch's own allocator aligns it, to 64 bytes. On AMD processors the last bit of
-        a matrix product depends on where the weights lie: plain transformers differs there from
-        itself, by up to 3e-6, when weights that it mapped are copied.
+        torch's own allocator aligns it, to 64 bytes, because on AMD processors the last bits of a
+        matrix product depend on where the weights lie.
         """
         entry = self.tensors[name]
         shape = entry.shape if row is None else (1, *entry.shape[1:])

@@ -1,4 +1,4 @@
-"""Eviction policies, one file each. `available()` lists them; dropping in a file adds one."""
+"""Eviction policies, one file each. `available()` lists them; a new file adds one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashmoe.util.registry import discover
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy with its argument, ready to be made for each cache."""
+    """A policy and its argument; calling it makes an instance for one cache."""
 
     policy_class: type[Policy]
     options: dict[str, Any] = field(default_factory=dict)
@@ -30,9 +30,9 @@ def available() -> dict[str, type[Policy]]:
 
 
 def get(label: str, *, online: bool = False) -> Choice:
-    """The policy called `label`, a name or `name:argument`; with `online`, no offline one.
+    """The policy called `label`, a name or `name:argument`; `online` refuses offline policies.
 
-    Raises FlashMoEError when there is none, or its argument makes no sense.
+    Raises FlashMoEError when there is no such policy, or its argument makes no sense.
     """
     name, colon, argument = label.partition(":")
     policy = available().get(name)

@@ -11,10 +11,10 @@ from flashmoe.policies.base import Policy, Scope
 class ActivationAware(Policy):
     """Evicts the least (share of its layer's activations) x (1 - layer / layers).
 
-    Xue et al., 'MoE-Infinity' (arXiv 2401.14361): counts of the current sequence, and later
-    layers first, since they have more time to be fetched. Counts start when the cache is
-    cold: what a sequence is, the cache is not told. With a cache per layer it is LFU without
-    LFU's tie-break by recency.
+    Xue et al., 'MoE-Infinity' (arXiv 2401.14361): later layers go first, since there is
+    more time to fetch them. The paper counts the current sequence; this counts since the cache
+    was last cold, because a cache is not told where a sequence begins. With a cache per layer
+    it is LFU without LFU's tie-break by recency.
     """
 
     name = "activation-aware"
@@ -33,11 +33,11 @@ class ActivationAware(Policy):
             self.layer_uses[key // self.n_experts] += count
 
     def victim(self, candidates: np.ndarray) -> int:
-        least, worst = np.inf, candidates[0]
+        lowest, victim = np.inf, candidates[0]
         for key in candidates:
             layer = key // self.n_experts
             share = (self.uses[key] + 1e-6) / (self.layer_uses[layer] + 1e-6)
             priority = share * (1 - layer / self.n_layers)
-            if priority < least:
-                least, worst = priority, key
-        return worst
+            if priority < lowest:
+                lowest, victim = priority, key
+        return victim

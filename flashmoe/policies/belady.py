@@ -6,24 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.policies.parts.compiled import helper, kernel
-
-
-def next_uses(events: Events, n_keys: int) -> np.ndarray:
-    """For each of `events.keys`, the next event that has it again; their number if none."""
-    found = np.empty(len(events.keys), np.int64)
-    kernel(_next_uses, Belady)(events.keys, events.starts, n_keys, found)
-    return found
-
-
-@helper
-def _next_uses(keys, starts, n_keys, out):  # type: ignore[no-untyped-def]
-    following = np.full(n_keys, len(starts) - 1)
-    for event in range(len(starts) - 2, -1, -1):
-        for i in range(starts[event], starts[event + 1]):
-            out[i] = following[keys[i]]
-        for i in range(starts[event], starts[event + 1]):
-            following[keys[i]] = event
+from flashmoe.policies.parts.next_uses import Future, advance
 
 
 class Belady(Policy):
@@ -34,17 +17,13 @@ class Belady(Policy):
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
-        self.next_use = np.empty(0, np.int64)  # [requests], of each its key's next event
-        self.position = np.zeros(1, np.int64)  # requests seen so far
-        self.distance = np.full(self.n_keys, np.iinfo(np.int64).max)  # next event as of now
+        self.future = Future.unknown(self.n_keys)
 
     def foresee(self, events: Events) -> None:
-        self.next_use = next_uses(events, self.n_keys)
+        self.future = Future.of(events, self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
-        for key in event.keys:
-            self.distance[key] = self.next_use[self.position[0]]
-            self.position[0] += 1
+        advance(self.future, event.keys)
 
     def victim(self, candidates: np.ndarray) -> int:
-        return candidates[np.argmax(self.distance[candidates])]
+        return candidates[np.argmax(self.future.due[candidates])]

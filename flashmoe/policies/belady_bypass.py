@@ -1,4 +1,4 @@
-"""Belady's optimum where a miss need not be kept."""
+"""Belady's optimum where a cache need not admit what it reads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from flashmoe.policies.belady import Belady
 
 
 class BeladyBypass(Belady):
-    """Keeps the experts whose next uses are nearest, though it be none of those just read.
+    """Keeps the experts whose next uses are nearest, even if it keeps none of those just read.
 
-    McFarling's 'optimal with bypass'. Even the event's own experts may go once they are
+    McFarling's 'optimal with bypass'. Even the experts of the current event may go once they are
     served, so this bounds every cache that can compute from a buffer outside its slots.
     """
 

@@ -1,4 +1,4 @@
-"""The policy of the FlashMoE paper, as far as it can be known."""
+"""The policy of the FlashMoE paper, as far as it is public."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from flashmoe.policies.parts.compiled import helper
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 SHIPPED_VECTOR = SHIPPED.with_name("flashmoe_paper_vector.safetensors")
 KIND = "paper"
-HIDDEN = 128
+HIDDEN = 128  # units of both hidden layers
+NO_SLOT, WAITS = -1, -2  # in `slot`, instead of a slot's number
+SLOTS_TAKEN, N_WAITING = 0, 1  # positions in `counts`
 
 
 class FlashMoEPaper(Policy):
-    """Evicts by a network a layer that sees 1/recency and frequency and imitates Belady.
+    """Evicts by one network per layer that sees 1/recency and frequency and imitates Belady.
 
-    arXiv 2601.17063 from notes (spec section 3). Recency is 1 on access and grows by one a
-    step; frequency is uses over the layer's most-used expert's. Open points decided here:
-    statistics restart with a cold cache; a step is an event of the layer; equal scores go to
-    the longest resident. `flashmoe-paper:FILE` runs networks of either shape, the scorer
-    2-128-128-1 or the vector 2C-128-128-C over C slots. Those that ship were trained on the
-    demo model at 32 of 64 slots, the vectors are `flashmoe-paper:vector`; another model's
-    layer l runs number l modulo 16.
+    From arXiv 2601.17063, of which we had notes and not the text. Recency is 1 on access and
+    grows by one each step; frequency is uses divided by those of the layer's most used expert.
+    We decided what the notes leave open: statistics restart with a cold cache, a step is an
+    event of the layer, and of equal scores the longest resident is evicted.
+    `flashmoe-paper:FILE` runs networks of either shape, the scorer 2-128-128-1 or the vector
+    2C-128-128-C over C slots. The shipped scorers, and the vectors of `flashmoe-paper:vector`,
+    were trained on the demo model at half of its experts; a model with more layers reuses them
+    in turn.
     """
 
     name = "flashmoe-paper"
@@ -48,13 +51,13 @@ class FlashMoEPaper(Policy):
         self.n_experts = scope.n_experts
         self.last_use = np.full(self.n_keys, -1)
         self.uses = np.zeros(self.n_keys, np.int64)
-        self.most = np.ones(scope.n_layers, np.int64)
-        self.steps = np.zeros(scope.n_layers, np.int64)
-        self.slot = np.full(self.n_keys, -1)  # for the vector: the input that an expert has
-        self.waiting = np.full(self.n_keys, -1)  # experts whose slot the next victim leaves
-        self.filled = np.zeros(2, np.int64)  # slots given out; experts waiting
+        self.most_uses = np.ones(scope.n_layers, np.int64)  # of any expert, by layer
+        self.steps = np.zeros(scope.n_layers, np.int64)  # events of each layer
+        self.slot = np.full(self.n_keys, NO_SLOT)  # which input of the vector an expert has
+        self.waiting = np.full(self.n_keys, -1)  # experts that get the slots of the next victims
+        self.counts = np.zeros(2, np.int64)  # by SLOTS_TAKEN, N_WAITING
         self.scores = np.zeros(self.n_keys, np.float32)
-        self.scored_at = np.full(self.n_keys, -1)  # the step of its layer that a score is from
+        self.scored_at = np.full(self.n_keys, -1)  # the step of its layer at which it was scored
         self.n_networks = layers
         self.first_layer = scope.first_layer
         self.w1, self.b1, self.w2 = networks["w1"], networks["b1"], networks["w2"]
@@ -73,7 +76,7 @@ class FlashMoEPaper(Policy):
     def victim(self, candidates: np.ndarray) -> int:
         layer = candidates[0] // self.n_experts
         network = (self.first_layer + layer) % self.n_networks
-        best, highest = candidates[0], np.float32(-np.inf)
+        victim, highest = candidates[0], np.float32(-np.inf)
         if len(self.x) > 2:
             for i in range(len(self.x)):
                 self.x[i] = 0
@@ -84,49 +87,49 @@ class FlashMoEPaper(Policy):
             run(self, network)
             for key in candidates:
                 if self.slot[key] >= 0 and self.y[self.slot[key]] > highest:
-                    best, highest = key, self.y[self.slot[key]]
+                    victim, highest = key, self.y[self.slot[key]]
         else:
             for key in candidates:
                 score(self, key)
                 if self.scores[key] > highest:
-                    best, highest = key, self.scores[key]
-        leave(self, best)
-        return best
+                    victim, highest = key, self.scores[key]
+        leave(self, victim)
+        return victim
 
 
 @helper
-def observe(self, event):  # type: ignore[no-untyped-def]
-    """Recency, frequency and slots after `event`."""
+def observe(self, event):
+    """Update recency, frequency and slots by `event`."""
     layer = event.keys[0] // self.n_experts
     self.steps[layer] += 1
     for key, count in zip(event.keys, event.counts):
         self.uses[key] += count
-        self.most[layer] = max(self.most[layer], self.uses[key])
+        self.most_uses[layer] = max(self.most_uses[layer], self.uses[key])
         self.last_use[key] = self.steps[layer]
-        if self.slot[key] == -1:
-            if self.filled[0] < self.n_slots:
-                self.slot[key] = self.filled[0]
-                self.filled[0] += 1
+        if self.slot[key] == NO_SLOT:
+            if self.counts[SLOTS_TAKEN] < self.n_slots:
+                self.slot[key] = self.counts[SLOTS_TAKEN]
+                self.counts[SLOTS_TAKEN] += 1
             else:
-                self.slot[key] = -2  # waits for the slot of a victim
-                self.waiting[self.filled[1]] = key
-                self.filled[1] += 1
+                self.slot[key] = WAITS
+                self.waiting[self.counts[N_WAITING]] = key
+                self.counts[N_WAITING] += 1
 
 
 @helper
-def leave(self, key):  # type: ignore[no-untyped-def]
-    """Give the victim's slot to the expert that has waited longest."""
-    if self.filled[1] and self.slot[key] >= 0:
+def leave(self, key):
+    """Evict `key`: the expert that has waited longest gets its slot."""
+    if self.counts[N_WAITING] and self.slot[key] >= 0:
         self.slot[self.waiting[0]] = self.slot[key]
-        self.filled[1] -= 1
-        for i in range(self.filled[1]):
+        self.counts[N_WAITING] -= 1
+        for i in range(self.counts[N_WAITING]):
             self.waiting[i] = self.waiting[i + 1]
-    self.slot[key] = -1
+    self.slot[key] = NO_SLOT
 
 
 @helper
-def score(self, key):  # type: ignore[no-untyped-def]
-    """self.scores[key]: once an event of its layer, however many victims that takes."""
+def score(self, key):
+    """Set self.scores[key], at most once per event of its layer."""
     layer = key // self.n_experts
     if self.scored_at[key] != self.steps[layer]:
         self.x[0], self.x[1] = inputs_of(self, key)
@@ -136,15 +139,15 @@ def score(self, key):  # type: ignore[no-untyped-def]
 
 
 @helper
-def inputs_of(self, key):  # type: ignore[no-untyped-def]
+def inputs_of(self, key):
     """1 / recency and uses / most uses."""
     layer = key // self.n_experts
     recency = self.steps[layer] - self.last_use[key] + 1
-    return np.float32(1 / recency), np.float32(self.uses[key] / self.most[layer])
+    return np.float32(1 / recency), np.float32(self.uses[key] / self.most_uses[layer])
 
 
 @helper
-def run(self, network):  # type: ignore[no-untyped-def]
+def run(self, network):
     """self.y = one layer's network on self.x."""
     for j in range(HIDDEN):
         self.h1[j] = self.b1[network, j]
@@ -166,14 +169,14 @@ def run(self, network):  # type: ignore[no-untyped-def]
 
 @cache
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Networks of a policy file, a layer first. Raises FlashMoEError when it is none."""
+    """The networks of a policy file, stacked by layer. Raises FlashMoEError when it is none."""
     tensors, _ = policy_file.read(path, KIND)
     layers, inputs = tensors["w1"].shape[:2] if tensors.get("w1", np.empty(0)).ndim == 3 else (1, 2)
-    return policy_file.load(path, KIND, shapes(layers, inputs))
+    return policy_file.read_tensors(path, KIND, shapes(layers, inputs))
 
 
 def shapes(layers: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    """Of the networks' tensors; `inputs` is 2 for scorers, 2C for vectors over C slots."""
+    """Shapes of the networks' tensors; `inputs` is 2 for scorers, 2C for vectors over C slots."""
     return {
         "w1": (layers, inputs, HIDDEN), "b1": (layers, HIDDEN),
         "w2": (layers, HIDDEN, HIDDEN), "b2": (layers, HIDDEN),

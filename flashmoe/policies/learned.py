@@ -1,4 +1,4 @@
-"""Ours: one small network, for all experts, layers and models, says who is needed last."""
+"""Our policy: one small network, for all experts, layers and models, says who is needed last."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
 from flashmoe.policies.parts import policy_file
 from flashmoe.policies.parts.compiled import helper
-from flashmoe.policies.parts.features import N_FEATURES, Memory, describe, recall, remember
+from flashmoe.policies.parts.features import N_FEATURES, RoutingHistory, describe, recall, remember
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 KIND = "learned"
-HIDDEN = (64, 32)
-# How many hits behind LRU it may fall before it does as LRU would: some, and a share of requests.
+HIDDEN = (64, 32)  # units of the hidden layers
+# How many hits fewer than LRU are allowed before LRU chooses: as many as these events request,
+# plus this share of all requests.
 TRUST_EVENTS, TRUST_SHARE = 3, 0.003
+TOKENS, REQUESTS, HITS, LRU_HITS = range(4)  # positions in `Shadow.counts`
 
 Network = dict[str, np.ndarray]  # w1 [features, 64], b1, w2 [64, 32], b2, w3 [32]; float32
 
 
 class Shadow(NamedTuple):
-    """What an LRU cache of as many slots would have hit, beside the hits here."""
+    """The hits that LRU would have had with as many slots, beside those of this cache."""
 
-    resident: np.ndarray  # [n_keys] bool, here
-    last_use: np.ndarray  # [n_keys] in tokens, -1 for never
-    score: np.ndarray  # [4]: tokens, requests, own hits, LRU's hits
+    resident: np.ndarray  # [n_keys] bool, in this cache
+    last_use: np.ndarray  # [n_keys] int64, in tokens, -1 for never
+    counts: np.ndarray  # [4] float64, by TOKENS, REQUESTS, HITS, LRU_HITS
 
     @classmethod
     def empty(cls, n_keys: int) -> Shadow:
@@ -38,7 +40,7 @@ class Shadow(NamedTuple):
 class Perceptron(NamedTuple):
     """The network's weights, and scratch for its input and hidden layers; float32.
 
-    What helpers get is small: compiling takes twice as long where each is given all arrays.
+    It is apart from the other arrays because a helper that takes fewer compiles faster.
     """
 
     w1: np.ndarray
@@ -60,10 +62,10 @@ class Perceptron(NamedTuple):
 class Learned(Policy):
     """Evicts the expert whose next use a small network expects last; no training needed.
 
-    The network sees recency, frequencies and what followed earlier events like the present
-    one (see features.py) and was trained on Belady's distances, at LRU's evictions.
-    `learned:FILE` takes a network from `flashmoe train-policy`. It keeps count of the hits
-    that LRU would have had, and follows LRU while it is behind.
+    The network sees recency, frequencies and what followed earlier events like the current one
+    (see parts/features.py). It was trained on the distances to next uses, at LRU's evictions.
+    `learned:FILE` takes a network from `flashmoe train-policy`. The policy counts the hits that
+    LRU would have had, and evicts as LRU does while it is behind.
     """
 
     name = "learned"
@@ -72,7 +74,7 @@ class Learned(Policy):
 
     def __init__(self, scope: Scope, n_slots: int, network: Network | None = None) -> None:
         super().__init__(scope, n_slots)
-        self.memory = Memory.empty(scope)
+        self.history = RoutingHistory.empty(scope)
         self.shadow = Shadow.empty(self.n_keys)
         self.network = Perceptron.of(network or load(SHIPPED))
         self.layer_of = np.repeat(np.arange(scope.n_layers), scope.n_experts)
@@ -81,9 +83,9 @@ class Learned(Policy):
         self.depths = np.arange(scope.first_layer, scope.first_layer + scope.n_layers) / max(
             1, scope.depth - 1
         )
-        self.due = np.zeros(self.n_keys)  # when each expert is expected, in tokens
-        self.due_at = np.full(self.n_keys, -1)  # the token of its layer that `due` is from
-        self.stale = np.zeros(scope.n_layers, np.bool_)  # scratch: layers to estimate anew
+        self.due = np.zeros(self.n_keys)  # when each expert is expected, in its layer's tokens
+        self.due_at = np.full(self.n_keys, -1)  # its layer's token at that estimate
+        self.stale = np.zeros(scope.n_layers, np.bool_)  # scratch: layers with old estimates
         self.zeros = np.zeros(self.n_keys, np.int64)
 
     @classmethod
@@ -92,27 +94,27 @@ class Learned(Policy):
 
     def touch(self, event: Event, now: int) -> None:
         compare_with_lru(self.shadow, event, self.n_slots)
-        remember(self.memory, event)
+        remember(self.history, event)
 
     def victim(self, candidates: np.ndarray) -> int:
         if behind_lru(self.shadow, self.top_k):
-            chosen = least(candidates, self.shadow.last_use, self.zeros)
+            victim = least(candidates, self.shadow.last_use, self.zeros)
         else:
-            chosen = needed_last(self, candidates)
-        self.shadow.resident[chosen] = False
-        return chosen
+            victim = needed_last(self, candidates)
+        self.shadow.resident[victim] = False
+        return victim
 
 
 @helper
-def compare_with_lru(shadow, event, n_slots):  # type: ignore[no-untyped-def]
-    """Count the event's hits, here and of an LRU cache: it holds the n_slots last used.
+def compare_with_lru(shadow, event, n_slots):
+    """Count the event's hits in this cache, and in an LRU cache, which holds the n_slots last used.
 
-    Of experts used last by one token, when not all of them fit, each counts for its chance. (As
-    hits they would count for too much: with 8 slots for top-6 that cost 28 points of the gap.)
+    Where experts last used by the same token do not all fit, each counts as its chance of being
+    resident, because whole hits would overrate LRU.
     """
     for key in event.keys:
         if shadow.resident[key]:
-            shadow.score[2] += 1
+            shadow.counts[HITS] += 1
         if shadow.last_use[key] >= 0:
             newer, equal = 0, 0
             for other in range(len(shadow.last_use)):
@@ -120,53 +122,53 @@ def compare_with_lru(shadow, event, n_slots):  # type: ignore[no-untyped-def]
                     newer += 1
                 elif shadow.last_use[other] == shadow.last_use[key]:
                     equal += 1
-            shadow.score[3] += min(1.0, max(0.0, (n_slots - newer) / equal))
+            shadow.counts[LRU_HITS] += min(1.0, max(0.0, (n_slots - newer) / equal))
     for key, offset in zip(event.keys, event.last):
         shadow.resident[key] = True
-        shadow.last_use[key] = int(shadow.score[0]) + offset
-    shadow.score[0] += len(event.rows)
-    shadow.score[1] += len(event.keys)
+        shadow.last_use[key] = int(shadow.counts[TOKENS]) + offset
+    shadow.counts[TOKENS] += len(event.rows)
+    shadow.counts[REQUESTS] += len(event.keys)
 
 
 @helper
-def behind_lru(shadow, top_k):  # type: ignore[no-untyped-def]
-    allowed = TRUST_EVENTS * top_k + TRUST_SHARE * shadow.score[1]
-    return shadow.score[3] - shadow.score[2] > allowed
+def behind_lru(shadow, top_k):
+    allowed = TRUST_EVENTS * top_k + TRUST_SHARE * shadow.counts[REQUESTS]
+    return shadow.counts[LRU_HITS] - shadow.counts[HITS] > allowed
 
 
 @helper
-def needed_last(self, candidates):  # type: ignore[no-untyped-def]
-    """The candidate due last. Estimates are kept until the expert's layer runs again."""
+def needed_last(self, candidates):
+    """The candidate due last. An estimate holds until the expert's layer runs again."""
     for layer in range(len(self.stale)):
         self.stale[layer] = False
     for key in candidates:
         layer = self.layer_of[key]
-        self.stale[layer] |= self.due_at[key] != self.memory.tokens[layer]
+        self.stale[layer] |= self.due_at[key] != self.history.tokens[layer]
     for layer in range(len(self.stale)):
         if not self.stale[layer]:
             continue
-        similar, pairs = recall(self.memory, layer)
-        now, depth = self.memory.tokens[layer], self.depths[layer]
+        similar, pairs = recall(self.history, layer)
+        now, depth = self.history.tokens[layer], self.depths[layer]
         for key in candidates:
             if self.layer_of[key] == layer and self.due_at[key] != now:
                 features = self.network.features
-                describe(self.memory, layer, key, similar, pairs, self.n_slots, depth, features)
+                describe(self.history, layer, key, similar, pairs, self.n_slots, depth, features)
                 wait = np.exp(log_distance(self.network)) * self.gap
                 self.due[key] = now + layer / len(self.depths) + wait
                 self.due_at[key] = now
-    best, latest = candidates[0], -np.inf
+    victim, latest = candidates[0], -np.inf
     for key in candidates:
         if self.due[key] > latest:
-            best, latest = key, self.due[key]
-    return best
+            victim, latest = key, self.due[key]
+    return victim
 
 
 @helper
-def log_distance(network):  # type: ignore[no-untyped-def]
+def log_distance(network):
     """The network on its features: the logarithm of the wait for the next use, in gaps.
 
-    Loops over a hidden layer's units innermost, which vectorises without reordering a sum:
-    the same bits in the engine and the simulator.
+    The innermost loops run over a hidden layer's units, so that vectorising them reorders no sum:
+    the engine and the simulator get the same bits.
     """
     h1, h2 = network.h1, network.h2
     for j in range(len(h1)):
@@ -197,4 +199,4 @@ def load(path: Path) -> Network:
         "w1": (N_FEATURES, first), "b1": (first,), "w2": (first, second), "b2": (second,),
         "w3": (second,),
     }  # fmt: skip
-    return policy_file.load(path, KIND, shapes)
+    return policy_file.read_tensors(path, KIND, shapes)

@@ -9,9 +9,9 @@ from flashmoe.policies.base import Policy, Scope
 
 
 class LFRU(Policy):
-    """Evicts the least uses divided by the tokens since the last one.
+    """Evicts the expert with the fewest uses per token since its last use.
 
-    arXiv 2608.07911, whose best causal policy it is at batch 8. Uses are counted since the
+    From arXiv 2608.07911, the best causal policy there at batch 8. Uses are counted since the
     cache was last cold and outlive residency.
     """
 
@@ -21,7 +21,7 @@ class LFRU(Policy):
         super().__init__(scope, n_slots)
         self.uses = np.zeros(self.n_keys, np.int64)
         self.last_use = np.full(self.n_keys, -1)
-        self.clock = np.zeros(1, np.int64)
+        self.clock = np.zeros(1, np.int64)  # tokens so far
 
     def touch(self, event: Event, now: int) -> None:
         for key, count, offset in zip(event.keys, event.counts, event.last):

@@ -11,8 +11,8 @@ from flashmoe.policies.base import Policy, Scope, least
 class LFU(Policy):
     """Evicts the expert with the fewest uses since the cache was last cold.
 
-    Counts outlive residency ("perfect" LFU, not the in-cache kind, which forgets an expert's
-    past on eviction). Among equals the least recently used goes, then the longest resident.
+    Counts outlive residency: it is "perfect" LFU, where in-cache LFU forgets an expert's uses on
+    eviction. Among equals the least recently used goes, then the longest resident.
     """
 
     name = "lfu"

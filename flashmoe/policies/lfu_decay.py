@@ -10,10 +10,10 @@ from flashmoe.policies.base import Policy, Scope, least
 
 
 class LFUDecay(Policy):
-    """Evicts the expert with the fewest uses, a use counting half after `half-life` tokens.
+    """Evicts the expert with the fewest uses; a use counts half after `half-life` tokens.
 
-    The strongest untrained policy of arXiv 2608.07911 (1.70 times Belady's bytes, median of
-    nine models). 16 tokens is its half-life; `lfu-decay:64` sets another.
+    The strongest untrained policy of arXiv 2608.07911, with the half-life of 16 tokens used there;
+    `lfu-decay:64` sets another.
     """
 
     name = "lfu-decay"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.policies.parts.forward_passes import ForwardPasses, layers_until
+from flashmoe.policies.parts.forward_passes import PASS, ForwardPasses, layers_until
 
 
 class LLRU(ForwardPasses):
@@ -12,18 +12,18 @@ class LLRU(ForwardPasses):
 
     After Angelopoulos, Marchal, Obrecht, Simon, 'Cache Management for Mixture-of-Experts
     LLMs' (arXiv 2509.02408): on a cache that all layers share, plain LRU evicts the very
-    layer that runs next. Its abstract and summaries were at hand, not its pseudocode; the
-    ranking by (pass, layer) is our reading. With a cache per layer it is LRU.
+    layer that runs next. The ranking by (pass, layer) is our reading of its abstract,
+    since its pseudocode was not available. With a cache per layer it is LRU.
     """
 
     name = "llru"
     pools = True
 
     def victim(self, candidates: np.ndarray) -> int:
-        best, worst = -1, candidates[0]
+        highest, victim = -1, candidates[0]
         for key in candidates:
-            age = self.current[0] - self.last_pass[key]
+            age = self.current[PASS] - self.last_pass[key]
             rank = age * self.n_layers + layers_until(self, key)
-            if rank > best:
-                best, worst = rank, key
-        return worst
+            if rank > highest:
+                highest, victim = rank, key
+        return victim

@@ -20,13 +20,13 @@ class LRUK(Policy):
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
         self.last_use = np.full(self.n_keys, -1)
-        self.before = np.full(self.n_keys, -1)
+        self.second_last = np.full(self.n_keys, -1)
 
     def touch(self, event: Event, now: int) -> None:
         for key, count, offset in zip(event.keys, event.counts, event.last):
-            # within a prefill only the last use's place is known: the one before is taken as its
-            self.before[key] = self.last_use[key] if count == 1 else now + offset
+            # An event tells only the last use of each key: the use before it counts as that one.
+            self.second_last[key] = self.last_use[key] if count == 1 else now + offset
             self.last_use[key] = now + offset
 
     def victim(self, candidates: np.ndarray) -> int:
-        return least(candidates, self.before, self.last_use)
+        return least(candidates, self.second_last, self.last_use)

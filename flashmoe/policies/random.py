@@ -6,7 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.policies.lecar import uniform
+from flashmoe.policies.parts.random_numbers import uniform
 
 
 class Random(Policy):

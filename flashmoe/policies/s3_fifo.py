@@ -8,15 +8,16 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts.queues import move, oldest
 
-NOWHERE, SMALL, MAIN, GHOST = 0, 1, 2, 3
+NOWHERE, SMALL, MAIN, GHOST = 0, 1, 2, 3  # lists
 
 
 class S3FIFO(Policy):
-    """Evicts from a small queue of newcomers first; what is used there moves to the main one.
+    """Evicts from a small queue of newcomers first; an expert used there moves to the main queue.
 
     Yang, Zhang, Qiu, Yue, Rashmi, 'FIFO queues are all you need for cache eviction' (SOSP
-    2023): 10 % of the slots for newcomers (at least one), a ghost queue as long as the main
-    one, two bits of use. Experts that the event needs are passed over, in place.
+    2023): 10 % of the slots are for newcomers (at least one), the ghost queue is as long as
+    the main one, and uses are counted up to 3. Experts that the event needs are passed over and
+    stay where they are.
     """
 
     name = "s3-fifo"
@@ -26,7 +27,7 @@ class S3FIFO(Policy):
         self.small_slots = max(1, n_slots // 10)
         self.where = np.zeros(self.n_keys, np.int64)
         self.order = np.zeros(self.n_keys, np.int64)
-        self.bits = np.zeros(self.n_keys, np.int64)
+        self.uses = np.zeros(self.n_keys, np.int64)
         self.sizes = np.zeros(4, np.int64)
         self.clock = np.zeros(1, np.int64)
         self.keys = np.arange(self.n_keys)
@@ -34,9 +35,9 @@ class S3FIFO(Policy):
     def touch(self, event: Event, now: int) -> None:
         for key in event.keys:
             if self.where[key] == SMALL or self.where[key] == MAIN:
-                self.bits[key] = min(self.bits[key] + 1, 3)
+                self.uses[key] = min(self.uses[key] + 1, 3)
             else:
-                self.bits[key] = 0
+                self.uses[key] = 0
                 move(self, key, MAIN if self.where[key] == GHOST else SMALL)
 
     def victim(self, candidates: np.ndarray) -> int:
@@ -44,16 +45,16 @@ class S3FIFO(Policy):
             newcomer = oldest(self.where, self.order, SMALL, candidates)
             veteran = oldest(self.where, self.order, MAIN, candidates)
             if newcomer >= 0 and (self.sizes[SMALL] >= self.small_slots or veteran < 0):
-                if self.bits[newcomer] > 1:
-                    self.bits[newcomer] = 0
+                if self.uses[newcomer] > 1:
+                    self.uses[newcomer] = 0
                     move(self, newcomer, MAIN)
                 else:
                     move(self, newcomer, GHOST)
                     if self.sizes[GHOST] > self.n_slots - self.small_slots:
                         move(self, oldest(self.where, self.order, GHOST, self.keys), NOWHERE)
                     return newcomer
-            elif self.bits[veteran] > 0:
-                self.bits[veteran] -= 1
+            elif self.uses[veteran] > 0:
+                self.uses[veteran] -= 1
                 move(self, veteran, MAIN)
             else:
                 move(self, veteran, NOWHERE)

@@ -8,6 +8,8 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts.compiled import helper
 
+ARRIVALS, HAND = 0, 1  # positions in `clock`
+
 
 class SIEVE(Policy):
     """Evicts the first expert not used since a hand, moving from old to new, last passed it.
@@ -20,33 +22,33 @@ class SIEVE(Policy):
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
-        self.arrival = np.full(self.n_keys, -1)  # -1: not resident
+        self.arrival = np.full(self.n_keys, -1)  # number of its arrival; -1: not resident
         self.used = np.zeros(self.n_keys, np.bool_)
-        self.clock = np.zeros(2, np.int64)  # arrivals so far; the arrival that the hand is at
+        self.clock = np.zeros(2, np.int64)  # arrivals so far and the arrival that the hand is at
 
     def touch(self, event: Event, now: int) -> None:
         for key in event.keys:
             if self.arrival[key] >= 0:
                 self.used[key] = True
             else:
-                self.clock[0] += 1
-                self.arrival[key] = self.clock[0]
+                self.clock[ARRIVALS] += 1
+                self.arrival[key] = self.clock[ARRIVALS]
                 self.used[key] = False
 
     def victim(self, candidates: np.ndarray) -> int:
         while True:
-            key = next_from(self.clock[1], self.arrival, candidates)
-            self.clock[1] = self.arrival[key]
+            key = next_from(self.clock[HAND], self.arrival, candidates)
+            self.clock[HAND] = self.arrival[key]
             if not self.used[key]:
                 self.arrival[key] = -1
                 return key
             self.used[key] = False
-            self.clock[1] += 1
+            self.clock[HAND] += 1
 
 
 @helper
-def next_from(hand, arrival, candidates):  # type: ignore[no-untyped-def]
-    """The first candidate that arrived at the hand or later; of none, the oldest."""
+def next_from(hand, arrival, candidates):
+    """The first candidate that arrived at the hand or later; if there is none, the oldest."""
     first, oldest = -1, candidates[0]
     for key in candidates:
         if arrival[key] >= hand and (first < 0 or arrival[key] < arrival[first]):

@@ -8,11 +8,11 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
 from flashmoe.policies.parts.queues import move, oldest
 
-ABSENT, PROBATION, PROTECTED = 0, 1, 2
+ABSENT, PROBATION, PROTECTED = 0, 1, 2  # lists
 
 
 class SLRU(Policy):
-    """Evicts the least recent expert not used again since it came, else the least recent.
+    """Evicts the least recently used expert of those used only once, else of those used again.
 
     Karedla, Love, Wherry, 'Caching strategies to improve disk system performance' (1994): a
     hit moves an expert to the protected segment (at most 80 % of the slots), from which the
@@ -25,23 +25,23 @@ class SLRU(Policy):
         super().__init__(scope, n_slots)
         self.where = np.zeros(self.n_keys, np.int64)
         self.order = np.zeros(self.n_keys, np.int64)
-        self.sizes = np.zeros(3, np.int64)  # by segment
+        self.sizes = np.zeros(3, np.int64)
         self.clock = np.zeros(1, np.int64)
-        self.limit = int(n_slots * 0.8)  # of the protected segment
+        self.protected_slots = int(n_slots * 0.8)
         self.keys = np.arange(self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         for key in event.keys:
             if self.where[key] == ABSENT:
                 move(self, key, PROBATION)
-            elif self.where[key] == PROBATION and self.limit:
+            elif self.where[key] == PROBATION and self.protected_slots:
                 move(self, key, PROTECTED)
-                if self.sizes[PROTECTED] > self.limit:
+                if self.sizes[PROTECTED] > self.protected_slots:
                     move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
             else:
                 move(self, key, self.where[key])
 
     def victim(self, candidates: np.ndarray) -> int:
-        chosen = least(candidates, self.where, self.order)
-        move(self, chosen, ABSENT)
-        return chosen
+        victim = least(candidates, self.where, self.order)
+        move(self, victim, ABSENT)
+        return victim

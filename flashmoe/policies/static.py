@@ -13,10 +13,10 @@ from flashmoe.policies.base import Policy, Scope
 
 
 class Static(Policy):
-    """Evicts the expert that a profile uses least: the popular ones stay pinned.
+    """Evicts the expert that a profile uses least, so that popular experts stay.
 
-    `static:TRACE.npz` takes the profile from a recorded trace of the model. Without one the
-    replayed events themselves are the profile: the best that any fixed choice could know.
+    `static:TRACE.npz` takes the profile from a recorded trace of the model. Without a trace the
+    replayed events are the profile, so that it bounds every fixed choice.
     """
 
     name = "static"

@@ -8,7 +8,8 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts.queues import move, oldest
 
-NOWHERE, WINDOW, PROBATION, PROTECTED = 0, 1, 2, 3
+NOWHERE, WINDOW, PROBATION, PROTECTED = 0, 1, 2, 3  # lists
+USES_SINCE_HALVING = 1  # a position in `clock`, after MOVES
 
 
 class WTinyLFU(Policy):
@@ -30,27 +31,27 @@ class WTinyLFU(Policy):
         self.order = np.zeros(self.n_keys, np.int64)
         self.uses = np.zeros(self.n_keys, np.int64)
         self.sizes = np.zeros(4, np.int64)
-        self.clock = np.zeros(2, np.int64)  # moves so far; uses since counts were halved
+        self.clock = np.zeros(2, np.int64)
         self.keys = np.arange(self.n_keys)
 
     def touch(self, event: Event, now: int) -> None:
         for key, count in zip(event.keys, event.counts):
             self.uses[key] += count
-            self.clock[1] += count
-            place = self.where[key]
-            if place == NOWHERE:
+            self.clock[USES_SINCE_HALVING] += count
+            queue = self.where[key]
+            if queue == NOWHERE:
                 move(self, key, WINDOW)
-            elif place == PROBATION and self.protected_slots:
+            elif queue == PROBATION and self.protected_slots:
                 move(self, key, PROTECTED)
                 if self.sizes[PROTECTED] > self.protected_slots:
                     move(self, oldest(self.where, self.order, PROTECTED, self.keys), PROBATION)
             else:
-                move(self, key, place)
+                move(self, key, queue)
             if self.sizes[1:].sum() <= self.n_slots and self.sizes[WINDOW] > self.window_slots:
                 move(self, oldest(self.where, self.order, WINDOW, self.keys), PROBATION)
-        if self.clock[1] >= 10 * self.n_slots:
+        if self.clock[USES_SINCE_HALVING] >= 10 * self.n_slots:
             self.uses[:] //= 2
-            self.clock[1] = 0
+            self.clock[USES_SINCE_HALVING] = 0
 
     def victim(self, candidates: np.ndarray) -> int:
         newcomer = oldest(self.where, self.order, WINDOW, candidates)
@@ -58,13 +59,13 @@ class WTinyLFU(Policy):
         if veteran < 0:
             veteran = oldest(self.where, self.order, PROTECTED, candidates)
         if veteran < 0:
-            chosen = newcomer
+            victim = newcomer
         elif newcomer < 0 or self.sizes[WINDOW] <= self.window_slots:
-            chosen = veteran
+            victim = veteran
         elif self.uses[newcomer] > self.uses[veteran]:
             move(self, newcomer, PROBATION)
-            chosen = veteran
+            victim = veteran
         else:
-            chosen = newcomer
-        move(self, chosen, NOWHERE)
-        return chosen
+            victim = newcomer
+        move(self, victim, NOWHERE)
+        return victim

@@ -22,10 +22,10 @@ def available() -> dict[str, type[Scheme]]:
 
 
 def get(name: str) -> Scheme | None:
-    """The scheme called `name`; None for `none`. Raises FlashMoEError when there is no such."""
+    """The scheme called `name`; None for `none`. Raises FlashMoEError for an unknown name."""
     if name == NONE:
         return None
     if name not in available():
-        known = ", ".join((NONE, *available()))
-        raise FlashMoEError(f"no quantisation is called {name!r}: choose from {known}")
+        choices = ", ".join((NONE, *available()))
+        raise FlashMoEError(f"no quantisation is called {name!r}: choose from {choices}")
     return available()[name]()

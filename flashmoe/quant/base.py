@@ -15,16 +15,16 @@ T = TypeVar("T")
 class Scheme(ABC):
     """Turns a weight [out, in] into parts that take fewer bytes, and multiplies by them.
 
-    Weights are quantised when a store is packed and stay so on the SSD and in the slots. What
-    is computed depends on the parts alone, not on where they are or came from.
+    Packing a store quantises the weights, which stay quantised on the SSD and in the slots. The
+    result depends on the parts alone, not on where they lie or came from.
     """
 
     name: ClassVar[str]
-    device_types: ClassVar[tuple[str, ...]] = ("cpu",)  # that have a kernel for it
+    device_types: ClassVar[tuple[str, ...]] = ("cpu",)  # which devices have a kernel for it
 
     @abstractmethod
     def parts(self, weight: torch.Tensor) -> Parts:
-        """`weight` [out, in] by named tensors. Raises FlashMoEError for a shape it cannot take."""
+        """The parts of `weight` [out, in]. Raises FlashMoEError for a shape it cannot take."""
 
     @abstractmethod
     def linear(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Scheme(ABC):
         """(out, in) of the weight whose parts have these shapes."""
 
     def layout(self) -> str:
-        """Names the order of the parts' bytes where that differs between machines."""
+        """A name for the order of the parts' bytes, where that differs between machines."""
         return ""
 
 
@@ -58,7 +58,7 @@ def part_name(weight: str, part: str) -> str:
 
 
 def by_weight(stored: dict[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
-    """What is stored of an expert, by name: tensors as they are, and each weight's parts."""
+    """An expert's tensors by name, in two: those stored whole, and the parts of each weight."""
     plain: dict[str, T] = {}
     parts: dict[str, dict[str, T]] = defaultdict(dict)
     for name, value in stored.items():

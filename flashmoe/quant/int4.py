@@ -1,4 +1,4 @@
-"""4 bits a weight: a scale and a zero point for every 32 of a row, by torch's own CPU kernel."""
+"""4 bits a weight: a scale and a zero point for each 32 of a row, by torch's own CPU kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant.base import Parts, Scheme
 
-GROUP = 32
-_TILES = 2  # the kernel ignores it on a CPU, but wants one
+GROUP = 32  # weights that share a scale and a zero point
+_INNER_K_TILES = 2  # a CPU's kernel requires this argument and ignores it
 
 
 class Int4(Scheme):
     """Rounds to 16 steps between the least and the greatest of a group.
 
-    torch packs the steps in the order that the processor's vector width likes, so a store is
-    of a kind of processor: `layout` tells them apart.
+    torch packs the steps in an order that depends on the processor's vector width, so a store
+    serves one kind of processor; `layout` tells the kinds apart.
     """
 
     name = "int4"
@@ -53,13 +53,13 @@ class Int4(Scheme):
 
 
 def _pack(steps: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, _TILES)
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, _INNER_K_TILES)
     return packed
 
 
 @cache
 def _layout() -> str:
-    """A digest of how torch packs a known weight on this machine."""
+    """A digest of how torch packs a fixed weight on this machine."""
     steps = torch.arange(128 * 128, dtype=torch.int32).view(128, 128)
     packed = _pack((steps * 7 + steps // 128) % 16)
     return hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]

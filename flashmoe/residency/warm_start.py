@@ -15,7 +15,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts import saved_state
 from flashmoe.residency.residency import Residency
 
-FORMAT, VERSION = "flashmoe-warm", 2
+FORMAT, VERSION = "flashmoe-warm", 3
 
 
 def save(residency: Residency, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The store's table of contents: geometry, dtypes, offsets and a checksum per expert."""
+"""The store's table of contents: geometry, dtypes, offsets and a checksum for each expert."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from flashmoe.quant import NONE
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"
-_LONGEST_NAME = 200
-TENSOR_ALIGNMENT_BYTES = 64  # a cache line; more than any dtype or matrix kernel asks for
+_MAX_NAME_LENGTH = 200  # characters
+TENSOR_ALIGNMENT_BYTES = 64  # a cache line, which every dtype and matrix kernel accepts
 _MAX_MANIFEST_BYTES = 256 << 20
 _KINDS = {
     "top_k": int, "dense_bytes": int, "architecture": str, "config_sha256": str,
     "experts_file": str, "dense_file": str, "quantisation": str, "layout": str, "dtype": str,
 }  # fmt: skip
+# By name: what a store can hold.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
@@ -36,9 +37,9 @@ class TensorSpec:
     """Where one parameter of an expert lies in the expert's extent."""
 
     name: str
-    dtype: str
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]  # without the expert dimension
-    offset_bytes: int
+    offset_bytes: int  # from the extent's beginning
 
     @property
     def size_bytes(self) -> int:
@@ -49,13 +50,13 @@ class TensorSpec:
 class LayerSpec:
     """One MoE layer: `n_experts` extents of equal size, one after the other."""
 
-    module: str
+    module: str  # its name in the model
     n_experts: int
-    offset_bytes: int
+    offset_bytes: int  # of the first extent, in the experts' file
     extent_bytes: int
     tensors: tuple[TensorSpec, ...]
     checksums: tuple[str, ...] = ()  # xxh3-64 of each whole extent, 16 hex digits
-    quantisation: str = NONE  # then a weight's parts are tensors called weight/part
+    quantisation: str = NONE  # unless none, a weight's parts are tensors called weight/part
 
     def extent_offset(self, expert: int) -> int:
         return self.offset_bytes + expert * self.extent_bytes
@@ -65,7 +66,7 @@ class LayerSpec:
         return self.extent_offset(self.n_experts)
 
     def shapes(self, *, transposed: bool) -> dict[str, tuple[int, ...]]:
-        """Of an expert's parameters, as its module has them: `transposed`, if that is [in, out]."""
+        """Shapes of an expert's parameters in its module; `transposed`: weights are [in, out]."""
         plain, parts = quant.by_weight({tensor.name: tensor.shape for tensor in self.tensors})
         if (scheme := quant.get(self.quantisation)) is None:
             return plain
@@ -85,8 +86,8 @@ class Manifest:
     dense_bytes: int
     layers: tuple[LayerSpec, ...]
     quantisation: str = NONE
-    layout: str = ""  # of the scheme's bytes, where they differ between machines
-    dtype: str = ""  # in which the model computes; "" in stores of before: config.json's
+    layout: str = ""  # names the order of the scheme's bytes where that differs between machines
+    dtype: str = ""  # in which the model computes; "": the one in config.json (older stores)
 
     @property
     def experts_bytes(self) -> int:
@@ -109,16 +110,18 @@ def lay_out(
     tensors: list[tuple[str, torch.dtype, Any]],
     quantisation: str = NONE,
 ) -> LayerSpec:
-    """The extent of one expert, from its parameters (name, dtype, shape) in order.
+    """The layer whose experts have these parameters (name, dtype, shape), in this order.
 
     Raises FlashMoEError for a dtype that a store cannot hold.
     """
     specs, end = [], 0
     for name, dtype, shape in tensors:
-        short = dtype_name(dtype)
-        if short not in DTYPES:
-            raise FlashMoEError(f"{module}.{name} is {short}: a store holds {', '.join(DTYPES)}")
-        spec = TensorSpec(name, short, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
+        dtype_label = dtype_name(dtype)
+        if dtype_label not in DTYPES:
+            raise FlashMoEError(
+                f"{module}.{name} is {dtype_label}: a store holds {', '.join(DTYPES)}"
+            )
+        spec = TensorSpec(name, dtype_label, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
         specs.append(spec)
         end = spec.offset_bytes + spec.size_bytes
     extent_bytes = round_up(end, ALIGNMENT_BYTES)
@@ -126,7 +129,7 @@ def lay_out(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As manifests and messages have it: bfloat16."""
+    """A dtype as manifests and messages write it: bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -135,7 +138,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def is_store(directory: Path) -> bool:
-    """Is there a manifest, good or damaged, that is not some other program's?"""
+    """Does the directory hold a manifest, good or damaged, that no other program wrote?"""
     path = directory / FILE_NAME
     if not path.is_file():
         return False
@@ -177,7 +180,7 @@ def load(directory: Path) -> Manifest:
     if scheme and scheme.layout() != manifest.layout:
         raise refuse(f"its {manifest.quantisation} weights are packed for another processor")
     for name in (manifest.experts_file, manifest.dense_file):
-        if Path(name).name != name or name in ("", ".", "..") or len(name) > _LONGEST_NAME:
+        if not files.is_inside(name, subfolders=False) or len(name) > _MAX_NAME_LENGTH:
             raise refuse(f"{FILE_NAME} names a file outside the store ({name!r})")
     for name, expected in (
         (manifest.experts_file, manifest.experts_bytes),
@@ -202,13 +205,13 @@ def _parse(document: dict[str, Any]) -> Manifest:
         layer = LayerSpec(
             **entry | {"tensors": tuple(tensors), "checksums": tuple(entry["checksums"])}
         )
-        fresh = lay_out(
+        expected = lay_out(
             layer.module,
             layer.n_experts,
             layer.offset_bytes,
             [(t.name, DTYPES[t.dtype], t.shape) for t in tensors],
         )
-        if fresh.tensors != layer.tensors or fresh.extent_bytes != layer.extent_bytes:
+        if expected.tensors != layer.tensors or expected.extent_bytes != layer.extent_bytes:
             raise ValueError(f"offsets of {layer.module} are not those of its tensors")
         if layer.offset_bytes != end or not 0 < layer.n_experts <= 1 << 20:
             raise ValueError(f"{layer.module} overlaps its neighbour or has a gap before it")

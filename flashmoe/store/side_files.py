@@ -1,4 +1,4 @@
-"""What goes from beside a checkpoint's weights into a store: tokenizer, templates, processors."""
+"""Copies the files beside a checkpoint's weights into a store: tokenizer, templates and others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.store import manifest
 from flashmoe.util.sizes import format_bytes
 
-LARGEST_BYTES = 128 << 20  # a tokenizer.json of 262 thousand tokens has 33 MB
+LARGEST_BYTES = 128 << 20  # above it a file is no tokenizer
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack",
             ".onnx", ".onnx_data", ".pb", ".tflite", ".ot", ".pkl", ".pickle", ".joblib", ".nemo",
             ".mlmodel", ".engine"}  # fmt: skip
@@ -25,7 +25,7 @@ _MEDIA = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".bmp", ".ico", ".pd
 _ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z"}
 _DATA_SETS = {".parquet", ".arrow", ".tfevents"}
 _OTHERS = _CODE | _MEDIA | _ARCHIVES | _DATA_SETS
-_OF_THE_STORE = {Path(manifest.FILE_NAME)}  # its data files and its lock are weights and hidden
+_OF_THE_STORE = {Path(manifest.FILE_NAME)}  # other rules leave out its data files and its lock
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 def copy(source: Path, store: Path) -> None:
     """Copy what transformers reads beside the weights of `source`, sub-directories included.
 
-    All is taken but what is surely something else: weights, code, media, archives, data sets,
-    hidden files, files above LARGEST_BYTES (a warning names those), and sub-directories with
-    weights of their own. Links to files are followed in the source, as the hub's cache has them;
-    in the store no link is. What an earlier pack left in the store stays.
+    It copies everything except weights, code, media, archives, data sets, hidden files, files
+    above LARGEST_BYTES (which a warning names) and sub-directories with weights of their own.
+    Links to files are followed in the source, since the hub's cache consists of them; the store
+    gets no links. Files that an earlier pack left in the store stay.
     Raises FlashMoEError or OSError for a file that cannot be read or written.
     """
     for name in _names(source):
@@ -55,7 +55,7 @@ def _write(content: bytes, file: BinaryIO) -> None:
 
 
 def _names(source: Path) -> Iterator[Path]:
-    """Of the files to copy, relative to `source`."""
+    """Names of the files to copy, relative to `source`."""
     for folder, subfolders, names in os.walk(source, onerror=_raise):
         relative = Path(folder).relative_to(source)
         if relative.parts and any(map(_is_of_weights, names)):
@@ -85,7 +85,7 @@ def _is_of_weights(name: str) -> bool:
 
 
 def _make_folders(store: Path, folder: Path) -> None:
-    """`folder` in the store, no part of it a link."""
+    """Make `folder` in the store, where no part of it may be a link."""
     for part in [*reversed(folder.parents), folder]:
         if (store / part).is_symlink():
             (store / part).unlink()

@@ -1,4 +1,4 @@
-"""Training of policies, a file a kind. `kinds()` lists them; dropping in a file adds one."""
+"""Training of policies, one file a kind. `kinds()` lists them; a new file adds one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 from flashmoe.trace import Trace
 from flashmoe.util.registry import discover
 
+Report = Callable[[str], object]  # is given a line of progress now and then
+
 
 class Training(ABC):
     """Makes a policy file from traces."""
@@ -19,12 +21,10 @@ class Training(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def run(
-        self, traces: Sequence[Trace], out: Path, seed: int, report: Callable[[str], object]
-    ) -> dict[str, Any]:
-        """Train on `traces`, write `out`, return what is worth telling.
+    def run(self, traces: Sequence[Trace], out: Path, seed: int, report: Report) -> dict[str, Any]:
+        """Train on `traces`, write the policy file `out`, and return the training's losses.
 
-        `report` is given a line now and then. Raises FlashMoEError when the traces do not serve.
+        Raises FlashMoEError when the traces are too few, too many or too short.
         """
 
 

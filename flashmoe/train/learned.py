@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from flashmoe.policies.learned import HIDDEN, KIND, Network
 from flashmoe.policies.parts import policy_file
 from flashmoe.policies.parts.features import N_FEATURES, NAMES
 from flashmoe.trace import Trace
-from flashmoe.train import Training
+from flashmoe.train import Report, Training
 from flashmoe.train.decisions import Decisions, gather
 
-ROWS = 6_000_000  # candidates of evictions, shared out by the square root of a trace's length
+ROWS = 6_000_000  # of all traces; each gets a share by the square root of its length
 EPOCHS = 12
-BATCH = 8192
+BATCH = 8192  # rows
 LEARNING_RATE = 4e-3
-UNKNOWN_SHARE = 0.3  # of the batches in which the router's weights are hidden
-SOFTENING = 0.1  # gaps added to a distance before its logarithm
+MASKED_SHARE = 0.3  # how many of the batches hide the router's weights
+SOFTENING_GAPS = 0.1  # added to a distance before its logarithm
 
 _WEIGHTS = [i for i, name in enumerate(NAMES) if "weight" in name]
 
@@ -32,9 +32,7 @@ class TrainLearned(Training):
 
     name = KIND
 
-    def run(
-        self, traces: Sequence[Trace], out: Path, seed: int, report: Callable[[str], object]
-    ) -> dict[str, Any]:
+    def run(self, traces: Sequence[Trace], out: Path, seed: int, report: Report) -> dict[str, Any]:
         lengths = np.sqrt([trace.experts[..., 0].size for trace in traces])
         parts = []
         for trace, share in zip(traces, lengths / lengths.sum(), strict=True):
@@ -60,13 +58,13 @@ def fit(
     parts: Sequence[Decisions],
     weights: Sequence[float] | np.ndarray,
     seed: int,
-    report: Callable[[str], object] = lambda line: None,
+    report: Report = lambda line: None,
 ) -> tuple[Network, list[float]]:
-    """One network for all parts, weighted; and its mean loss in every epoch."""
+    """One network for all parts, which count by `weights`, and its mean loss in every epoch."""
     torch.manual_seed(seed)
     x = torch.from_numpy(np.concatenate([part.features for part in parts]))
-    waits = torch.from_numpy(np.concatenate([part.distance_gaps for part in parts]))
-    y = torch.log(waits + SOFTENING)
+    distances = torch.from_numpy(np.concatenate([part.distance_gaps for part in parts]))
+    y = torch.log(distances + SOFTENING_GAPS)
     weight = torch.cat(
         [
             torch.full((len(part.features),), float(share) / len(part.features))
@@ -75,10 +73,10 @@ def fit(
     )
     weight *= len(weight) / weight.sum()
     mean, spread = x.mean(0), x.std(0) + 1e-3
-    known = NAMES.index("weights known")  # may be so throughout, but will not stay so
-    mean[known] = spread[known] = 0.5
+    flag = NAMES.index("weights known")  # it may be 1 in all rows, but masking makes it vary
+    mean[flag] = spread[flag] = 0.5
     x.sub_(mean).div_(spread)
-    hidden = ((0 - mean) / spread)[_WEIGHTS]  # what masked weights look like
+    masked = ((0 - mean) / spread)[_WEIGHTS]  # standardised zeros
     first, second = HIDDEN
     net = torch.nn.Sequential(
         torch.nn.Linear(N_FEATURES, first),
@@ -95,12 +93,12 @@ def fit(
         total = 0.0
         for picks in torch.randperm(len(x)).split(BATCH):
             batch = x[picks]
-            if torch.rand(()) < UNKNOWN_SHARE:
-                batch[:, _WEIGHTS] = hidden
+            if torch.rand(()) < MASKED_SHARE:
+                batch[:, _WEIGHTS] = masked
             loss = (weight[picks] * (net(batch)[:, 0] - y[picks]) ** 2).mean()
             optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # one batch in hundreds explodes
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # a rare batch would explode
             optimiser.step()
             schedule.step()
             total += loss.item() * len(picks)
@@ -111,7 +109,7 @@ def fit(
 
 @torch.no_grad()
 def _export(net: torch.nn.Sequential, mean: torch.Tensor, spread: torch.Tensor) -> Network:
-    """The network on features as they come: standardisation folded into the first layer."""
+    """The network on raw features: standardisation is folded into the first layer."""
     first, second, last = (layer for layer in net if isinstance(layer, torch.nn.Linear))
     w1 = first.weight / spread
     tensors = {

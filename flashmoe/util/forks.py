@@ -1,9 +1,9 @@
 """Lets engines stand still while the process forks, so that the child has a whole one too.
 
-A child has the memory of its parent and none of its threads: what another thread had locked
-would stay locked there, and what it was reading would never arrive. Nor may the kernel write to
-memory while it is being copied (see O_DIRECT in open(2)). In a child torch computes with one
-thread, as in a DataLoader's worker; `torch.set_num_threads` is for those who know better.
+A child has the memory of its parent but none of its threads: a lock that another thread held
+would stay locked there, and its reads would never arrive. The kernel must not write to memory
+either while that memory is copied (see O_DIRECT in open(2)). torch computes with one thread in a
+child, as in a DataLoader's worker, unless the child calls `torch.set_num_threads`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from typing import Protocol
 
 
 class Forkable(Protocol):
-    """What has threads or locks."""
+    """An object with threads or locks."""
 
     def stand_still(self) -> None:
-        """End what is under way, and begin nothing until `go_on`, which the same thread calls."""
+        """Finish all work and begin none until `go_on`, which the same thread calls."""
 
     def go_on(self, *, in_child: bool) -> None:
-        """The fork is over; `in_child`, no other thread exists."""
+        """Work again after the fork; `in_child`: no other thread exists here."""
 
 
-_all: weakref.WeakSet[Forkable] = weakref.WeakSet()
-_still: list[Forkable] = []
-_one_fork = threading.RLock()  # at a time; guards both
+_forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_standing_still: list[Forkable] = []
+_one_fork = threading.RLock()  # held during a fork; guards both collections
 
 
 def look_after(new: Forkable) -> None:
-    """From now on `new` stands still at every fork, as long as it lives."""
+    """Let `new` stand still at every fork from now on, as long as it lives."""
     with _one_fork:
-        _all.add(new)
+        _forkables.add(new)
 
 
 def _before() -> None:
     _one_fork.acquire()
-    for each in list(_all):
-        each.stand_still()
-        _still.append(each)
+    for forkable in list(_forkables):
+        forkable.stand_still()
+        _standing_still.append(forkable)
 
 
 def _after(in_child: bool) -> None:
-    while _still:
-        _still.pop().go_on(in_child=in_child)
+    while _standing_still:
+        _standing_still.pop().go_on(in_child=in_child)
     _one_fork.release()
 
 

@@ -1,4 +1,4 @@
-"""Progress bars, on standard error and only where a person looks."""
+"""Progress bars, shown on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextmanager
 def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar fed with (bytes done, bytes in all)."""
+    """A bar to update with (bytes done, total bytes)."""
     with tqdm(
         desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty()
     ) as bar:
@@ -25,7 +25,7 @@ def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def count_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """A bar fed with the count done since the last call."""
+    """A bar to update with the count done since the last update."""
     with tqdm(
         desc=title, total=total, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
     ) as bar:

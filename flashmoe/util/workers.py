@@ -1,4 +1,4 @@
-"""Processes that work for this one: never left behind when it ends, however it does."""
+"""Processes that work for this one and end with it, however it ends."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import signal
 import sys
 import threading
 
-# Forked from a process that has imported much and run nothing: ready in milliseconds, where a new
-# interpreter takes 5 seconds for torch and transformers on two cores. It imports what it is told
-# to (`CONTEXT.set_forkserver_preload`) at its first fork.
+# Workers fork from a server that has imported much and run nothing, because a new interpreter would
+# take seconds for these imports. `CONTEXT.set_forkserver_preload` says what the server imports.
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def obey() -> None:
-    """To be called first in a worker: its parent alone handles Ctrl-C, and its end is the end."""
+def end_with_parent() -> None:
+    """Call this first in a worker: it ends when its parent does, which alone handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_await_parents_end, daemon=True).start()
 
 
-def hush() -> None:
-    """Libraries' warnings go nowhere; what fails, fails in the parent."""
+def silence_stderr() -> None:
+    """Discard what libraries warn of; the parent reports failures."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _end_with_parent() -> None:
+def _await_parents_end() -> None:
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()

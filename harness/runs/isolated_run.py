@@ -55,8 +55,8 @@ def _forked(job: Job) -> Run:
 
 
 def _answer(job: Job, there: Connection) -> None:
-    workers.obey()
-    workers.hush()
+    workers.end_with_parent()
+    workers.silence_stderr()
     from harness.runs.run import run
 
     try:

@@ -44,7 +44,7 @@ def table(config: dict[str, Any] | None = None, tokens: tuple[int, ...] = TOKENS
             for system in SYSTEMS:
                 say(f"{length} tokens by {system}")
                 # a new interpreter: what another run took and gave back counts for no peak
-                with ProcessPoolExecutor(1, get_context("spawn"), workers.obey) as pool:
+                with ProcessPoolExecutor(1, get_context("spawn"), workers.end_with_parent) as pool:
                     rows.append(pool.submit(_measure, Path(folder), system, length).result())
     return rows
 

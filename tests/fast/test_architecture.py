@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from source_tree import imports, modules, names_from, within
 
+from flashmoe import policies
 from flashmoe.policies.parts import compiled
 
 # Top to bottom. A folder, or a file beside the folders, imports only from those below it.
@@ -13,12 +14,6 @@ ORDER = (
     "__main__", "cli", "flashmoe", "engines", "train", "residency", "reading", "memory", "cache",
     "policies", "store", "quant", "trace", "events", "disk", "util", "errors",
 )  # fmt: skip
-
-# Arrows that break a rule below, as (importer, imported).
-EXCEPTIONS = {
-    # numba's key asks the package for its folder
-    ("flashmoe.policies.parts.compiled", "flashmoe"),
-}
 
 PUBLIC = "flashmoe"  # what users import: its `load` reaches every engine
 
@@ -30,7 +25,6 @@ def arrows(*packages: str) -> list[tuple[str, str]]:
         for module in sorted(modules())
         if within(module, packages)
         for target in imports(module)
-        if (module, target) not in EXCEPTIONS
     ]
 
 
@@ -142,25 +136,23 @@ def test_one_engine_alone_imports_its_library(libraries, home):
     assert wrong == []
 
 
-def test_the_key_of_compiled_code_covers_every_file_with_compiled_code():
+@pytest.mark.parametrize("name", policies.available())
+def test_the_key_of_compiled_code_covers_every_file_with_compiled_code(name):
     """Else an edit of such a file would go on running the machine code of before."""
-    root = modules()[PUBLIC].parent
-    covered = {path for pattern in compiled.SOURCES for path in root.glob(pattern)}
+    policy_class = policies.available()[name]
+    covered = set(compiled.sources(policy_class))
     home = "flashmoe.policies.parts.compiled"
-    compiles = {name for name in modules() if names_from(name, home) & {"helper", "kernel"}}
-    assert {"flashmoe.cache.expert_cache", "flashmoe.policies.belady"} <= compiles
-    reachable = _reachable_from_policies() | {"flashmoe.cache.expert_cache"}
-    for module in sorted(compiles & reachable):
-        assert modules()[module] in covered, module
-        for target in set(imports(module)) & modules().keys():
-            constants = {name for name in names_from(module, target) if name.isupper()}
-            assert not constants or modules()[target] in covered, (module, target, constants)
+    for module in _reachable(policy_class.__module__) | {"flashmoe.cache.expert_cache"}:
+        if names_from(module, home) & {"helper", "kernel"}:
+            assert modules()[module] in covered, module
+            for target in set(imports(module)) & modules().keys():
+                constants = {name for name in names_from(module, target) if name.isupper()}
+                assert not constants or modules()[target] in covered, (module, target, constants)
 
 
-def _reachable_from_policies() -> set[str]:
-    """Every module that a policy imports, directly or through others."""
-    waiting = [name for name in modules() if within(name, ["flashmoe.policies"])]
-    reachable = set(waiting)
+def _reachable(module: str) -> set[str]:
+    """A module, and every module of ours that it imports, directly or through others."""
+    waiting, reachable = [module], {module}
     while waiting:
         targets = set(imports(waiting.pop())) & modules().keys() - reachable - {PUBLIC}
         reachable |= targets

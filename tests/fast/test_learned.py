@@ -15,7 +15,14 @@ from flashmoe.events import LAYERS_BELOW, Event, below
 from flashmoe.policies import learned
 from flashmoe.policies.base import Scope
 from flashmoe.policies.parts import policy_file
-from flashmoe.policies.parts.features import N_FEATURES, NAMES, Memory, describe, recall, remember
+from flashmoe.policies.parts.features import (
+    N_FEATURES,
+    NAMES,
+    RoutingHistory,
+    describe,
+    recall,
+    remember,
+)
 from flashmoe.trace import Trace
 
 TOKENS = 1200
@@ -102,7 +109,7 @@ def test_layers_below_are_told_nearest_first():
 
 def test_features_of_a_worked_case():
     """Three tokens [0 1], [2 3], [0 1] of 8 experts: what followed [0 1] before was [2 3]."""
-    memory = Memory.empty(Scope(8, 2))
+    memory = RoutingHistory.empty(Scope(8, 2))
     for row in ([0, 1], [2, 3], [0, 1]):
         remember(memory, Event.of_rows([row]))
     similar, _ = recall(memory, 0)
@@ -124,7 +131,7 @@ def test_a_prompt_leaves_the_memory_that_a_decode_of_it_leaves():
     rows = np.stack([rng.permutation(8)[:2] for _ in range(30)])
     weights = rng.random((30, 2))
     lower = rng.integers(0, 8, (30, 5))
-    one_by_one, at_once = Memory.empty(Scope(8, 2)), Memory.empty(Scope(8, 2))
+    one_by_one, at_once = RoutingHistory.empty(Scope(8, 2)), RoutingHistory.empty(Scope(8, 2))
     for row, shares, chosen in zip(rows, weights, lower, strict=True):
         remember(one_by_one, Event.of_rows(row[None], 0, shares[None], chosen[None]))
     remember(at_once, Event.of_rows(rows, 0, weights, lower))

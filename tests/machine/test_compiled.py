@@ -14,7 +14,6 @@ from flashmoe.events import Event
 from flashmoe.policies import get
 from flashmoe.policies.base import Scope
 from flashmoe.policies.parts import compiled
-from flashmoe.util import locations
 
 
 def serve_some() -> int:
@@ -43,7 +42,7 @@ def test_policies_compile_where_nobody_has_a_home(monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(RuntimeError):
-        locations.cache_folder()
+        compiled.cache_folder()
     assert serve_some() == 3
 
 
@@ -58,10 +57,10 @@ def test_a_relative_cache_folder_does_not_count(monkeypatch, tmp_path, configure
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", configured)
-    assert locations.cache_folder() == tmp_path / "home" / ".cache" / "flashmoe"
+    assert compiled.cache_folder() == tmp_path / "home" / ".cache" / "flashmoe"
     monkeypatch.setenv("HOME", "home")
     with pytest.raises(RuntimeError, match="relative"):
-        locations.cache_folder()
+        compiled.cache_folder()
 
 
 def test_a_disk_that_fills_up_later_only_costs_time(own_cache, monkeypatch):

@@ -1,12 +1,11 @@
 """Compiles policies: the same classes that run as plain Python become machine code by numba.
 
-A policy is written as an ordinary class whose state lies in NumPy arrays. `freeze` makes a
-named tuple of that state, which numba passes by reference, so that compiled `touch` and
-`victim` change the arrays of the policy object itself. One replayed event of `lru` takes
-0.1 microseconds this way, and 10 interpreted.
+A policy is an ordinary class whose state lies in NumPy arrays. `state_of` makes a named tuple of
+these arrays, which numba passes by reference, so that compiled `touch` and `victim` change the
+arrays of the policy object itself.
 
-Compiled code is kept under ~/.cache/flashmoe, keyed by the sources that it was made from. Where
-nothing can be kept, or what was kept cannot be read, every process compiles anew.
+Compiled code is saved under ~/.cache/flashmoe, keyed by the sources that it was made from. A
+process compiles anew where it can save nothing there, or cannot read what was saved.
 """
 
 from __future__ import annotations
@@ -28,64 +27,61 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.extending import overload, register_jitable
 
-import flashmoe
-from flashmoe.util.locations import cache_folder
-
 logger = logging.getLogger(__name__)
 
-# Where numba keeps code is one setting of the process: two threads that set it at once have left a
-# folder of compiled code in the working directory.
+# numba's folder for compiled code is one setting of the process: threads must not set it at once.
 _compiling = threading.Lock()
-# Held across a fork too: a child must not find it taken by a thread that it does not have.
+# No thread holds the lock while the process forks: the child would lack the thread that frees it.
 os.register_at_fork(
     before=_compiling.acquire,
     after_in_parent=_compiling.release,
     after_in_child=_compiling.release,
 )
-# Of all compiled code, relative to the package.
-SOURCES = ("events.py", "cache/expert_cache.py", "policies/**/*.py")
-helper = register_jitable  # a function that policies may call, compiled or not
+# The sources of every policy's compiled code, relative to the package.
+SHARED_SOURCES = ("events.py", "cache/expert_cache.py", "policies/base.py", "policies/parts/*.py")
+helper = register_jitable  # marks a function that policies may call, compiled or not
 
 
-def touch(policy, event, now):  # type: ignore[no-untyped-def]
-    """policy.touch, callable from compiled code on what `freeze` returns."""
+def touch(policy, event, now):
+    """policy.touch, callable from compiled code on what `state_of` returns."""
     policy.touch(event, now)
 
 
-def victim(policy, candidates):  # type: ignore[no-untyped-def]
-    """policy.victim, likewise."""
+def victim(policy, candidates):
+    """policy.victim, callable from compiled code on what `state_of` returns."""
     return policy.victim(candidates)
 
 
 @overload(touch, strict=False)  # a method calls its first argument `self`
-def _touch(policy, event, now):  # type: ignore[no-untyped-def]
+def _touch(policy, event, now):
     return policy.instance_class.policy_class.touch
 
 
 @overload(victim, strict=False)
-def _victim(policy, candidates):  # type: ignore[no-untyped-def]
+def _victim(policy, candidates):
     return policy.instance_class.policy_class.victim
 
 
 @cache
 def _state_class(policy_class: type, fields: tuple[str, ...]) -> Any:
     name = f"{policy_class.__name__}State"
-    make: Any = namedtuple  # of fields known at run time only
-    made = make(name, fields)
-    made.policy_class = policy_class
-    made.__module__ = policy_class.__module__  # numba's index on disk names it by its module
-    setattr(sys.modules[policy_class.__module__], name, made)
-    return made
+    make: Any = namedtuple  # mypy rejects field names that it cannot see
+    state_class = make(name, fields)
+    state_class.policy_class = policy_class
+    # numba's index on disk looks the class up by its module and name.
+    state_class.__module__ = policy_class.__module__
+    setattr(sys.modules[policy_class.__module__], name, state_class)
+    return state_class
 
 
-def freeze(policy: Any) -> Any:
-    """The policy's attributes as a named tuple that compiled code accepts."""
+def state_of(policy: Any) -> Any:
+    """The policy's attributes as a named tuple that compiled code accepts; arrays are shared."""
     state = {k: v for k, v in vars(policy).items() if not k.startswith("_")}
     return _state_class(type(policy), tuple(state))(**state)  # type: ignore[arg-type]
 
 
-class _Kept(FunctionCache):  # type: ignore[misc]
-    """Compiled code on disk; a full disk or a damaged file only costs the time to compile."""
+class _SavedCode(FunctionCache):  # type: ignore[misc]
+    """Compiled code on disk; a full disk or a damaged file costs only the time to compile."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -100,35 +96,58 @@ class _Kept(FunctionCache):  # type: ignore[misc]
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            logger.debug("%s: not kept: %r", self.cache_path, error)
+            logger.debug("%s: not saved: %r", self.cache_path, error)
 
 
 @cache
 def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., Any]:
-    """`function` compiled for one class of policies (its first argument, frozen)."""
+    """`function` compiled for one class of policies, whose state is its first argument.
+
+    A function that takes no policy is compiled for `Policy` itself.
+    """
     compiled: Any = numba.njit(nogil=True)(function)
     config: Any = numba.config
     with _compiling:
-        before = config.CACHE_DIR
+        numba_folder = config.CACHE_DIR
         try:
             name = f"{policy_class.__name__}-{_digest(policy_class)}"
             folder = cache_folder() / "compiled" / name
             folder.mkdir(parents=True, exist_ok=True)
             config.CACHE_DIR = str(folder)
-            compiled._cache = _Kept(function)
+            compiled._cache = _SavedCode(function)
         except (OSError, RuntimeError) as error:  # no home, or no place to write to
             logger.debug("compiled anew in every process: %s", error)
         finally:
-            config.CACHE_DIR = before
+            config.CACHE_DIR = numba_folder
     return compiled
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/flashmoe, by default ~/.cache/flashmoe.
+
+    A relative $XDG_CACHE_HOME does not count, as its specification says. Raises RuntimeError where
+    this user has no home.
+    """
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = configured if configured.is_absolute() else Path.home() / ".cache"
+    if not folder.is_absolute():
+        raise RuntimeError(f"the home directory {Path.home()} is a relative path")
+    return folder / "flashmoe"
+
+
+def sources(policy_class: type) -> list[Path]:
+    """Every file that decides what a policy's kernels do; those of other policies do not."""
+    package = Path(__file__).parents[2]
+    files = {file for pattern in SHARED_SOURCES for file in package.glob(pattern)}
+    for ancestor in policy_class.__mro__:
+        if ancestor.__module__ not in sys.stdlib_module_names:
+            files.add(Path(inspect.getfile(ancestor)))
+    return sorted(files)
+
+
 def _digest(policy_class: type) -> str:
-    """Of all that decides what a kernel does: editing a policy never runs its old code."""
-    own = Path(inspect.getfile(policy_class))
-    package = Path(flashmoe.__file__).parent
-    sources = [own, *(file for pattern in SOURCES for file in package.glob(pattern))]
+    """Of a policy's sources and of what compiles them, so that an edited policy compiles anew."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {os.uname().machine}".encode())
-    for source in sorted(set(sources)):
+    for source in sources(policy_class):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

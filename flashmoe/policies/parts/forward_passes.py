@@ -1,7 +1,4 @@
-"""Which forward pass an expert was last used in, and how far ahead its layer is.
-
-What policies need that know the layers of a cache which several layers share.
-"""
+"""Forward passes and layers, for policies of a cache that several layers share."""
 
 from __future__ import annotations
 
@@ -11,26 +8,28 @@ from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts.compiled import helper
 
+PASS, LAYER = 0, 1  # positions in `ForwardPasses.current`
+
 
 class ForwardPasses(Policy):
-    """Counts forward passes: one begins when an event's layer is not above the one before."""
+    """Counts forward passes: one begins when an event's layer is no higher than the last one's."""
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
         self.n_experts = scope.n_experts
         self.n_layers = scope.n_layers
-        self.last_pass = np.full(self.n_keys, -1)
-        self.current = np.zeros(2, np.int64)  # forward passes so far, the layer running now
+        self.last_pass = np.full(self.n_keys, -1)  # in which the key was used
+        self.current = np.zeros(2, np.int64)  # forward passes so far and the layer running now
 
     def touch(self, event: Event, now: int) -> None:
         layer = event.keys[0] // self.n_experts
-        if layer <= self.current[1]:
-            self.current[0] += 1
-        self.current[1] = layer
-        self.last_pass[event.keys] = self.current[0]
+        if layer <= self.current[LAYER]:
+            self.current[PASS] += 1
+        self.current[LAYER] = layer
+        self.last_pass[event.keys] = self.current[PASS]
 
 
 @helper
-def layers_until(policy, key):  # type: ignore[no-untyped-def]
-    """Layers that run before the key's own does again, 0 for the next one."""
-    return (key // policy.n_experts - policy.current[1] - 1) % policy.n_layers
+def layers_until(policy, key):
+    """How many layers run before the layer of `key` runs again; 0: it runs next."""
+    return (key // policy.n_experts - policy.current[LAYER] - 1) % policy.n_layers

@@ -1,30 +1,32 @@
-"""Experts kept in lists by their order of arrival: what queue-based policies are made of.
+"""Lists of experts in their order of arrival, of which queue-based policies are made.
 
-A policy that uses them has `where` (int64 [n_keys], the list each key is in, 0 for none),
-`order` (int64 [n_keys], when it came there), `sizes` (int64, by list) and `clock` (int64, its
-first element the moves so far).
+A policy that uses them has these int64 arrays: `where` [n_keys], the list that each key is in, 0
+for none; `order` [n_keys], when it came there; `sizes`, the length of each list; and `clock`,
+whose element MOVES counts moves.
 """
 
 from __future__ import annotations
 
 from flashmoe.policies.parts.compiled import helper
 
-
-@helper
-def oldest(where, order, wanted, among):  # type: ignore[no-untyped-def]
-    """The key of `among` in list `wanted` that came there first; -1 if there is none."""
-    found = -1
-    for key in among:
-        if where[key] == wanted and (found < 0 or order[key] < order[found]):
-            found = key
-    return found
+MOVES = 0  # a position in a policy's `clock`
 
 
 @helper
-def move(policy, key, to):  # type: ignore[no-untyped-def]
-    """Put `key` at the young end of list `to`."""
+def oldest(where, order, queue, candidates):
+    """The one of `candidates` that came first to list `queue`; -1 if none is in it."""
+    first = -1
+    for key in candidates:
+        if where[key] == queue and (first < 0 or order[key] < order[first]):
+            first = key
+    return first
+
+
+@helper
+def move(policy, key, queue):
+    """Put `key` at the young end of list `queue`."""
     policy.sizes[policy.where[key]] -= 1
-    policy.sizes[to] += 1
-    policy.where[key] = to
-    policy.clock[0] += 1
-    policy.order[key] = policy.clock[0]
+    policy.sizes[queue] += 1
+    policy.where[key] = queue
+    policy.clock[MOVES] += 1
+    policy.order[key] = policy.clock[MOVES]

@@ -1,4 +1,4 @@
-"""What a policy has learnt, as arrays by name: to be kept, and to be given to another."""
+"""What a policy has learnt, as arrays by name, to save it or to hand it to another policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashmoe.policies.base import Policy
 
 
 def arrays(policy: Policy) -> dict[str, np.ndarray]:
-    """Every array of a policy, those of its named tuples as tuple/field; not copied."""
+    """Every array of a policy, not copied; those of its named tuples are called tuple/field."""
     return dict(_arrays(vars(policy)))
 
 
@@ -24,15 +24,15 @@ def _arrays(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, np.
 
 
 def fits(policy: Policy, state: dict[str, np.ndarray]) -> bool:
-    """Is `state` of a policy of the same kind, on as many keys?"""
-    own = arrays(policy)
-    return own.keys() == state.keys() and all(
-        own[name].shape == value.shape and own[name].dtype == value.dtype
+    """Does `state` come from a policy of the same kind, for as many keys?"""
+    targets = arrays(policy)
+    return targets.keys() == state.keys() and all(
+        targets[name].shape == value.shape and targets[name].dtype == value.dtype
         for name, value in state.items()
     )
 
 
 def take(policy: Policy, state: dict[str, np.ndarray]) -> None:
-    """Copy `state` into the policy, which it `fits`."""
+    """Copy `state`, which `fits`, into the policy."""
     for name, array in arrays(policy).items():
         array[...] = state[name]

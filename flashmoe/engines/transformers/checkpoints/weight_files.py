@@ -7,7 +7,7 @@ copy or a missing dtype cannot lead to other weights than transformers would loa
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.modeling_utils import _get_dtype, _get_resolved_checkpoint_files
 
+from flashmoe.disk.files import is_inside
 from flashmoe.errors import FlashMoEError
 
 INDEX_NAME, ADAPTER_NAME = "model.safetensors.index.json", "adapter_config.json"
@@ -105,8 +106,7 @@ def _check_index(index: Path) -> None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FlashMoEError(f"{index} is not a shard index ({error!r})") from None
     for name in names:
-        inside = isinstance(name, str) and name and not PurePath(name).is_absolute()
-        if not inside or ".." in PurePath(name).parts:
+        if not is_inside(name, subfolders=True):
             raise FlashMoEError(f"{index} names a shard outside the directory ({name!r})")
 
 
