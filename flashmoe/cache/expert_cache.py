@@ -54,13 +54,13 @@ class Residency(NamedTuple):
 
 
 @helper
-def is_long(event):  # type: ignore[no-untyped-def]
+def is_long(event):
     """Too long for its experts' outputs to be kept until those of lower experts are added."""
     return event.rows.size > LONG_CHOICES
 
 
 @helper
-def _open(policy, residency, event, now, members):  # type: ignore[no-untyped-def]
+def _open(policy, residency, event, now, members):
     """Tell the policy; write the event's keys to `members` as they are served; how many hit.
 
     Hits come first, then the others. A long event in more than one wave is served in ascending
@@ -92,7 +92,7 @@ def _open(policy, residency, event, now, members):  # type: ignore[no-untyped-de
 
 
 @helper
-def _next_wave(policy, residency, members, start):  # type: ignore[no-untyped-def]
+def _next_wave(policy, residency, members, start):
     """Make members from `start` on resident until no slot is left; where this wave ends.
 
     None that is still to be served makes room (unless the policy bypasses).
@@ -117,7 +117,7 @@ def _next_wave(policy, residency, members, start):  # type: ignore[no-untyped-de
 
 
 @helper
-def _admit(policy, residency, key):  # type: ignore[no-untyped-def]
+def _admit(policy, residency, key):
     """Give `key` a free slot, or that of the resident whom the policy chooses."""
     if residency.sizes[FREE]:
         residency.sizes[FREE] -= 1
@@ -141,7 +141,7 @@ def _admit(policy, residency, key):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _remove(residency, key):  # type: ignore[no-untyped-def]
+def _remove(residency, key):
     """Take `key` out; its slot."""
     slot = residency.slot_of[key]
     residency.slot_of[key] = -1
@@ -155,7 +155,7 @@ def _remove(residency, key):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _shrink(policy, residency, n_slots):  # type: ignore[no-untyped-def]
+def _shrink(policy, residency, n_slots):
     """Evict, as the policy says, until no more than `n_slots` are resident."""
     while residency.sizes[RESIDENT] > n_slots:
         residents = residency.residents[: residency.sizes[RESIDENT]].copy()
@@ -163,7 +163,7 @@ def _shrink(policy, residency, n_slots):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _replay(policy, residency, events, now, members):  # type: ignore[no-untyped-def]
+def _replay(policy, residency, events, now, members):
     """Serve every event, waves included; (requests, hits, tokens served)."""
     requests, total_hits = 0, 0
     for i in range(len(events.starts) - 1):
