@@ -12,19 +12,21 @@ import torch
 from flashmoe.errors import FlashMoEError
 from flashmoe.util.sizes import format_bytes
 
-# Left to everything but weights: a prompt's activations, the allocator, the libraries' pages
-# (768 MiB hold them at OLMoE's size: docs/speed.md); a tenth where there is plenty, for others.
+# memory="auto" leaves the larger of the two, in bytes and as a share of what is free, to a prompt's
+# activations, the allocator and the libraries (docs/speed.md#memory-beside-the-budget).
 RESERVE_BYTES, RESERVE_SHARE = 768 << 20, 0.1
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_FILES = {  # of each version: limit, usage, the statistic of what the kernel would give up
+# By cgroup version: the files of limit and usage, and the name in memory.stat of the page cache
+# that the kernel would give up.
+_FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
 def available_bytes() -> int:
-    """Bytes that can be taken without swapping, and without meeting a cgroup's limit.
+    """Bytes of DRAM that can be taken without swapping, and without meeting a cgroup's limit.
 
     Raises FlashMoEError where the system does not say.
     """
@@ -32,28 +34,33 @@ def available_bytes() -> int:
 
 
 def budget_bytes(
-    dense_bytes: int, device: torch.device, least_bytes: int = 1, held_bytes: int = 0
+    dense_bytes: int, device: torch.device, least_bytes: int = 1, present_bytes: int = 0
 ) -> int:
-    """What `memory="auto"` gives the experts, once `dense_bytes` are on the device too.
+    """The bytes of `device` that `memory="auto"` gives the experts.
 
-    held_bytes: what experts have there now, which is theirs again. Raises FlashMoEError when
-    that is less than the `least_bytes` that they need, or the system does not say what is free.
+    dense_bytes: what the rest of the model is still to take there. least_bytes: what experts need
+    at least. present_bytes: what experts take there now, which they may use again.
+    Raises FlashMoEError when less than `least_bytes` is left, or the system does not say how much
+    memory is free.
     """
-    available = available_bytes() if device.type == "cpu" else _device(device)
+    available = available_bytes() if device.type == "cpu" else _free_on(device)
     reserve = max(RESERVE_BYTES, int(available * RESERVE_SHARE))
-    budget = available + held_bytes - reserve - dense_bytes
+    budget = available + present_bytes - reserve - dense_bytes
     if budget < least_bytes:
-        held = f" besides the {format_bytes(held_bytes)} of its experts" if held_bytes else ""
+        besides = ""
+        if present_bytes:
+            besides = f" besides the {format_bytes(present_bytes)} of its experts"
         raise FlashMoEError(
             f"memory='auto': too little memory is free on {device}: {format_bytes(available)}"
-            f"{held}, {format_bytes(reserve)} of which stay reserved for all but weights, and the "
-            f"model needs {format_bytes(dense_bytes + least_bytes)} at least: free "
+            f"{besides}, {format_bytes(reserve)} of which stay reserved for all but weights, and "
+            f"the model needs {format_bytes(dense_bytes + least_bytes)} at least: free "
             f"{format_bytes(least_bytes - budget)} more, or give memory= a size to use the reserve"
         )
     return budget
 
 
-def _device(device: torch.device) -> int:
+def _free_on(device: torch.device) -> int:
+    """Bytes that an accelerator has free. Raises FlashMoEError where torch does not say."""
     try:
         available, _ = torch.get_device_module(device).mem_get_info(device)
     except (AttributeError, RuntimeError) as error:
@@ -65,12 +72,14 @@ def _device(device: torch.device) -> int:
 
 
 def _machine(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that the machine has free. Raises FlashMoEError where the system does not say."""
     with suppress(OSError, ValueError):
         for line in meminfo.read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 return int(value.split()[0]) * 1024
-    with suppress(OSError, ValueError):  # what nobody uses, caches not counted: less, but safe
+    # unused pages without the page cache: fewer bytes than there are, so a safe answer
+    with suppress(OSError, ValueError):
         if (pages := os.sysconf("SC_AVPHYS_PAGES")) > 0:
             return pages * os.sysconf("SC_PAGE_SIZE")
     raise FlashMoEError(
@@ -79,10 +88,10 @@ def _machine(meminfo: Path = Path("/proc/meminfo")) -> int:
     )
 
 
-def _cgroups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What each cgroup that holds this process has left, its own and those above."""
+def _cgroups(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """The bytes that each cgroup with a limit has left: this process's and those above it."""
     with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
+        for line in membership.read_text().splitlines():
             number, controllers, path = line.split(":", 2)
             if number == "0":
                 version, base = 2, root
@@ -90,18 +99,18 @@ def _cgroups(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> It
                 version, base = 1, root / "memory"
             else:
                 continue
-            # in a container the path may be the host's, so that only the root is there
+            # in a container the path may be the host's, and then only the root exists
             for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
                 with suppress(OSError, ValueError):
-                    yield _left(folder, *_FILES[version])
+                    yield _left_bytes(folder, *_FILES[version])
                 if folder == base:
                     break
 
 
-def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
-    """Raises OSError or ValueError where there is no limit ("max")."""
+def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
+    """A cgroup's limit less its usage. Raises OSError or ValueError without a limit ("max")."""
     used, inactive = int((folder / usage).read_text()), 0
-    with suppress(OSError, ValueError):  # else the kernel gives up nothing that we know of
+    with suppress(OSError, ValueError):  # without statistics, none counts as reclaimable
         statistics = dict(
             line.split() for line in (folder / "memory.stat").read_text().splitlines()
         )

@@ -26,7 +26,7 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a store says of the model that its experts belong to."""
+    """What a store records of the model that its experts belong to."""
 
     architecture: str
     top_k: int
@@ -35,23 +35,21 @@ class ModelDescription:
 
 
 def lay_out_layers(layers: Iterable[ExpertShapes], scheme: Scheme | None) -> list[LayerSpec]:
-    """Every layer's extents, stored by `scheme`; checksums are not known yet.
+    """Every layer's extents, without checksums; scheme: None stores weights as they are.
 
     Raises FlashMoEError for a dtype or a shape that cannot be stored so.
     """
     specs: list[LayerSpec] = []
     for layer in layers:
-        empty = {
+        blank_expert = {
             name: torch.zeros(shape, dtype=dtype)
             for name, (dtype, shape) in layer.parameters.items()
         }
-        tensors = [
-            (name, tensor.dtype, tuple(tensor.shape))
-            for name, tensor in stored_tensors(empty, scheme, transposed=layer.transposed).items()
-        ]
+        stored = stored_tensors(blank_expert, scheme, transposed=layer.transposed)
+        tensors = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
         offset_bytes = specs[-1].end_bytes if specs else 0
-        kind = scheme.name if scheme else NONE
-        specs.append(lay_out(layer.module, layer.n_experts, offset_bytes, tensors, kind))
+        scheme_name = scheme.name if scheme else NONE
+        specs.append(lay_out(layer.module, layer.n_experts, offset_bytes, tensors, scheme_name))
     return specs
 
 
@@ -60,7 +58,9 @@ def stored_tensors(
 ) -> dict[str, torch.Tensor]:
     """An expert's parameters as a store has them: weights in the scheme's parts, biases as is.
 
-    A weight [out, in], or [in, out] if `transposed`, is quantised as [out, in].
+    parameters: by name. A weight is [out, in], or [in, out] if `transposed`; the scheme gets it
+    as [out, in]. The parts of a weight are named by `quant.part_name`. Raises FlashMoEError for
+    a shape that the scheme does not take.
     """
     if scheme is None:
         return dict(parameters)
@@ -68,13 +68,13 @@ def stored_tensors(
     for name, tensor in parameters.items():
         if tensor.dim() == 2:
             parts = scheme.parts(tensor.T if transposed else tensor)
-            stored |= {quant.part_name(name, part): stored_as for part, stored_as in parts.items()}
+            stored |= {quant.part_name(name, part): values for part, values in parts.items()}
         else:
             stored[name] = tensor
     return stored
 
 
 def config_digest(directory: Path) -> str:
-    """sha256 of the directory's config.json; of nothing where it has none."""
+    """sha256 of the directory's config.json in hex digits; of no bytes where it has none."""
     path = directory / "config.json"
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()

@@ -1,8 +1,8 @@
 """Writes a store, streaming: memory is bounded by a few experts.
 
-The manifest's rename is the moment at which a store changes. Before it, the data files have
-names that no manifest knows; after it, files that the manifest does not name are removed. A
-pack that dies at any point therefore leaves the previous store as it was.
+A store changes at the moment at which its manifest is renamed. Before that, the data files have
+names that no manifest has; after it, files that the manifest does not name are removed. A pack
+that dies at any point therefore leaves the previous store as it was.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
 
 class Source(Protocol):
-    """What a store is written from: a checkpoint, or weights that are drawn on the way."""
+    """What a store is written from: a checkpoint, or random weights."""
 
     @property
     def description(self) -> ModelDescription:
-        """The model's architecture, and the shapes of its experts."""
+        """The model's architecture, top_k and dtype, and the shapes of its experts."""
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
         """One expert's parameters by name, contiguous, without the expert dimension."""
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every other tensor with its name in the model, one at a time; asked for twice."""
+        """Every other tensor with its name in the model, one at a time. It is called twice."""
 
     def forget_pages(self) -> None:
         """Let the kernel drop the pages of what was read."""
@@ -58,22 +58,24 @@ def write_store(
 ) -> Manifest:
     """Write the directory `store` from `source`, with the files beside `checkpoint`'s weights.
 
+    progress: called with the bytes of experts that were written, and with those in all.
+    quant: the name of a scheme of `flashmoe.quant`.
     Raises FlashMoEError when the disk is full, another pack into `store` is under way, or `store`
     is of another model; a store that was there stays usable then.
     """
     scheme = schemes.get(quant)
-    is_new = not _is_there(store, checkpoint)
+    is_new = not _directory_exists(store, checkpoint)
     model = source.description
     layers = lay_out_layers(model.layers, scheme)
-    total = layers[-1].end_bytes
+    experts_bytes = layers[-1].end_bytes
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with _exclusive(store), _data_names(store) as (experts_name, dense_name):
-            free = shutil.disk_usage(store).free
-            if free < total:
+        with _locked(store), _data_names(store) as (experts_name, dense_name):
+            free_bytes = shutil.disk_usage(store).free
+            if free_bytes < experts_bytes:
                 raise FlashMoEError(
-                    f"{store}: the store needs {format_bytes(total)} and the disk has "
-                    f"{format_bytes(free)} free"
+                    f"{store}: the store needs {format_bytes(experts_bytes)} and the disk has "
+                    f"{format_bytes(free_bytes)} free"
                 )
             layers = _write_experts(source, scheme, layers, store / experts_name, progress)
             dense_bytes = _write_dense(source, store / dense_name)
@@ -102,8 +104,8 @@ def write_store(
             shutil.rmtree(store, ignore_errors=True)
 
 
-def _is_there(store: Path, checkpoint: Path) -> bool:
-    """Is `store` a directory already? Raises FlashMoEError where none may be packed into."""
+def _directory_exists(store: Path, checkpoint: Path) -> bool:
+    """Is `store` a directory already? Raises FlashMoEError where it must not be packed into."""
     with reading(store):
         if not store.exists():
             return False
@@ -120,9 +122,12 @@ def _is_there(store: Path, checkpoint: Path) -> bool:
 
 
 @contextmanager
-def _exclusive(store: Path) -> Iterator[None]:
-    """One pack at a time into a directory; the lock dies with the process."""
-    # not followed, should it be a link: whoever made this directory may not be trusted
+def _locked(store: Path) -> Iterator[None]:
+    """Holds the lock of a directory, which ends with the process.
+
+    Raises FlashMoEError where another pack holds it.
+    """
+    # a link is not followed, because whoever made this directory may not be trusted
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(store / ".lock", flags, 0o644), "r+") as lock:
         try:
@@ -134,18 +139,21 @@ def _exclusive(store: Path) -> Iterator[None]:
 
 @contextmanager
 def _data_names(store: Path) -> Iterator[tuple[str, str]]:
-    """Fresh names for the data files; afterwards removes what the manifest does not name."""
+    """New names for the files of experts and of all else.
+
+    Afterwards, data files that the manifest does not name are removed.
+    """
     token = secrets.token_hex(4)
     try:
         yield f"experts-{token}.bin", f"dense-{token}.safetensors"
     finally:
-        kept: set[str] = set()
+        names_in_manifest: set[str] = set()
         if manifests.is_store(store):
             document = json.loads((store / manifests.FILE_NAME).read_text())
-            kept = {document.get("experts_file"), document.get("dense_file")}
+            names_in_manifest = {document.get("experts_file"), document.get("dense_file")}
         leftovers = [*store.glob("experts-*.bin"), *store.glob("dense-*.safetensors")]
         for path in leftovers + list(store.rglob(".*.partial")):
-            if path.name not in kept:
+            if path.name not in names_in_manifest:
                 path.unlink(missing_ok=True)
 
 
@@ -156,45 +164,44 @@ def _write_experts(
     path: Path,
     progress: Progress,
 ) -> list[LayerSpec]:
-    total = layers[-1].end_bytes
+    """Write every extent into a new file at `path`; the result has their checksums."""
+    experts_bytes = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        reserve(descriptor, total)
-        finished = []
+        reserve(descriptor, experts_bytes)
+        written_layers = []
         for layer, shapes in zip(layers, source.description.layers, strict=True):
             checksums = []
             extent = aligned_memory(layer.extent_bytes)
             view = memoryview(extent)[: layer.extent_bytes]
             for expert in range(layer.n_experts):
                 parameters = source.expert(layer.module, expert)
-                _fill(
-                    extent,
-                    layer,
-                    stored_tensors(parameters, scheme, transposed=shapes.transposed),
-                )
+                tensors = stored_tensors(parameters, scheme, transposed=shapes.transposed)
+                _fill(extent, layer, tensors)
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
                 write_all(descriptor, view, layer.extent_offset(expert))
-                progress(layer.extent_offset(expert + 1), total)
-            finished.append(replace(layer, checksums=tuple(checksums)))
+                progress(layer.extent_offset(expert + 1), experts_bytes)
+            written_layers.append(replace(layer, checksums=tuple(checksums)))
             source.forget_pages()
         os.fsync(descriptor)
-        drop_page_cache(descriptor)  # which has pages of it only where direct I/O is refused
-        return finished
+        drop_page_cache(descriptor)  # pages are there only where direct I/O was refused
+        return written_layers
     finally:
         os.close(descriptor)
 
 
 def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor]) -> None:
+    """Put one expert's tensors where `layer` has them; the gaps between them stay zero."""
     for spec in layer.tensors:
         data = tensors[spec.name].contiguous().view(-1).view(torch.uint8).numpy()
         extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes] = data.data
 
 
 def _write_dense(source: Source, path: Path) -> int:
-    """A safetensors file of all non-expert tensors, written one tensor at a time.
+    """Write a safetensors file of all non-expert tensors, one at a time; returns its bytes.
 
-    The header comes first and needs every offset, so the tensors are read twice: safetensors'
-    own writer wants all of them in memory at once.
+    safetensors' own writer needs all tensors in memory at once. The header comes first and has
+    every tensor's offset, so the tensors are read twice.
     """
     with open(path, "xb") as file:
         entries = {name: (t.dtype, tuple(t.shape)) for name, t in source.dense()}

@@ -1,4 +1,4 @@
-"""Puts the cache under a transformers model: its experts modules compute from the slots."""
+"""The engine of a transformers model: its experts modules compute from the cache's slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from flashmoe.reading.backend import Backend
 
 
 class TransformersEngine(Engine):
-    """The engine of a transformers model."""
+    """An `Engine` that computes in the place of a model's experts modules.
+
+    modules: those, by name, in the order of layers. lookahead: what guesses are made by.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,11 @@ class TransformersEngine(Engine):
         prefetch: bool,
         check_reads: bool,
     ) -> None:
-        """From now on `model`'s experts modules compute here. Raises FlashMoEError as `Engine`."""
+        """Take over the experts modules of `model`, of which `backend` reads the experts.
+
+        memory_bytes, policy, prefetch and check_reads are as for `flashmoe.load`; device is where
+        the model computes. Raises FlashMoEError as `Engine` does.
+        """
         super().__init__(
             backend,
             memory_bytes,
@@ -52,7 +59,8 @@ class TransformersEngine(Engine):
         return sum(router is not None for router in self.lookahead.routers[1:])
 
     def go_on(self, *, in_child: bool) -> None:
-        if in_child:  # torch would wait for ever for OpenMP's threads, which only the parent has
+        if in_child:
+            # torch would wait for ever for OpenMP's threads, which only the parent has
             torch.set_num_threads(1)
         super().go_on(in_child=in_child)
 

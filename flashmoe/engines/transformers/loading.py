@@ -1,4 +1,4 @@
-"""Joins a model and its weights on disk: `load` gives a transformers model whose experts stream."""
+"""Loads a model: its dense weights into memory, its experts left on the SSD under an engine."""
 
 from __future__ import annotations
 
@@ -41,27 +41,28 @@ def load(
     prefetch: while a layer computes, read what the next one is guessed to need (where that
         pays: experts of a MiB or more). Output does not depend on it either.
     check_reads: compare every read with its checksum, not only the first of each expert: for
-        drives that are not trusted, where cores are idle (see docs/speed.md).
+        drives that are not trusted, where cores are idle (see docs/speed.md#checksums).
     Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
     for one token, or there is no such device. `model.flashmoe` is the engine.
     """
-    where = _usable(device)
+    torch_device = _find_device(device)
     memory_bytes = None if memory == "auto" else parse_bytes(memory)
     backend = backends.open_path(Path(path))
     try:
         model = backend.build()
         _check_fit(model, backend)
-        _check_kernels(backend, where)
+        _check_kernels(backend, torch_device)
         if memory_bytes is None:
             contents = backend.manifest
-            beside = contents.dense_bytes + most_waiting_bytes(model)
-            memory_bytes = free_memory.budget_bytes(beside, where, budget.least_bytes(contents))
+            beside_bytes = contents.dense_bytes + most_waiting_bytes(model)
+            least_bytes = budget.least_bytes(contents)
+            memory_bytes = free_memory.budget_bytes(beside_bytes, torch_device, least_bytes)
         engine = TransformersEngine(
             model,
             backend,
             memory_bytes,
             policy,
-            device=where,
+            device=torch_device,
             prefetch=prefetch,
             check_reads=check_reads,
         )
@@ -69,7 +70,7 @@ def load(
         backend.close()
         raise
     try:
-        dense_weights.fill(model, backend.dense(), backend.path, backend.remedy, where)
+        dense_weights.fill(model, backend.dense(), backend.path, backend.remedy, torch_device)
     except BaseException:
         engine.close()
         raise
@@ -79,24 +80,25 @@ def load(
     return model
 
 
-def _usable(device: str) -> torch.device:
-    """Raises FlashMoEError when torch knows no such device, or sees none here."""
+def _find_device(device: str) -> torch.device:
+    """torch's device of that name; raises FlashMoEError when it knows or sees none here."""
     try:
-        found = torch.device(device)
-        module = torch.get_device_module(found)
-        here = module.is_available() and (found.index or 0) < module.device_count()
-        here = here and hasattr(module, "Stream")  # Apple's has none yet
+        torch_device = torch.device(device)
+        module = torch.get_device_module(torch_device)
+        usable = module.is_available() and (torch_device.index or 0) < module.device_count()
+        usable = usable and hasattr(module, "Stream")  # Apple's has none yet
     except (RuntimeError, AttributeError):
-        here = False
-    if not here:
+        usable = False
+    if not usable:
         raise FlashMoEError(
             f"device {device!r}: torch {torch.__version__} sees no such device on this machine: "
             'use device="cpu", or install the build of torch for your accelerator'
         )
-    return found
+    return torch_device
 
 
 def _check_kernels(backend: ModelBackend, device: torch.device) -> None:
+    """Raises FlashMoEError when the store's quantised weights cannot be multiplied on `device`."""
     scheme = quant.get(backend.manifest.layers[0].quantisation)
     if scheme and device.type not in scheme.device_types:
         raise FlashMoEError(
@@ -108,21 +110,22 @@ def _check_kernels(backend: ModelBackend, device: torch.device) -> None:
 def _check_fit(model: transformers.PreTrainedModel, backend: ModelBackend) -> None:
     """Raises FlashMoEError when the experts on disk are not of the shapes that the model has."""
     modules = moe_modules.expert_modules(model)
-    wanted = {
+    in_model = {
         name: {n: tuple(p.shape) for n, p in moe_modules.expert_parameters(module).items()}
         for name, module in modules.items()
     }
-    turned = {name for name, module in modules.items() if module.is_transposed}
-    held = {
+    transposed = {name for name, module in modules.items() if module.is_transposed}
+    on_disk = {
         layer.module: {
             name: (layer.n_experts, *shape)
-            for name, shape in layer.shapes(transposed=layer.module in turned).items()
+            for name, shape in layer.shapes(transposed=layer.module in transposed).items()
         }
         for layer in backend.manifest.layers
     }
-    if wanted != held:
-        differing = sorted(set(wanted) ^ set(held)) or [n for n in wanted if wanted[n] != held[n]]
+    if in_model != on_disk:
+        differences = sorted(in_model.keys() ^ on_disk.keys())
+        differences += [n for n in in_model if n in on_disk and in_model[n] != on_disk[n]]
         raise FlashMoEError(
-            f"store {backend.path} is of another model (its experts differ at {differing[0]}); "
+            f"store {backend.path} is of another model (its experts differ at {differences[0]}); "
             "pack it again with `flashmoe pack`"
         )

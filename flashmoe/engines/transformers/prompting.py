@@ -1,4 +1,4 @@
-"""Owns the tokenizer of a model directory and the token ids of a prompt; runs no code of either."""
+"""Turns prompts into token ids by a model directory's tokenizer, and never runs code of it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 
+# Patterns of the files that a tokenizer is loaded from.
 _FILES = ("tokenizer*.json", "*.model", "*.tiktoken", "tekken*.json", "vocab*", "merges.txt",
           "added_tokens.json", "special_tokens_map.json", "chat_template*")  # fmt: skip
+# Those of them that hold settings but no vocabulary.
 _NO_VOCABULARY = {"tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
                   "chat_template.jinja", "chat_template.json"}  # fmt: skip
+# Modules that transformers may need to read a vocabulary -> the packages that have them.
 _LIBRARIES = {
     "google.protobuf": "protobuf",
     "sentencepiece": "sentencepiece",
     "tiktoken": "tiktoken",
 }
-_LONGEST_REASON = 300
+_LONGEST_REASON = 300  # characters of another library's message that are quoted
 
 
 class Prompter:
@@ -47,7 +50,9 @@ class Prompter:
         self.chats = not raw and bool(getattr(self.tokenizer, "chat_template", None))
 
     def token_ids(self, prompt: str) -> torch.Tensor:
-        """Of one prompt, int64 [tokens], at least one, each below the model's vocabulary size.
+        """The token ids of one prompt: int64 [tokens], at least one token.
+
+        Each is below the model's vocabulary size.
 
         Raises FlashMoEError for an empty prompt, one that is no valid text or that the tokenizer
         or its chat template cannot take, and for a tokenizer of another model.
@@ -58,13 +63,11 @@ class Prompter:
             raise FlashMoEError("the prompt is not valid UTF-8: give it as plain text") from None
         if not prompt:
             raise FlashMoEError("the prompt is empty: give at least one character")
-        # a template writes the special tokens itself
         text = self._as_chat(prompt) if self.chats else prompt
         with _refusing(lambda why: f"{self.directory}: its tokenizer cannot encode ({why})"):
-            ids = torch.tensor(
-                self.tokenizer(text, add_special_tokens=not self.chats)["input_ids"],
-                dtype=torch.int64,
-            )
+            # a chat template writes the special tokens itself
+            encoding = self.tokenizer(text, add_special_tokens=not self.chats)
+            ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
         if not ids.numel():
             raise FlashMoEError(
                 f"{self.directory}: its tokenizer makes no token of the prompt: give another one"
@@ -78,9 +81,9 @@ class Prompter:
         return ids
 
     def decode(self, token_ids: Any, **options: Any) -> str:
-        """The text of tokens, with the tokenizer's own options; a streamer asks for it too.
+        """The text of token ids, with the tokenizer's own options; a streamer calls this too.
 
-        Raises FlashMoEError when the tokenizer cannot say.
+        Raises FlashMoEError when the tokenizer cannot decode them.
         """
         with _refusing(lambda why: f"{self.directory}: its tokenizer cannot decode ({why})"):
             return str(self.tokenizer.decode(token_ids, **options))
@@ -92,7 +95,7 @@ class Prompter:
         )
 
     def _as_chat(self, prompt: str) -> str:
-        """What the chat template makes of the prompt, up to where the answer begins."""
+        """The chat as the template writes it, up to where the answer begins."""
 
         def refusal(why: str) -> str:
             return (
@@ -120,22 +123,24 @@ class Prompter:
 
 
 def _as_text(prompt: str) -> object:
+    """The content of a message as most templates take it."""
     return prompt
 
 
 def _as_parts(prompt: str) -> object:
-    """As the templates of some multimodal models want it."""
+    """The content of a message as the templates of some multimodal models take it."""
     return [{"type": "text", "text": prompt}]
 
 
 def _load_tokenizer(directory: Path) -> Any:
+    """Raises FlashMoEError where there is none, or none that transformers reads without code."""
     with _refusing(lambda why: _no_tokenizer(directory, why)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         words = len(tokenizer.get_vocab().keys() - special)
-    if words < 2:  # transformers makes one up of special tokens where it finds no vocabulary
+    if words < 2:  # where it finds no vocabulary, transformers makes one of special tokens
         raise FlashMoEError(_no_tokenizer(directory, "they hold no vocabulary"))
     return tokenizer
 
@@ -144,8 +149,9 @@ def _no_tokenizer(directory: Path, why: str) -> str:
     """The sentence for a directory without a usable tokenizer: what is there, and what to do."""
     paths = {path for pattern in _FILES for path in directory.glob(pattern) if path.is_file()}
     names = sorted(path.name for path in paths)
-    needs_more = "tokenizer.json" not in names  # which needs neither code nor other libraries
-    if needs_more and (code := _own_code(directory)):
+    # a tokenizer.json can be read without code of the checkpoint and without other libraries
+    needs_more = "tokenizer.json" not in names
+    if needs_more and (code := _tokenizer_code(directory)):
         return (
             f"{directory}: its tokenizer is code of the checkpoint's own ({code}), which is never "
             "run; add the tokenizer.json that `save_pretrained` writes where that code may run"
@@ -164,8 +170,8 @@ def _no_tokenizer(directory: Path, why: str) -> str:
     return f"{directory}: no tokenizer can be loaded from {', '.join(names)} ({why}); {remedy}"
 
 
-def _own_code(directory: Path) -> str:
-    """The tokenizer class that the checkpoint brings as code, or nothing."""
+def _tokenizer_code(directory: Path) -> str:
+    """The name of the tokenizer class that the checkpoint brings as code; "" for none."""
     with suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
         classes = config["auto_map"]
@@ -176,18 +182,18 @@ def _own_code(directory: Path) -> str:
 
 
 def _is_installed(module: str) -> bool:
-    with suppress(ModuleNotFoundError):  # of the package above it
+    with suppress(ModuleNotFoundError):  # raised where the module's package is missing
         return find_spec(module) is not None
     return False
 
 
 @contextmanager
 def _refusing(sentence: Callable[[str], str]) -> Iterator[None]:
-    """Whatever is raised within becomes a FlashMoEError of `sentence(its first line)`."""
+    """Any error raised within becomes a FlashMoEError: `sentence` of its message's first line."""
     try:
         yield
     except (FlashMoEError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # dozens of kinds; a panic of tokenizers' Rust is no Exception
+    except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FlashMoEError(sentence(lines[0][:_LONGEST_REASON].rstrip(" :"))) from None

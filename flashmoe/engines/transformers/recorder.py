@@ -1,4 +1,4 @@
-"""Records which experts a model chooses, at the door of each experts module."""
+"""Records which experts a model chooses, by hooks on its experts modules and routers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from flashmoe.trace import Trace
 
 
 class Recorder:
-    """Collects the routing of every forward pass while `recording(model)` is open."""
+    """Collects the routing of every forward pass of `model` while `recording()` is open.
+
+    experts, weights, probabilities, guesses: by layer, an array of each forward pass: chosen
+        experts and the router's shares [tokens, top_k], probabilities [tokens, experts], and what
+        the router of the layer above would choose [tokens, top_k].
+    step, sequence: by token, the forward pass and the sequence that it belongs to, from 0.
+    """
 
     def __init__(
         self, model: PreTrainedModel, *, probabilities: bool = False, guesses: bool = False
     ) -> None:
+        """probabilities, guesses: record these too. Raises FlashMoEError without experts."""
         self.modules = moe_modules.expert_modules(model)
         if not self.modules:
             raise FlashMoEError("this model has no experts to record")
@@ -32,18 +39,20 @@ class Recorder:
         self.probabilities: list[list[np.ndarray]] = [[] for _ in self.modules]
         self.lookahead = Lookahead(model) if guesses else None
         self.guesses: list[list[np.ndarray]] = [[] for _ in list(self.modules)[1:]]
-        self.sequence: list[int] = []  # per token of layer 0
+        self.sequence: list[int] = []
         self.step: list[int] = []
         self.current_sequence = -1
 
     def next_sequence(self) -> None:
+        """What is recorded from now on belongs to another sequence."""
         self.current_sequence += 1
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
-        """While open, the model's forward passes are recorded; whatever happens, not after.
+        """The model's forward passes are recorded while this is open, and never afterwards.
 
-        Raises FlashMoEError where `probabilities` are wanted of a family that hides its routers.
+        Raises FlashMoEError where `probabilities` are to be recorded of a family that hides its
+        routers.
         """
         with ExitStack() as hooks:
             for number, module in enumerate(self.modules.values()):
@@ -63,13 +72,13 @@ class Recorder:
             self.experts[number].append(index.cpu().numpy().astype(np.uint16))
             self.weights[number].append(weights.detach().float().cpu().numpy().astype(np.float16))
             if self.lookahead and number < len(self.guesses):
-                routed = self.lookahead.route(number + 1, hidden)
-                if routed is None:
+                output = self.lookahead.route(number + 1, hidden)
+                if output is None:
                     raise FlashMoEError(
                         f"{type(self.model).__name__}'s routers cannot be asked ahead: record "
                         "without --guesses"
                     )
-                self.guesses[number].append(routed.experts.cpu().numpy().astype(np.uint16))
+                self.guesses[number].append(output.experts.cpu().numpy().astype(np.uint16))
 
         return hook
 
@@ -81,27 +90,28 @@ class Recorder:
         return hook
 
     def trace(self, info: Mapping[str, object]) -> Trace:
-        """All that was recorded, as one trace."""
+        """Everything that was recorded, as one trace; info: what to say of it in the file."""
         n_experts = max(map(moe_modules.n_experts, self.modules.values()))
-        number_type = np.uint8 if n_experts <= 256 else np.uint16
+        expert_dtype = np.uint8 if n_experts <= 256 else np.uint16
 
-        def joined(parts: list[list[np.ndarray]]) -> np.ndarray:
-            return np.stack([np.concatenate(layer) for layer in parts], axis=1)
+        def joined(passes: list[list[np.ndarray]]) -> np.ndarray:
+            """By layer, the arrays of each forward pass -> [tokens, layers, ...]."""
+            return np.stack([np.concatenate(layer) for layer in passes], axis=1)
 
         return Trace(
-            experts=joined(self.experts).astype(number_type),
+            experts=joined(self.experts).astype(expert_dtype),
             sequence=np.array(self.sequence, dtype=np.int32),
             n_experts=n_experts,
             weights=joined(self.weights),
             probabilities=joined(self.probabilities) if self.wants_probabilities else None,
             step=np.array(self.step, dtype=np.int32),
-            guesses=joined(self.guesses).astype(number_type) if any(self.guesses) else None,
+            guesses=joined(self.guesses).astype(expert_dtype) if any(self.guesses) else None,
             info=dict(info),
         )
 
 
 def _routers(model: PreTrainedModel, count: int) -> list[nn.Module]:
-    """The modules whose first output transformers itself records as router logits.
+    """The `count` modules whose first output transformers itself records as router logits.
 
     Raises FlashMoEError for a family that does not declare them that way.
     """
@@ -109,10 +119,10 @@ def _routers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         with suppress(AttributeError, KeyError, TypeError):
             recorder = owner._can_record_outputs["router_logits"]  # type: ignore[index,union-attr]
             if getattr(recorder, "index", 0) == 0:
-                kind = getattr(recorder, "target_class", recorder)
-                found = [module for module in model.modules() if isinstance(module, kind)]
-                if len(found) == count:
-                    return found
+                router_class = getattr(recorder, "target_class", recorder)
+                routers = [m for m in model.modules() if isinstance(m, router_class)]
+                if len(routers) == count:
+                    return routers
     raise FlashMoEError(
         f"{type(model).__name__} does not declare its routers: record without --probabilities"
     )
@@ -129,8 +139,9 @@ def record(
 ) -> Trace:
     """The routing of each prompt (token ids [tokens]) and of what the model continues it with.
 
-    One sequence a prompt, greedy, batch 1; with max_new_tokens=0 only the prompt is run, in
-    one forward pass, which routes as a teacher-forced decode of it would.
+    Each prompt is one sequence, decoded greedily in a batch of 1. With max_new_tokens=0 only the
+    prompt is run, in one forward pass, which routes as a teacher-forced decode of it would.
+    Raises FlashMoEError as `Recorder` does.
     """
     recorder = Recorder(model, probabilities=probabilities, guesses=guesses)
     with recorder.recording(), torch.inference_mode():

@@ -83,7 +83,7 @@ class Conversion:
             converter.collected_tensors[pattern] = list(collected)
         try:
             parameters = converter.convert(target, model=self._model, config=self._config)
-        except Exception as error:  # tensors that do not fit each other fail in each their own way
+        except Exception as error:  # every conversion fails in its own way
             raise FlashMoEError(
                 f"{self.directory}: {target} cannot be made of the tensors on disk ({error}); "
                 "config.json and weights do not match"

@@ -29,7 +29,7 @@ class Lookahead:
     """Asks a layer's own router about the hidden state of the layer below.
 
     Residual connections change the hidden state little from one layer to the next, so the
-    guess is mostly right: docs/speed.md#what-prefetching-does has the shares by model.
+    guess is mostly right (docs/speed.md#prefetching-fills-the-drives-idle-time).
     mixtral-offloading, DAOP and Fate guess in the same way.
     routers: by layer; None where a layer has none that can be asked.
     """

@@ -105,10 +105,10 @@ def _choices_by_expert(index: torch.Tensor) -> dict[int, Choices]:
             return {expert: (None, position) for expert, position in row.items()}
     by_position = index.T.reshape(-1)  # [top_k * tokens]
     counts = torch.bincount(by_position).tolist()  # [experts]
-    of_expert = torch.argsort(by_position, stable=True).split(counts)  # each [n], into by_position
+    by_expert = torch.argsort(by_position, stable=True).split(counts)  # each [n], into by_position
     return {
         expert: (choices % tokens, choices // tokens)
-        for expert, choices in enumerate(of_expert)
+        for expert, choices in enumerate(by_expert)
         if len(choices)
     }
 

@@ -97,7 +97,7 @@ def _model_class(config: transformers.PretrainedConfig):  # type: ignore[no-unty
 def _named_class(config: transformers.PretrainedConfig, name: object):  # type: ignore[no-untyped-def]
     """transformers' model class of that name, public or of the configuration's own family."""
     family = type(config).__module__.replace(".configuration_", ".modeling_")
-    modules = [transformers, *([importlib.import_module(family)] if _exists(family) else [])]
+    modules = [transformers, *([importlib.import_module(family)] if _is_importable(family) else [])]
     for module in modules:
         candidate = getattr(module, str(name), None)
         if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
@@ -108,7 +108,7 @@ def _named_class(config: transformers.PretrainedConfig, name: object):  # type: 
     )
 
 
-def _exists(module: str) -> bool:
+def _is_importable(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
