@@ -62,9 +62,9 @@ class DAOP(LayeredSystem):
         one_each = sum(layer.extent_bytes for layer in self.manifest.layers)
         uses = popularity.counts(setting.profile, self.manifest)
         quota = min(int(setting.memory_bytes * PINNED_SHARE) // one_each, uses.shape[1])
-        chosen = [np.argsort(-row, kind="stable")[:quota].tolist() for row in uses]
+        popular = [np.argsort(-row, kind="stable")[:quota].tolist() for row in uses]
         self.mapped = MappedTier(setting.store, self.manifest)
-        self.pinned = PinnedTier(setting.store, self.manifest, chosen)
+        self.pinned = PinnedTier(setting.store, self.manifest, popular)
         self.lookahead: Lookahead = Lookahead(self.model)
         self.threads = ThreadPoolExecutor(CPU_THREADS)
         self.plan: _Plan | None = None

@@ -59,9 +59,9 @@ class Fiddler(LayeredSystem):
         extent_bytes = max(layer.extent_bytes for layer in self.manifest.layers)
         uses = popularity.counts(setting.profile, self.manifest)
         room = int(setting.memory_bytes * PINNED_SHARE) // extent_bytes - 1  # one for copies
-        chosen = popularity.most_popular(uses, max(0, min(room, uses.size)))
+        popular = popularity.most_popular(uses, max(0, min(room, uses.size)))
         self.mapped = MappedTier(setting.store, self.manifest)
-        self.pinned = PinnedTier(setting.store, self.manifest, chosen)
+        self.pinned = PinnedTier(setting.store, self.manifest, popular)
         self.staging = Arena(self.manifest.layers[0], 1)
         self.latencies = self.measure()
         self.reset_counts()

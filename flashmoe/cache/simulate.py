@@ -83,23 +83,24 @@ def events_of(
     if conditions is None or not conditions.as_recorded:
         keys = trace.experts[tokens, span] + offsets[:, None]
         lowest = max(0, layers.start - LAYERS_BELOW)
-        seen = trace.experts[tokens, lowest : layers.stop]
-        lower = [below(seen, layer - lowest, trace.n_experts) for layer in layers]
+        choices = trace.experts[tokens, lowest : layers.stop]
+        lower = [below(choices, layer - lowest, trace.n_experts) for layer in layers]
         shape = (-1, trace.top_k)
         return Events.of_tokens(
             keys.reshape(shape),
             None if weights is None else weights.reshape(shape),
             np.stack(lower, axis=1).reshape(len(keys) * len(layers), -1),
         )
-    found = []
+    events = []
     for step in trace.steps(slice(tokens[0], tokens[-1] + 1)):
         part = slice(step.start - tokens[0], step.stop - tokens[0])
         for layer in layers:
             rows = trace.experts[step, layer]
             shares = None if weights is None else weights[part, layer - layers.start]
-            known = below(trace.experts[step], layer, trace.n_experts)
-            found.append(Event.of_rows(rows, int(offsets[layer - layers.start]), shares, known))
-    return Events.of(found)
+            lower_rows = below(trace.experts[step], layer, trace.n_experts)
+            first_key = int(offsets[layer - layers.start])
+            events.append(Event.of_rows(rows, first_key, shares, lower_rows))
+    return Events.of(events)
 
 
 def streams(trace: Trace, interleaved: int = 1) -> list[np.ndarray]:
@@ -140,10 +141,10 @@ def replay(
         scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
 
         def new_cache(future: Events | None, scope: Scope = scope) -> ExpertCache:
-            made = choice(scope, round(slots * width))
-            if made.offline and future is not None:
-                made.foresee(future)
-            return ExpertCache(made)
+            eviction = choice(scope, round(slots * width))
+            if eviction.offline and future is not None:
+                eviction.foresee(future)
+            return ExpertCache(eviction)
 
         if conditions.warm:
             offline = choice.policy_class.offline

@@ -39,7 +39,7 @@ class TensorEntry:
     size_bytes: int
 
 
-class Place(NamedTuple):
+class FileRange(NamedTuple):
     """Some bytes of a file."""
 
     file: Path
@@ -121,13 +121,13 @@ class Shard:
             tensors[name] = TensorEntry(dtype, shape, 8 + length + begin, size)
         return tensors
 
-    def place(self, name: str, row: int | None = None) -> Place:
+    def place(self, name: str, row: int | None = None) -> FileRange:
         """Where a tensor lies, or one row of it along the first dimension."""
         entry = self.tensors[name]
         if row is None:
-            return Place(self.path, entry.offset_bytes, entry.size_bytes)
+            return FileRange(self.path, entry.offset_bytes, entry.size_bytes)
         size = entry.size_bytes // entry.shape[0]
-        return Place(self.path, entry.offset_bytes + row * size, size)
+        return FileRange(self.path, entry.offset_bytes + row * size, size)
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """A whole tensor, or with `row` its slice [row : row + 1] along the first dimension.
@@ -139,7 +139,7 @@ class Shard:
         shape = entry.shape if row is None else (1, *entry.shape[1:])
         return self.bytes_at(self.place(name, row)).view(entry.dtype).view(shape)
 
-    def bytes_at(self, place: Place) -> torch.Tensor:
+    def bytes_at(self, place: FileRange) -> torch.Tensor:
         """What lies there, uint8 [size_bytes]."""
         data = torch.empty(place.size_bytes, dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]

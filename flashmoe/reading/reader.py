@@ -36,7 +36,7 @@ class Extent:
         self.memory = memory
         self.reads: list[Read] = []
         self.pieces_left = 0
-        self.wanted = True  # False: dropped, whatever arrives
+        self.cancelled = False  # nobody looks at what arrives
         self.bytes_read = 0
         self.error: BaseException | None = None
         self.arrived: Future[None] = Future()
@@ -111,7 +111,7 @@ class ExtentReader:
 
     def cancel(self, extent: Extent) -> None:
         """The guess was wrong: read no more of it. Its memory is free once it has `arrived`."""
-        extent.wanted = False
+        extent.cancelled = True
         self._pieces_done(extent, len(self._queue.cancel(extent.reads)))
 
     def _in_pieces(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
@@ -159,7 +159,7 @@ class ExtentReader:
                 return
         try:
             layer, expert = extent.layer, extent.expert
-            if extent.wanted and extent.error is None and not self._checked[layer][expert]:
+            if not extent.cancelled and extent.error is None and not self._checked[layer][expert]:
                 self._check(layer, expert, extent.memory)
         except BaseException as error:
             extent.error = self._error(layer, expert, error)

@@ -33,9 +33,9 @@ class Prefetcher:
     a guess never costs a resident expert its slot. Without spare slots it does nothing.
     """
 
-    def __init__(self, reader: ExtentReader, *, wanted: bool = True) -> None:
+    def __init__(self, reader: ExtentReader, *, enabled: bool = True) -> None:
         self.reader = reader
-        self.pays = wanted and reader.manifest.layers[0].extent_bytes >= PREFETCH_FROM_BYTES
+        self.pays = enabled and reader.manifest.layers[0].extent_bytes >= PREFETCH_FROM_BYTES
         self.spares: Arena | None = None
         self.use(None)
         self.reset_counts()

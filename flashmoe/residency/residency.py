@@ -48,7 +48,7 @@ class Residency:
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.reader = ExtentReader(backend, check_all=check_reads)
-        self.prefetcher = Prefetcher(self.reader, wanted=prefetch)
+        self.prefetcher = Prefetcher(self.reader, enabled=prefetch)
         self.pools = Pools(self.manifest, policy, memory_bytes, self.prefetcher, new_arena)
 
     def serve(

@@ -30,7 +30,7 @@ class Routing:
         lowest = layer
         while lowest > max(0, layer - LAYERS_BELOW) and len(self._rows[lowest - 1]) == len(rows):
             lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
-        seen = np.stack(self._rows[lowest : layer + 1], axis=1)
+        choices = np.stack(self._rows[lowest : layer + 1], axis=1)
         if layer > LAYERS_BELOW:  # no layer above looks so far down: a prompt's rows take megabytes
             self._rows[layer - LAYERS_BELOW - 1] = self._no_rows
-        return below(seen, layer - lowest, n_experts)
+        return below(choices, layer - lowest, n_experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -153,3 +154,15 @@ def test_other_bits_are_noticed(monkeypatch):
     product = packed_linear._product
     monkeypatch.setattr(packed_linear, "_product", lambda *a: product(*a) * 1.01)
     assert not isinstance(packed(linear(1024, 600))[0], PackedLinear)
+
+
+@needs_kernel
+def test_each_plain_weight_is_freed_before_the_next_is_packed(monkeypatch):
+    layers = nn.ModuleList(linear(1024, 600) for _ in range(3))
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    alive = []
+    monkeypatch.setattr(
+        packed_linear, "_trim_heap", lambda: alive.append(sum(w() is not None for w in weights))
+    )
+    packed_linear.pack_all(layers)
+    assert alive == [2, 1, 0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.disk.shards import Place, Shard, TensorEntry
+from flashmoe.disk.shards import FileRange, Shard, TensorEntry
 from flashmoe.engines.transformers.checkpoints import published_quantisation, weight_files
 from flashmoe.engines.transformers.checkpoints.conversion import Conversion
 from flashmoe.engines.transformers.checkpoints.expert_tensors import ExpertTensors, TensorRow
@@ -157,7 +157,7 @@ class Checkpoint:
             result[name] = same_dtype and torch.equal(stored, used)
         return result
 
-    def places(self, module_name: str, name: str, expert: int) -> list[Place]:
+    def places(self, module_name: str, name: str, expert: int) -> list[FileRange]:
         """Where the tensors lie that one parameter of one expert is made of, in order."""
         rows = self._expert_tensors.in_order(f"{module_name}.{name}", expert)
         return [self._shard_of[tensor].place(tensor, row) for tensor, row in rows]
