@@ -42,7 +42,7 @@ def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
         ),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
-        "fio": _said([fio, "--version"]) if fio else None,
+        "fio": _output_of([fio, "--version"]) if fio else None,
     } | more
 
 
@@ -88,10 +88,10 @@ def _holds(mountpoint: str, folder: Path) -> bool:
 
 
 def _git(*arguments: str) -> str | None:
-    return _said(["git", *arguments])
+    return _output_of(["git", *arguments])
 
 
-def _said(command: list[str]) -> str | None:
+def _output_of(command: list[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     except OSError:
