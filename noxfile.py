@@ -19,8 +19,7 @@ nox.options.default_venv_backend = "virtualenv"
 
 def install(session: nox.Session, *extras: str) -> None:
     # torch first and pinned: an open range would fetch gigabytes of CUDA libraries. It is the
-    # CPU build wherever pip is offered one. (--no-compile saves pip 40 s, but every process pays
-    # 14 s of imports where PYTHONDONTWRITEBYTECODE is set, as in many containers.)
+    # CPU build wherever pip is offered one.
     session.install("-c", "constraints.txt", "torch")
     session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
 
@@ -48,8 +47,8 @@ def harness(session: nox.Session, *command: str) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite: no GPU, no network, a few minutes on 2 cores."""
     install(session, "harness", "test")
-    # On all cores: 15 minutes without AVX-512 became 5. OpenMP's threads of one process must not
-    # spin on the other's cores while they wait: so they took 15 minutes again.
+    # On all cores, where OpenMP's threads of one process must not spin while they wait: they
+    # would take the cores of the others.
     on_all_cores = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
     session.run(
         "pytest", *on_all_cores, "--no-loadscope-reorder", *session.posargs,
@@ -201,7 +200,7 @@ def asv(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "asv", "virtualenv")
     session.run("asv", "machine", "--yes")
     head = str(session.run("git", "rev-parse", "HEAD", external=True, silent=True)).strip()
-    # forked: a new interpreter for each policy and figure takes 4 s, ten minutes in place of 94 s
+    # forked, because a new interpreter for each policy and figure takes most of the time
     quick = ("--quick", "--show-stderr", "--launch-method", "forkserver")
     session.run("asv", "run", *quick, "--set-commit-hash", head)
     session.run("asv", "publish")
