@@ -64,12 +64,15 @@ class Residency:
             pool = self.pools.of(layer)
             first_key = pool.first_key(layer)
             event = self.routing.event(layer, rows, weights, first_key, pool.n_experts)
-            self.prefetcher.drop(layer, event.keys - first_key)
+            guesses = self.prefetcher.spares is not None
+            if guesses:
+                self.prefetcher.drop(layer, event.keys - first_key)
             for number, wave in enumerate(pool.cache.waves(event)):
                 if number > 0:
                     # Later waves overwrite slots that the previous wave may still compute from.
                     pool.arena.synchronize()
-                guess = partial(self._guess, layer + 1, likely) if number == 0 else None
+                first = guesses and number == 0
+                guess = partial(self._guess, layer + 1, likely) if first else None
                 yield from self._serve_wave(layer, pool, wave, guess, ascending=is_long(event))
 
     def _serve_wave(
