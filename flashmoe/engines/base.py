@@ -38,13 +38,20 @@ class Engine:
         device: torch.device,
         prefetch: bool,
         check_reads: bool,
+        whole_events: bool = False,
     ) -> None:
         """Raises FlashMoEError when the budget is too small, or the memory cannot be had."""
         self.path = backend.path
         self.manifest = backend.manifest
         self.device = device
         self.residency = Residency(
-            backend, memory_bytes, policy, new_arena, prefetch=prefetch, check_reads=check_reads
+            backend,
+            memory_bytes,
+            policy,
+            new_arena,
+            prefetch=prefetch,
+            check_reads=check_reads,
+            whole_events=whole_events,
         )
         self.lock = self.residency.lock
         self._end_reads = weakref.finalize(self, self.residency.reader.close)  # if it is dropped

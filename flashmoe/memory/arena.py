@@ -16,8 +16,9 @@ from flashmoe.quant import Parameters
 from flashmoe.store.manifest import DTYPES, LayerSpec
 from flashmoe.util.sizes import format_bytes
 
-# An extent's bytes: the host's, or an accelerator's (uint8 [extent_bytes]).
-SlotMemory = memoryview | torch.Tensor
+# An extent's bytes: the host's, an accelerator's (uint8 [extent_bytes]), or which of them, where
+# the backend itself knows the place.
+SlotMemory = memoryview | torch.Tensor | range
 
 
 class Slot(NamedTuple):

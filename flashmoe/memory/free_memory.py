@@ -34,17 +34,22 @@ def available_bytes() -> int:
 
 
 def budget_bytes(
-    dense_bytes: int, device: torch.device, least_bytes: int = 1, present_bytes: int = 0
+    dense_bytes: int,
+    device: torch.device,
+    least_bytes: int = 1,
+    present_bytes: int = 0,
+    reserve_bytes: int = RESERVE_BYTES,
 ) -> int:
     """The bytes of `device` that `memory="auto"` gives the experts.
 
     dense_bytes: what the rest of the model is still to take there. least_bytes: what experts need
-    at least. present_bytes: what experts take there now, which they may use again.
+    at least. present_bytes: what experts take there now, which they may use again. reserve_bytes:
+    stays free, or a tenth of what there is if that is more.
     Raises FlashMoEError when less than `least_bytes` is left, or the system does not say how much
     memory is free.
     """
     available = available_bytes() if device.type == "cpu" else _free_on(device)
-    reserve = max(RESERVE_BYTES, int(available * RESERVE_SHARE))
+    reserve = max(reserve_bytes, int(available * RESERVE_SHARE))
     budget = available + present_bytes - reserve - dense_bytes
     if budget < least_bytes:
         besides = ""

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import cast
 
+import torch
 import xxhash
 
 from flashmoe.errors import FlashMoEError
@@ -166,14 +168,17 @@ class ExtentReader:
         _tell(extent.arrived, extent.error)
 
     def _fill(self, layer: int, expert: int, start: int, memory: SlotMemory) -> None:
-        if isinstance(memory, memoryview):
-            self.backend.read(layer, expert, start, memory)
+        if isinstance(memory, memoryview | range):
+            self.backend.read(layer, expert, start, cast(memoryview, memory))
         else:
             self._staging.read(layer, expert, start, memory)
 
     def _check(self, layer: int, expert: int, memory: SlotMemory) -> None:
-        content = memory if isinstance(memory, memoryview) else self._staging.bytes_of(memory)
-        if xxhash.xxh3_64_hexdigest(content) != self.manifest.layers[layer].checksums[expert]:
+        content = self._staging.bytes_of(memory) if isinstance(memory, torch.Tensor) else memory
+        if (
+            xxhash.xxh3_64_hexdigest(cast(memoryview, content))
+            != self.manifest.layers[layer].checksums[expert]
+        ):
             raise _WrongBytes
         self._checked[layer][expert] = not self.check_all
 

@@ -24,7 +24,12 @@ class Slots(NamedTuple):
 
 
 def divide(
-    manifest: Manifest, memory_bytes: int, *, policy_can_share: bool, reserve_spares: bool
+    manifest: Manifest,
+    memory_bytes: int,
+    *,
+    policy_can_share: bool,
+    reserve_spares: bool,
+    whole_events: bool = False,
 ) -> Slots:
     """The slots that `memory_bytes` pays for.
 
@@ -32,9 +37,13 @@ def divide(
         give each layer top_k slots is shared in any case.
     reserve_spares: keep spare slots for prefetching, from what whole slots for every layer leave;
         a slot a layer is given up for them only where nothing is left.
+    whole_events: all experts of a prompt's event are in memory at once, those beyond the slots for
+        as long as the event lasts. Layers do not share a cache then.
     Raises FlashMoEError when the budget holds less than one token needs at one layer (or at
     all of them, where layers differ in size and cannot share).
     """
+    if whole_events:
+        return _divide_whole(manifest, memory_bytes)
     layers = manifest.layers
     first, top_k = layers[0], manifest.top_k
     alike = _alike(manifest)
@@ -59,8 +68,32 @@ def divide(
     return Slots(False, min(whole, most), min(spares, left))
 
 
-def least_bytes(manifest: Manifest) -> int:
-    """The smallest budget: one token's experts, of a layer or of each where layers differ."""
+def _divide_whole(manifest: Manifest, memory_bytes: int) -> Slots:
+    """As many slots a layer as leave room for the other experts of the largest layer."""
+    most = max(layer.n_experts for layer in manifest.layers)
+    one_each = sum(layer.extent_bytes for layer in manifest.layers)
+    largest = max(layer.extent_bytes for layer in manifest.layers)
+    others = one_each - largest  # what a slot a layer takes beside the largest layer's
+    room = memory_bytes - most * largest
+    whole = min(room // others, most) if others else most
+    if whole < 1 or room < 0:
+        least = least_bytes(manifest, whole_events=True)
+        raise FlashMoEError(
+            f"memory={format_bytes(memory_bytes)} is too small: a prompt may need all {most} "
+            f"experts of a layer at once, which takes {format_bytes(least)} ({least} bytes) or more"
+        )
+    return Slots(False, whole, 0)
+
+
+def least_bytes(manifest: Manifest, *, whole_events: bool = False) -> int:
+    """The smallest budget: one token's experts, of a layer or of each where layers differ.
+
+    whole_events: all experts of one layer, and one of each other layer.
+    """
+    if whole_events:
+        largest = max(layer.extent_bytes for layer in manifest.layers)
+        most = max(layer.n_experts for layer in manifest.layers)
+        return sum(layer.extent_bytes for layer in manifest.layers) + (most - 1) * largest
     layers = manifest.layers[:1] if _alike(manifest) else manifest.layers
     return manifest.top_k * sum(layer.extent_bytes for layer in layers)
 

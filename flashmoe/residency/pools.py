@@ -29,6 +29,8 @@ class Pools:
         memory_bytes: int,
         prefetcher: Prefetcher,
         new_arena: NewArena,
+        *,
+        whole_events: bool = False,
     ) -> None:
         """Raises FlashMoEError for a budget that is too small, or memory that cannot be had."""
         self.manifest = manifest
@@ -36,6 +38,7 @@ class Pools:
         self.policy = policies.get(policy, online=True)
         self.prefetcher = prefetcher
         self._new_arena = new_arena
+        self._whole_events = whole_events
         self.memory_bytes = memory_bytes
         self.slots = self._divide(memory_bytes)
         self._peak_before_bytes = 0  # of pools that are no more
@@ -48,6 +51,7 @@ class Pools:
             memory_bytes,
             policy_can_share=self.policy.policy_class.pools,
             reserve_spares=self.prefetcher.pays,
+            whole_events=self._whole_events,
         )
 
     @property

@@ -41,6 +41,7 @@ class Residency:
         *,
         prefetch: bool,
         check_reads: bool,
+        whole_events: bool = False,
     ) -> None:
         """Raises FlashMoEError as `Pools` does; the backend stays open then."""
         self.manifest = backend.manifest
@@ -49,7 +50,14 @@ class Residency:
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.reader = ExtentReader(backend, check_all=check_reads)
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)
-        self.pools = Pools(self.manifest, policy, memory_bytes, self.prefetcher, new_arena)
+        self.pools = Pools(
+            self.manifest,
+            policy,
+            memory_bytes,
+            self.prefetcher,
+            new_arena,
+            whole_events=whole_events,
+        )
 
     def serve(
         self, layer: int, rows: np.ndarray, weights: np.ndarray, likely: Likely

@@ -15,10 +15,16 @@ class Routing:
         self._rows = [self._no_rows] * n_layers  # by layer, [tokens, top_k]
 
     def event(
-        self, layer: int, rows: np.ndarray, weights: np.ndarray, first_key: int, n_experts: int
+        self,
+        layer: int,
+        rows: np.ndarray,
+        weights: np.ndarray | None,
+        first_key: int,
+        n_experts: int,
     ) -> Event:
-        """The event of `rows` [tokens, top_k], experts that `layer` chose, with router `weights`.
+        """The event of `rows` [tokens, top_k], the experts that `layer` chose.
 
+        weights: the router's, [tokens, top_k], if they are known.
         first_key: the key of the layer's expert 0 in the cache that serves it.
         """
         lower_rows = self._note(layer, rows, n_experts)

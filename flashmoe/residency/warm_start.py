@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
+from flashmoe.memory.arena import SlotMemory
 from flashmoe.policies.parts import saved_state
 from flashmoe.residency.residency import Residency
 
+Place = Callable[[int, int], SlotMemory]
 FORMAT, VERSION = "flashmoe-warm", 3
 
 
@@ -31,8 +34,10 @@ def save(residency: Residency, path: Path) -> None:
     plain_npz.write(path, arrays)
 
 
-def restore(residency: Residency, path: Path) -> int:
+def restore(residency: Residency, path: Path, place: Place | None = None) -> int:
     """Read the experts that were resident, as many as there is room for; returns how many.
+
+    place: (layer, expert) -> where its extent is read to; default: the slot that its pool gives it.
 
     The budget may be another one than then, but layers must share slots, or not, as they did.
     Raises FlashMoEError when the file is none of this model and policy, or a read fails; all
@@ -54,7 +59,7 @@ def restore(residency: Residency, path: Path) -> int:
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise _damaged(path, error) from None
     with residency.lock:
-        _read(residency, caches)
+        _read(residency, caches, place)
         residency.pools.restart(caches)
         residency.reset_counts()
     return sum(len(cache.resident) for cache in caches)
@@ -94,14 +99,17 @@ def _cache(residency: Residency, number: int, arrays: dict[str, np.ndarray]) -> 
     return cache
 
 
-def _read(residency: Residency, caches: list[ExpertCache]) -> None:
+def _read(residency: Residency, caches: list[ExpertCache], place: Place | None) -> None:
     """Fill each pool's slots with the experts that its cache of `caches` says are there."""
     reads = []
     for pool, cache in zip(residency.pools.all, caches, strict=True):
         for key in cache.resident:
             layer, expert = pool.layer_and_expert(key)
-            slot = pool.arena.slots[int(cache.residency.slot_of[key])]
-            reads += residency.reader.submit(layer, [(expert, slot)])
+            if place:
+                memory = place(layer, expert)
+            else:
+                memory = pool.arena.slots[int(cache.residency.slot_of[key])]
+            reads += residency.reader.submit(layer, [(expert, memory)])
     wait(reads)
     for read in reads:
         if error := read.exception():
