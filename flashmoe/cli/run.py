@@ -1,0 +1,61 @@
+"""Run a program of llama.cpp whose model's experts stay on the SSD; its own arguments follow."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+from flashmoe.cli import add_memory
+from flashmoe.disk import files
+from flashmoe.errors import FlashMoEError
+
+HELP = "run llama-server or another program of llama.cpp"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_memory(parser)
+    parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
+    parser.add_argument(
+        "--warm", type=Path, metavar="FILE", help="begin as the last run ended; then keep this run"
+    )
+    parser.add_argument("--stats", action="store_true", help="print the counts at the end, as JSON")
+    parser.add_argument("program", help="llama-server, llama-cli, llama-bench, ... or its path")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    try:
+        from flashmoe.engines.llama.attachment import Attachment
+    except ImportError as error:
+        raise FlashMoEError(
+            f"{error.name} is not installed: pip install 'flashmoe-ssd[llama]'"
+        ) from None
+    from flashmoe.engines.llama.hosts import flags, program
+    from flashmoe.residency import warm_start
+
+    flags.check(arguments.arguments)
+    if arguments.warm:
+        files.check_replaceable(arguments.warm)
+    library = program.find(arguments.program)
+    attachments = []
+
+    def attach(llama: Path, ggml: Path) -> None:
+        attachments.append(
+            Attachment(
+                llama, ggml, memory=arguments.memory, policy=arguments.policy, warm=arguments.warm
+            )
+        )
+
+    status = program.run(library, arguments.arguments, attach)
+    for engine in (attachment.engine for attachment in attachments):
+        if engine and arguments.warm:
+            warm_start.save(engine.residency, arguments.warm)
+        if engine and arguments.stats:
+            print(json.dumps(engine.stats()), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: the program's own threads and buffers end as they would without us
+    ctypes.CDLL(None).exit(status)

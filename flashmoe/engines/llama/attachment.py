@@ -1,0 +1,222 @@
+"""FlashMoE under one loaded llama.cpp: what it maps, what it computes, and how it fails."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.llama.engine import LlamaEngine
+from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
+from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.hooks import CHECKING, FAILED, Hooks
+from flashmoe.engines.llama.model_file import ModelFile
+from flashmoe.engines.llama.redirect import redirect
+from flashmoe.errors import FlashMoEError
+from flashmoe.residency import rehearsal
+from flashmoe.util.sizes import format_bytes, parse_bytes
+
+# Without these there is nothing to stand on; the other imports differ between builds.
+NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_compute_async")
+CHOICE = "ffn_moe_topk-"  # the node with a layer's chosen experts; the layer's number follows
+
+
+MAP_FAILED = (1 << 64) - 1
+
+
+def _print(line: str) -> None:
+    print(f"flashmoe: {line}", file=sys.stderr, flush=True)
+
+
+class Attachment:
+    """Streams the experts of the model that the library maps, from its first event on.
+
+    A failure ends the call that met it, by the program's own error; never with a wrong token.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        ggml_library: Path,
+        *,
+        memory: int | str,
+        policy: str,
+        warm: Path | None = None,
+        tell: Callable[[str], object] = _print,
+    ) -> None:
+        """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
+
+        memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
+        when an earlier run ended, if it is there. tell: gets what the user should know.
+        Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
+        """
+        rehearsal.compile_policy(policy)
+        self.memory = memory
+        self.policy = policy
+        self.warm = warm
+        self.tell = tell
+        self.engine: LlamaEngine | None = None
+        self.ggml = GGML(str(ggml_library))
+        self.hooks = Hooks(self.ggml, self._observe, self._prepare)
+        self.hooks.switches[CHECKING] = 1
+        self._files: list[tuple[ModelFile, GGUFContents]] = []
+        self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
+        self._layers: dict[int, int] = {}  # the cache's number of a layer, by the file's
+        self._events_seen: set[int] = set()  # numbers of layers
+        self._checked: set[str] = set()  # tensors whose products were looked at
+        missing = set(NEEDED) - redirect(library, self.hooks.addresses)
+        if missing:
+            raise FlashMoEError(
+                f"{library} does not import {min(missing)}: it is no llama.cpp of 2026, or was not "
+                "built of shared libraries"
+            )
+
+    def add_file(self, path: Path) -> bool:
+        """Stream this file's experts once the program maps it; False where it has none."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return self._replace(path, os.fstat(descriptor)) is not None
+        finally:
+            os.close(descriptor)
+
+    def _replace(self, path: Path, status: os.stat_result) -> ModelFile | None:
+        """Memory of our own for the pages of a GGUF file with experts."""
+        contents = contents_of(self.ggml, path)
+        if contents is None or not contents.tensors:
+            if contents:
+                self.tell(f"{path} has no experts: it is mapped as without FlashMoE")
+            return None
+        if any(tensor.name in self._tensors for tensor in contents.tensors):
+            raise FlashMoEError(
+                f"{path}: of two models with experts only one can be streamed: leave this one out"
+            )
+        self._check_budget(contents)
+        file = ModelFile(path, contents.tensors)
+        self._files.append((file, contents))
+        for tensor in contents.tensors:
+            self._tensors[tensor.name] = file.base + tensor.offset_bytes, tensor.layer
+        self.hooks.add_file(status.st_dev, status.st_ino, file.base, file.size_bytes)
+        return file
+
+    def _check_budget(self, contents: GGUFContents) -> None:
+        """Raises FlashMoEError, before anything is read, for a budget that is surely too small."""
+        one_layer = max(
+            sum(t.size_bytes for t in contents.tensors if t.layer == layer)
+            for layer in {tensor.layer for tensor in contents.tensors}
+        )
+        if self.memory != "auto" and parse_bytes(self.memory) < one_layer:
+            raise FlashMoEError(
+                f"memory={self.memory} is too small: a prompt may need all experts of a layer at "
+                f"once, which takes {format_bytes(one_layer)}"
+            )
+
+    def _prepare(self, descriptor: int) -> int:
+        """The address to give out for a file's mapping; 0: map the file itself.
+
+        Where a model cannot be streamed the mapping fails, and so does the program's loading.
+        """
+        try:
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            file = self._replace(path, os.fstat(descriptor))
+            return file.base if file else 0
+        except BaseException as error:
+            self.tell(str(error) or repr(error))
+            return MAP_FAILED
+
+    def _observe(self, tensor: int, ask: bool) -> bool:
+        """What llama.cpp asks before a node is computed, and tells after it."""
+        try:
+            name = self.ggml.name_of(tensor)
+            if ask:
+                self._check_product(tensor)
+                return name.startswith(CHOICE)
+            if name.startswith(CHOICE):
+                self._make_ready(int(name.removeprefix(CHOICE)), self._ids(tensor))
+            return True
+        except BaseException as error:
+            self.hooks.switches[FAILED] = 1
+            self._events_seen.clear()  # the products of this graph will not be looked at
+            self.tell(f"this request fails: {error}")
+            return False  # what follows is not computed, and `hooks` makes the whole call fail
+
+    def _ids(self, tensor: int) -> np.ndarray:
+        """The chosen experts, [tokens, top_k] int64, wherever the tensor's memory is."""
+        layout = self.ggml.layout
+        shape = (ctypes.c_int64 * 4).from_address(tensor + layout.shape)
+        strides = (ctypes.c_size_t * 4).from_address(tensor + layout.strides)
+        top_k, tokens, stride = shape[0], shape[1], strides[1]
+        if not tokens:  # of a last layer where no output is wanted
+            return np.empty((0, top_k), np.int64)
+        span = stride * (tokens - 1) + 4 * top_k
+        raw = np.empty(span // 4, np.int32)
+        self.ggml.library.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, span)
+        rows = np.lib.stride_tricks.as_strided(raw, (tokens, top_k), (stride, 4))
+        return np.ascontiguousarray(rows, np.int64)
+
+    def _make_ready(self, number: int, rows: np.ndarray) -> None:
+        if self.engine is None:
+            self._start()
+        if self.engine is None or not len(rows):
+            return
+        if self.hooks.switches[CHECKING] and number in self._layers:
+            self._end_checking(number)
+        self._events_seen.add(number)
+        self.engine.experts.check_unchanged()
+        self.engine.at_once.make_ready(self._layers[number], rows)
+
+    def _start(self) -> None:
+        """At the first event the program has all its memory: `auto` knows what is left."""
+        if not self._files:
+            raise FlashMoEError(
+                "this program computes with experts that it did not map from a GGUF file: leave "
+                "out --no-mmap and other load modes"
+            )
+        experts = GGUFExperts(self._files)
+        self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
+        self.engine = LlamaEngine(experts, self.memory, self.policy)
+        if self.warm and self.warm.exists():
+            self.engine.at_once.restore(self.warm)
+        stats, first = self.engine.snapshot(), experts.manifest.layers[0]
+        self.tell(
+            f"{format_bytes(stats.memory_bytes)} for experts: {stats.slots_per_layer:.0f} of "
+            f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
+            f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
+        )
+
+    def _check_product(self, tensor: int) -> None:
+        """Raises FlashMoEError for a product by experts other than those we make ready."""
+        ggml = self.ggml
+        weights = ggml.source_of(tensor, 0)
+        name = ggml.name_of(weights) if weights else ""
+        if name not in self._tensors or name in self._checked:
+            return
+        address, number = self._tensors[name]
+        if ggml.data_of(weights) != address:
+            raise FlashMoEError(
+                f"the program made a copy of {name} before its experts were read: leave out "
+                "options that move experts, such as --no-mmap, or -ngl without --cpu-moe"
+            )
+        ids = ggml.source_of(tensor, 2)
+        if number not in self._events_seen or not ids or ggml.name_of(ids) != f"{CHOICE}{number}":
+            raise FlashMoEError(
+                f"the program multiplies by {name} in a way that FlashMoE does not know: report "
+                "the model and the version of llama.cpp"
+            )
+        self._checked.add(name)
+
+    def _end_checking(self, number: int) -> None:
+        """When a layer comes again, all its products were seen once; of all layers: enough."""
+        if number not in self._events_seen:
+            return
+        for name, (_, layer) in self._tensors.items():
+            if layer in self._events_seen and name not in self._checked:
+                raise FlashMoEError(
+                    f"the program did not multiply by {name} as FlashMoE expects: report the model "
+                    "and the version of llama.cpp"
+                )
+        self.hooks.switches[CHECKING] = 0

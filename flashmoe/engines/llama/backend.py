@@ -1,0 +1,121 @@
+"""The experts of GGUF files as extents: an expert's pages in each of its layer's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flashmoe.engines.llama.expert_tensors import ExpertTensor, GGUFContents
+from flashmoe.engines.llama.model_file import ModelFile, inner_pages, outer_pages
+from flashmoe.errors import FlashMoEError
+from flashmoe.reading.backend import Backend
+from flashmoe.store.manifest import LayerSpec, Manifest, TensorSpec
+
+
+class _Part(NamedTuple):
+    """A tensor, and the file that it lies in."""
+
+    file: ModelFile
+    tensor: ExpertTensor
+
+    def outer(self, expert: int) -> tuple[int, int]:
+        """The pages that hold any of an expert's bytes, within its tensor's whole pages.
+
+        The pages at a tensor's ends were read with the dense part.
+        """
+        tensor = self.tensor
+        first, last = inner_pages(tensor.offset_bytes, tensor.size_bytes)
+        start, end = outer_pages(
+            tensor.offset_bytes + expert * tensor.expert_bytes, tensor.expert_bytes
+        )
+        return max(first, start), min(last, end)
+
+    def inner(self, expert: int) -> tuple[int, int]:
+        """The pages that hold this expert's bytes alone."""
+        offset = self.tensor.offset_bytes + expert * self.tensor.expert_bytes
+        return inner_pages(offset, self.tensor.expert_bytes)
+
+
+class GGUFExperts(Backend):
+    """One model's experts, in one GGUF file or in the parts of a split one.
+
+    An extent is read to where the program expects the expert, so `memory` is a `range` of the
+    extent's bytes: the backend knows the addresses.
+    """
+
+    remedy = "fetch the file again if this lasts"
+
+    def __init__(self, files: Sequence[tuple[ModelFile, GGUFContents]]) -> None:
+        """Raises FlashMoEError where the files' experts do not make whole layers."""
+        self.files = [file for file, _ in files]
+        self.path = self.files[0].path
+        self.direct = all(file.direct for file in self.files)
+        by_layer: dict[int, list[_Part]] = {}
+        for file, contents in files:
+            for tensor in contents.tensors:
+                by_layer.setdefault(tensor.layer, []).append(_Part(file, tensor))
+        self.numbers = sorted(by_layer)  # of the file's layers, by ours
+        self._parts = [by_layer[number] for number in self.numbers]
+        self.manifest = Manifest(
+            architecture=files[0][1].architecture,
+            config_sha256="",
+            top_k=max(contents.top_k for _, contents in files),
+            experts_file="",
+            dense_file="",
+            dense_bytes=sum(file.dense_bytes for file in self.files),
+            layers=tuple(self._layer(n, p) for n, p in zip(self.numbers, self._parts, strict=True)),
+        )
+
+    def _layer(self, number: int, parts: list[_Part]) -> LayerSpec:
+        counts = {part.tensor.n_experts for part in parts}
+        kinds = [part.tensor.kind for part in parts]
+        if len(counts) != 1 or len(set(kinds)) != len(kinds) or "down" not in kinds:
+            raise FlashMoEError(
+                f"{self.path}: the experts of layer {number} are not laid out as FlashMoE knows it"
+            )
+        tensors, offset = [], 0
+        for part in parts:
+            size = max(end - start for start, end in map(part.outer, range(min(counts))))
+            tensors.append(TensorSpec(part.tensor.kind, "uint8", (size,), offset))
+            offset += size
+        return LayerSpec(f"blk.{number}", min(counts), 0, offset, tuple(tensors))
+
+    def extent(self, layer: int, expert: int) -> range:
+        """The bytes of an expert's extent, to be read."""
+        return range(sum(end - start for start, end in self._ranges(layer, expert)))
+
+    def _ranges(self, layer: int, expert: int) -> list[tuple[int, int]]:
+        return [part.outer(expert) for part in self._parts[layer]]
+
+    def read(self, layer: int, expert: int, start: int, memory: range) -> None:  # type: ignore[override]
+        """Read these bytes of the extent to where the program expects them. Thread-safe."""
+        end = start + len(memory)
+        before = 0
+        for part in self._parts[layer]:
+            first, last = part.outer(expert)
+            size = last - first
+            begin, stop = max(start - before, 0), min(end - before, size)
+            if begin < stop:
+                part.file.read(first + begin, first + stop)
+            before += size
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Give back the memory that holds this expert alone."""
+        for part in self._parts[layer]:
+            part.file.drop(*part.inner(expert))
+
+    def check_unchanged(self) -> None:
+        for file in self.files:
+            file.check_unchanged()
+
+    def address(self, name: str) -> int | None:
+        """Where the tensor called `name` is expected, if it is one of experts."""
+        for parts in self._parts:
+            for part in parts:
+                if part.tensor.name == name:
+                    return part.file.base + part.tensor.offset_bytes
+        return None
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()

@@ -1,0 +1,109 @@
+"""A loaded llama.cpp's own functions, and where its tensors keep what we look at."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
+
+from flashmoe.errors import FlashMoEError
+
+_PROBE = b"flashmoe-probe"
+
+
+class _InitParameters(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+class _GGUFParameters(ctypes.Structure):
+    _fields_ = [("no_alloc", c_bool), ("context", c_void_p)]
+
+
+_SIGNATURES = {
+    "ggml_init": (c_void_p, [_InitParameters]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_new_tensor_4d": (c_void_p, [c_void_p, c_int, c_int64, c_int64, c_int64, c_int64]),
+    "ggml_mul_mat_id": (c_void_p, [c_void_p, c_void_p, c_void_p, c_void_p]),
+    "ggml_set_name": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_get_data": (c_void_p, [c_void_p]),
+    "ggml_tensor_overhead": (c_size_t, []),
+    "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "gguf_init_from_file": (c_void_p, [c_char_p, _GGUFParameters]),
+    "gguf_free": (None, [c_void_p]),
+    "gguf_get_data_offset": (c_size_t, [c_void_p]),
+    "gguf_get_n_tensors": (c_int64, [c_void_p]),
+    "gguf_get_tensor_name": (c_char_p, [c_void_p, c_int64]),
+    "gguf_get_tensor_offset": (c_size_t, [c_void_p, c_int64]),
+    "gguf_get_tensor_size": (c_size_t, [c_void_p, c_int64]),
+    "gguf_get_tensor_ne": (POINTER(c_int64), [c_void_p, c_int64]),
+    "gguf_find_key": (c_int64, [c_void_p, c_char_p]),
+    "gguf_get_val_u32": (c_uint32, [c_void_p, c_int64]),
+    "gguf_get_val_str": (c_char_p, [c_void_p, c_int64]),
+}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Offsets in `struct ggml_tensor`, which differ between versions and forks."""
+
+    shape: int  # int64 [4], the fastest dimension first
+    strides: int  # size_t [4], bytes
+    sources: int  # pointers: of a product by experts, their weights, the input, their ids
+    data: int  # a pointer
+    name: int
+
+
+class GGML:
+    """The tensor library under a llama.cpp that is loaded into this process."""
+
+    def __init__(self, path: str) -> None:
+        """Raises FlashMoEError where it lacks a function, or its tensors are not understood."""
+        self.library = ctypes.CDLL(path)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name, None)
+            if function is None:
+                raise FlashMoEError(f"{path} has no {name}: FlashMoE needs a newer llama.cpp")
+            function.restype, function.argtypes = result, arguments
+        self.layout = self._probe(path)
+
+    def _probe(self, path: str) -> TensorLayout:
+        """Find each field in the bytes of tensors whose content we know."""
+        lib, float32, int32 = self.library, 0, 26
+        context = lib.ggml_init(_InitParameters(1 << 20, None, False))
+        try:
+            tensor = lib.ggml_new_tensor_4d(context, float32, 7, 11, 13, 17)
+            lib.ggml_set_name(tensor, _PROBE)
+            size = min(lib.ggml_tensor_overhead(), 400)
+            raw = ctypes.string_at(tensor, size)
+            weights = lib.ggml_new_tensor_4d(context, float32, 8, 4, 3, 1)
+            x = lib.ggml_new_tensor_4d(context, float32, 8, 1, 5, 1)
+            ids = lib.ggml_new_tensor_4d(context, int32, 2, 5, 1, 1)
+            product = ctypes.string_at(lib.ggml_mul_mat_id(context, weights, x, ids), size)
+            return TensorLayout(
+                shape=raw.index(_words(7, 11, 13, 17)),
+                strides=raw.index(_words(4, 28, 308, 4004)),
+                sources=product.index(_words(weights, x, ids)),
+                data=raw.index(_words(lib.ggml_get_data(tensor))),
+                name=raw.index(_PROBE + b"\0"),
+            )
+        except ValueError:
+            raise FlashMoEError(
+                f"{path} lays out its tensors in a way that FlashMoE does not understand: report "
+                "the version of llama.cpp"
+            ) from None
+        finally:
+            lib.ggml_free(context)
+
+    def name_of(self, tensor: int) -> str:
+        return ctypes.string_at(tensor + self.layout.name).decode(errors="replace")
+
+    def data_of(self, tensor: int) -> int:
+        return c_void_p.from_address(tensor + self.layout.data).value or 0
+
+    def source_of(self, tensor: int, number: int) -> int:
+        """The address of a tensor's n-th source, 0 where it has none."""
+        return c_void_p.from_address(tensor + self.layout.sources + 8 * number).value or 0
+
+
+def _words(*values: int) -> bytes:
+    return b"".join(value.to_bytes(8, "little") for value in values)

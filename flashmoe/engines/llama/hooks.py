@@ -1,0 +1,198 @@
+"""Machine code in place of functions that llama.cpp imports.
+
+A program may keep Python's lock while its own threads load a model, so what runs then must not
+need Python: these functions are compiled, and call Python only where `Switches` allows it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import CFUNCTYPE, c_bool, c_int, c_long, c_size_t, c_void_p
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from flashmoe.engines.llama.ggml import GGML
+
+_MOST_FILES = 64
+ON, FAILED, CHECKING, PYTHON = 0, 1, 2, 3  # positions in `Switches`
+_DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
+_CHOICE = tuple(b"ffn_moe_topk-")
+_REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
+_STATUS_BYTES = 256  # more than any `struct stat` has
+
+_Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
+_Prepare = CFUNCTYPE(c_void_p, c_int)
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.uint64), generate
+
+
+@intrinsic
+def _address(typing_context, pointer):
+    def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(arguments[0], cgutils.intp_t)
+
+    return types.uint64(types.voidptr), generate
+
+
+class Hooks:
+    """The functions, their switches, and the files whose mapping they answer."""
+
+    def __init__(
+        self,
+        ggml: GGML,
+        observe: Callable[[int, bool], bool],
+        prepare: Callable[[int], int],
+    ) -> None:
+        """observe: (tensor, asked before it is computed) -> shall it be observed, or go on.
+
+        prepare: (file descriptor) -> the address to give out for its mapping; 0: the file's own.
+        """
+        self.switches = np.zeros(4, np.int64)
+        self.switches[[ON, PYTHON]] = 1
+        self._files = np.zeros((_MOST_FILES, 4), np.uint64)
+        self._count = np.zeros(1, np.int64)
+        self._status = np.zeros(_STATUS_BYTES // 8, np.uint64)
+        self._python = (
+            _Callback(lambda tensor, ask, _: observe(tensor, ask)),
+            _Prepare(lambda descriptor: prepare(descriptor)),
+        )
+        self._compiled = _compile(self, ggml, *self._python)
+
+    def add_file(self, device: int, inode: int, base: int, size_bytes: int) -> None:
+        """Answer the mapping of this file with `base` from now on."""
+        row = int(self._count[0])
+        self._files[row] = device, inode, base, size_bytes
+        self._count[0] = row + 1
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """By the name of the import that each replaces."""
+        return {name: function.address for name, function in self._compiled.items()}
+
+
+def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, Any]:
+    libc, lib = ctypes.CDLL(None), ggml.library
+
+    def address_of(function: Any) -> int:
+        return ctypes.cast(function, c_void_p).value or 0
+
+    def original(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+        return CFUNCTYPE(result, *arguments)(address_of(getattr(library, name)))
+
+    map_file = original(libc, "mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
+    unmap = original(libc, "munmap", c_int, c_void_p, c_size_t)
+    lock = original(libc, "mlock", c_int, c_void_p, c_size_t)
+    status_of = original(libc, "fstat", c_int, c_int, c_void_p)
+    set_callback = original(
+        lib, "ggml_backend_sched_set_eval_callback", None, c_void_p, c_void_p, c_void_p
+    )
+    compute = original(lib, "ggml_backend_sched_graph_compute_async", c_int, c_void_p, c_void_p)
+    functions: dict[str, Any] = {}
+    python_observe = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)(address_of(observe))
+    python_prepare = CFUNCTYPE(c_void_p, c_int)(address_of(prepare))
+    switches_at = np.uint64(hooks.switches.ctypes.data)
+    files_at = np.uint64(hooks._files.ctypes.data)
+    count_at = np.uint64(hooks._count.ctypes.data)
+    status_at = np.uint64(hooks._status.ctypes.data)
+    name_at = np.uint64(ggml.layout.name)
+    void = types.voidptr
+
+    @numba.njit
+    def switches():
+        return numba.carray(_pointer(switches_at), (4,), np.int64)
+
+    @numba.njit
+    def files():
+        count = numba.carray(_pointer(count_at), (1,), np.int64)[0]
+        return numba.carray(_pointer(files_at), (_MOST_FILES, 4), np.uint64)[:count]
+
+    @numba.njit
+    def is_ours(pointer):
+        address = _address(pointer)
+        for row in files():  # noqa: SIM110  (numba compiles no generator here)
+            if row[_BASE] <= address < row[_BASE] + row[_SIZE]:
+                return True
+        return False
+
+    @numba.cfunc(types.boolean(void, types.boolean, void))
+    def observed(tensor, ask, user):
+        state = switches()
+        if state[ON] == 0:
+            return not ask
+        if not ask or state[CHECKING] != 0:
+            return python_observe(tensor, ask, user)
+        name = numba.carray(_pointer(_address(tensor) + name_at), (len(_CHOICE),), np.uint8)
+        for i in range(len(_CHOICE)):  # noqa: SIM110
+            if name[i] != _CHOICE[i]:
+                return False
+        return True
+
+    callback_at = np.uint64(observed.address or 0)
+    functions["observed"] = observed
+
+    @numba.cfunc(void(void, types.uint64, types.int32, types.int32, types.int32, types.int64))
+    def map_ours(address, length, protection, flags, descriptor, offset):
+        if descriptor >= 0 and protection == 1 and offset == 0:
+            status = numba.carray(_pointer(status_at), (2,), np.uint64)
+            if status_of(descriptor, _pointer(status_at)) == 0:
+                for row in files():
+                    if row[_DEVICE] == status[0] and row[_INODE] == status[1]:
+                        return _pointer(row[_BASE])
+            if switches()[PYTHON] != 0:
+                ours = python_prepare(descriptor)
+                if _address(ours) != np.uint64(0):
+                    return ours
+        return map_file(address, length, protection, flags, descriptor, offset)
+
+    @numba.cfunc(types.int32(void, types.uint64))
+    def unmap_others(address, length):
+        return types.int32(0) if is_ours(address) else unmap(address, length)
+
+    @numba.cfunc(types.int32(void, types.uint64))
+    def lock_others(address, length):
+        return types.int32(0) if is_ours(address) else lock(address, length)
+
+    @numba.cfunc(types.void(void, void, void))
+    def set_ours(scheduler, function, user):
+        set_callback(scheduler, _pointer(callback_at), _pointer(np.uint64(0)))
+
+    @numba.cfunc(types.int32(void, void))
+    def compute_or_fail(scheduler, graph):
+        result = compute(scheduler, graph)
+        state = switches()
+        if state[FAILED] != 0:
+            state[FAILED] = 0
+            return types.int32(-1)
+        return result
+
+    functions |= {"mmap": map_ours, "mmap64": map_ours, "munmap": unmap_others}
+    functions |= {"mlock": lock_others, "ggml_backend_sched_set_eval_callback": set_ours}
+    functions["ggml_backend_sched_graph_compute_async"] = compute_or_fail
+    if hasattr(lib, "ggml_backend_reg_get_proc_address"):  # forks without have no such buffers
+        ask_registry = original(
+            lib, "ggml_backend_reg_get_proc_address", c_void_p, c_void_p, c_void_p
+        )
+
+        @numba.cfunc(void(void, void))
+        def no_repacking(registry, name):
+            text = numba.carray(name, (len(_REPACKING),), np.uint8)
+            for i in range(len(_REPACKING)):
+                if text[i] != _REPACKING[i]:
+                    return ask_registry(registry, name)
+            return _pointer(np.uint64(0))
+
+        functions["ggml_backend_reg_get_proc_address"] = no_repacking
+    hooks._originals = (map_file, unmap, lock, status_of, set_callback, compute)  # type: ignore[attr-defined]
+    return functions

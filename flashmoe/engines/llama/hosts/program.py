@@ -1,0 +1,60 @@
+"""Runs a program of a llama.cpp release inside this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flashmoe.engines.llama.redirect import loaded
+from flashmoe.errors import FlashMoEError
+
+
+def find(name: str) -> Path:
+    """The library that holds the program called `name`, on PATH or by path.
+
+    Raises FlashMoEError where there is no such program, or it is not built of shared libraries.
+    """
+    path = shutil.which(name)
+    if path is None:
+        raise FlashMoEError(f"no program is called {name!r}: give its path, or install llama.cpp")
+    program = Path(path).resolve()
+    names = f"lib{program.name}-impl.so"
+    for folder in (program.parent, program.parent.parent / "lib"):
+        if (folder / names).is_file():
+            return folder / names
+    raise FlashMoEError(
+        f"{program} is not of a llama.cpp in shared libraries (there is no {names} beside it): "
+        "use a release of 2026, or build with -DBUILD_SHARED_LIBS=ON"
+    )
+
+
+def run(
+    library: Path,
+    arguments: Sequence[str],
+    attach: Callable[[Path, Path], object],
+) -> int:
+    """Run the program with these arguments; its exit status.
+
+    attach: called with the loaded llama and ggml libraries before the program begins.
+    Raises FlashMoEError where the library holds no program that is known here.
+    """
+    name = library.name.removeprefix("lib").removesuffix("-impl.so")
+    try:
+        code = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise FlashMoEError(f"{library} cannot be loaded ({error})") from None
+    llama, ggml = loaded("/libllama.so"), loaded("/libggml-base.so")
+    function = name.replace("-", "_")  # int llama_server(int, char **), as C++ names it
+    entry = getattr(code, f"_Z{len(function)}{function}iPPc", None)
+    if llama is None or ggml is None or entry is None:
+        raise FlashMoEError(f"{library} is not a program of llama.cpp that FlashMoE knows")
+    attach(llama, ggml)
+    words = [os.fsencode(word) for word in (name, *arguments)]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program's own handlers come later
+    sys.stdout.flush()
+    return int(entry(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)))

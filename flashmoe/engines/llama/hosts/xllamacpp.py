@@ -1,0 +1,44 @@
+"""llama-server as the xllamacpp wheel holds it, which needs no compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+from flashmoe.engines.llama.attachment import Attachment
+from flashmoe.engines.llama.hooks import ON, PYTHON
+from flashmoe.errors import FlashMoEError
+
+
+def serve(
+    model: Path,
+    *,
+    memory: int | str,
+    policy: str = "learned",
+    warm: Path | None = None,
+    **parameters: Any,
+) -> tuple[Any, Attachment]:
+    """A running `xllamacpp.Server` of this model, and what streams its experts.
+
+    memory, policy, warm: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
+        such as n_ctx and n_parallel.
+    Raises FlashMoEError when the file has no experts or cannot be streamed.
+    """
+    library = Path(xllamacpp.xllamacpp.__file__).resolve()
+    attachment = Attachment(library, library, memory=memory, policy=policy, warm=warm)
+    if not attachment.add_file(model):
+        raise FlashMoEError(f"{model} has no experts to stream: run it without FlashMoE")
+    common = xllamacpp.CommonParams()
+    common.model.path = str(model)
+    common.fit_params = False
+    for name, value in parameters.items():
+        setattr(common, name, value)
+    # The constructor keeps Python's lock while its threads load the model and decode one token to
+    # see what their memory can do; what is computed then is thrown away.
+    switches = attachment.hooks.switches
+    switches[[ON, PYTHON]] = 0
+    server = xllamacpp.Server(common)
+    switches[[ON, PYTHON]] = 1
+    return server, attachment

@@ -1,0 +1,130 @@
+"""Memory of our own in place of a model file's pages, which the program believes to be mapped."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from flashmoe.disk.direct_io import drop_page_cache, open_direct
+from flashmoe.engines.llama.expert_tensors import ExpertTensor
+from flashmoe.errors import FlashMoEError
+from flashmoe.util.sizes import format_bytes
+
+PAGE_BYTES = mmap.PAGESIZE
+_READERS, _STEP_BYTES = 8, 8 << 20
+_MAP_NORESERVE, _MADV_NOHUGEPAGE = 0x4000, 15
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class ModelFile:
+    """Address space as long as a model's file: its dense part read in, its experts' pages empty.
+
+    The file itself is never mapped, and nothing of it stays in the page cache.
+    """
+
+    def __init__(self, path: Path, tensors: tuple[ExpertTensor, ...]) -> None:
+        """Raises FlashMoEError where the address space cannot be had, or the file not be read."""
+        self.path = path
+        self.tensors = tensors
+        self._descriptor, self.direct = open_direct(path, os.O_RDONLY)
+        self._state = self._identity()
+        self.size_bytes = self._state[0]
+        if any(t.offset_bytes + t.size_bytes > self.size_bytes for t in tensors):
+            self.close()
+            raise FlashMoEError(f"{path} was cut short: fetch it again")
+        self.base = self._reserve()
+        with ThreadPoolExecutor(_READERS) as threads:
+            list(threads.map(lambda part: self.read(*part), self._dense_parts()))
+        drop_page_cache(self._descriptor)  # the program has read the file's head through it
+
+    def _reserve(self) -> int:
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        base: int = _libc.mmap(None, self.size_bytes, protection, flags, -1, 0)
+        if base == _FAILED:
+            os.close(self._descriptor)
+            raise FlashMoEError(
+                f"{self.path}: no address space for its {format_bytes(self.size_bytes)} "
+                f"({os.strerror(ctypes.get_errno())}): raise the limit (`ulimit -v`), or allow "
+                "overcommitting (vm.overcommit_memory 0 or 1)"
+            )
+        # else one touched page may bring 2 MiB, which nobody accounts for
+        _libc.madvise(base, self.size_bytes, _MADV_NOHUGEPAGE)
+        return base
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of everything but experts, and the pages that experts share with their neighbours."""
+        return sum(end - start for start, end in self._dense_ranges())
+
+    def _dense_ranges(self) -> Iterator[tuple[int, int]]:
+        """What lies outside the whole pages of the experts' tensors, in whole pages."""
+        holes = sorted(inner_pages(t.offset_bytes, t.size_bytes) for t in self.tensors)
+        start = 0
+        for first, last in [*holes, (self.size_bytes, self.size_bytes)]:
+            if first > start:
+                yield start, first
+            start = max(start, last)
+
+    def _dense_parts(self) -> Iterator[tuple[int, int]]:
+        for start, end in self._dense_ranges():
+            for first in range(start, end, _STEP_BYTES):
+                yield first, min(first + _STEP_BYTES, end)
+
+    def read(self, start: int, end: int) -> None:
+        """Read the file's bytes from `start` (of a page) to `end` to where they belong.
+
+        Thread-safe. Raises OSError when the drive fails, EOFError when the file became shorter.
+        """
+        length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
+        view = memoryview((ctypes.c_char * length).from_address(self.base + start)).cast("B")
+        end, done = min(end, self.size_bytes), 0
+        while start + done < end:
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise EOFError
+            done += count
+        if not self.direct:
+            drop_page_cache(self._descriptor, start, length)
+
+    def drop(self, start: int, end: int) -> None:
+        """Give back the memory of these pages; they read as zeros from now on."""
+        if end > start:
+            _libc.madvise(self.base + start, end - start, mmap.MADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        """Raises OSError when the file is another one than when it was opened."""
+        if self._identity() != self._state:
+            raise OSError("the file changed while it was in use")
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def close(self) -> None:
+        """Close the file. Its memory stays: the program goes on using the dense part."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def outer_pages(offset: int, size: int) -> tuple[int, int]:
+    """The pages that hold any of these bytes: from, to."""
+    return offset // PAGE_BYTES * PAGE_BYTES, -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
+
+
+def inner_pages(offset: int, size: int) -> tuple[int, int]:
+    """The pages that hold only these bytes: from, to; none where to <= from."""
+    return -(-offset // PAGE_BYTES) * PAGE_BYTES, (offset + size) // PAGE_BYTES * PAGE_BYTES
