@@ -1,0 +1,118 @@
+"""Asks one model questions in a process of its own: `python llama_server.py JOB`, a JSON object.
+
+model: a GGUF file; memory: a budget, or null for xllamacpp alone; prompts; n_parallel; fail_after:
+from so many reads on, reading fails until the first request has failed. Prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+from flashmoe.residency import warm_start
+
+PARAMETERS = {"n_ctx": 2048, "n_gpu_layers": 0, "warmup": False, "fit_params": False}
+
+
+def serve_plain(model: str, **parameters: Any) -> Any:
+    common = xllamacpp.CommonParams()
+    common.model.path = model
+    common.no_extra_bufts = True  # repacked weights are multiplied by other kernels
+    for name, value in parameters.items():
+        setattr(common, name, value)
+    return xllamacpp.Server(common)
+
+
+def ask(address: str, prompt: str) -> dict[str, Any]:
+    """Greedy tokens with their likeliest rivals, or the status of the failure."""
+    body = {
+        "prompt": prompt, "n_predict": 12, "temperature": 0, "n_probs": 3, "ignore_eos": True,
+        "cache_prompt": False, "return_tokens": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+    except urllib.error.HTTPError as error:
+        return {"status": error.code}
+    rivals = [
+        [(rival["id"], rival["logprob"]) for rival in token["top_logprobs"]]
+        for token in answer.get("completion_probabilities", [])
+    ]
+    return {"tokens": answer["tokens"], "rivals": rivals}
+
+
+def resident_bytes(start: int, end: int) -> int:
+    """Of this process's memory between two addresses."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = start <= low and high <= end
+        elif inside and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def fail_reads(after: int) -> Any:
+    """Reads fail from the `after`-th on, until the function that is returned is called."""
+    read, count, broken = os.preadv, [0], [True]
+
+    def preadv(*arguments: Any) -> int:
+        count[0] += 1
+        if broken[0] and count[0] > after:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*arguments)
+
+    os.preadv = preadv
+    return lambda: broken.__setitem__(0, False)
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    parameters = PARAMETERS | {"n_parallel": job.get("n_parallel", 1)}
+    attachment = None
+    if job["memory"] is None:
+        server = serve_plain(job["model"], **parameters)
+    else:
+        from flashmoe.engines.llama.hosts import xllamacpp as host
+
+        server, attachment = host.serve(
+            Path(job["model"]), memory=job["memory"], policy=job.get("policy", "lru"),
+            warm=Path(job["warm"]) if "warm" in job else None, **parameters,
+        )  # fmt: skip
+    address = server.listening_address
+    mend = fail_reads(job["fail_after"]) if "fail_after" in job else None
+    with ThreadPoolExecutor(parameters["n_parallel"]) as threads:
+        answers = []
+        for prompt in job["prompts"]:
+            answers.append(threads.submit(ask, address, prompt))
+            if mend:
+                answers[-1].result()
+                mend()
+        result = {"answers": [answer.result() for answer in answers]}
+    if attachment and attachment.engine:
+        backend = attachment.engine.experts
+        files = backend.files
+        if "warm" in job:
+            warm_start.save(attachment.engine.residency, Path(job["warm"]))
+        result["stats"] = attachment.engine.stats()
+        result["dense_bytes"] = backend.manifest.dense_bytes
+        result["rss_bytes"] = sum(resident_bytes(f.base, f.base + f.size_bytes) for f in files)
+        result["mapped"] = job["model"] in Path("/proc/self/maps").read_text()
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))), flush=True)
+    os._exit(0)  # the server's threads go on

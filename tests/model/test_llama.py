@@ -1,0 +1,123 @@
+"""llama.cpp's own server with the cache under it: its own tokens, within the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
+from harness.runs import gguf_file
+
+TESTS = Path(__file__).parents[1]
+PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
+EXPERTS, TOP_K, LAYERS = 16, 4, 4
+FAMILIES = {
+    "olmoe": dict(num_experts=EXPERTS, num_key_value_heads=4),
+    "qwen3_moe": dict(
+        num_experts=EXPERTS, num_key_value_heads=2, moe_intermediate_size=128, head_dim=64
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def gguf_files(tmp_path_factory):
+    """A tiny model as a GGUF file, by family and scheme; made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str = "olmoe", scheme: str = "int4") -> Path:
+        if (family, scheme) not in made:
+            config = transformers.AutoConfig.for_model(
+                family, hidden_size=256, intermediate_size=128, num_hidden_layers=LAYERS,
+                num_attention_heads=4, num_experts_per_tok=TOP_K, vocab_size=512,
+                max_position_embeddings=2048, **FAMILIES[family],
+            )  # fmt: skip
+            path = tmp_path_factory.mktemp("gguf") / f"{family}-{scheme}.gguf"
+            gguf_file.write(RandomWeights(config, 0), path, scheme)
+            made[family, scheme] = path
+        return made[family, scheme]
+
+    return get
+
+
+def run(model: Path, memory: str | None, **job: object) -> dict:
+    """What `llama_server.py` prints."""
+    job = {"model": str(model), "memory": memory, "prompts": PROMPTS} | job
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "llama_server.py"), json.dumps(job)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def plain(gguf_files):
+    """The answers of llama.cpp alone."""
+    answers: dict[tuple[str, str], list] = {}
+
+    def get(family: str, scheme: str) -> list:
+        if (family, scheme) not in answers:
+            answers[family, scheme] = run(gguf_files(family, scheme), None)["answers"]
+        return answers[family, scheme]
+
+    return get
+
+
+@pytest.mark.parametrize("slots", ["few", "half", "all"])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("olmoe", "int4"), ("qwen3_moe", "int8"), ("olmoe", "none")]
+)
+def test_tokens_and_probabilities_are_llama_cpps_own(gguf_files, plain, family, scheme, slots):
+    """Prompts need more experts at a layer than it has slots; the file is never mapped."""
+    model = gguf_files(family, scheme)
+    experts_bytes = model.stat().st_size  # less than 1 MiB of it is anything else
+    share = {"few": 0.5, "half": 0.75, "all": 2.0}[slots]
+    memory_bytes = int(experts_bytes * share)
+    result = run(model, str(memory_bytes))
+    assert result["answers"] == plain(family, scheme)
+    assert [len(answer["tokens"]) for answer in result["answers"]] == [12] * len(PROMPTS)
+    stats = result["stats"]
+    assert stats["requests"] > stats["hits"] > 0
+    assert stats["resident_bytes"] <= memory_bytes
+    assert result["rss_bytes"] <= result["dense_bytes"] + memory_bytes
+    assert (stats["slots_per_layer"] == EXPERTS) == (slots == "all")
+    assert not result["mapped"]
+
+
+def test_slots_of_the_server_give_what_one_gives(gguf_files, plain):
+    result = run(gguf_files(), str(gguf_files().stat().st_size // 2), n_parallel=3)
+    tokens = [answer["tokens"] for answer in result["answers"]]
+    assert tokens == [answer["tokens"] for answer in plain("olmoe", "int4")]
+
+
+def test_a_failed_read_fails_its_request_and_no_other(gguf_files, plain):
+    memory = str(gguf_files().stat().st_size // 2)
+    result = run(gguf_files(), memory, fail_after=8, prompts=[PROMPTS[0], *PROMPTS])
+    failed, *answers = result["answers"]
+    assert failed == {"status": 500}
+    assert answers == plain("olmoe", "int4")
+
+
+def test_a_run_begins_with_what_the_last_one_ended_with(gguf_files, plain, tmp_path):
+    memory = str(gguf_files().stat().st_size * 3 // 4)
+    cold, warm = (run(gguf_files(), memory, warm=str(tmp_path / "kept.npz")) for _ in range(2))
+    assert cold["answers"] == warm["answers"] == plain("olmoe", "int4")
+    assert warm["stats"]["misses"] < cold["stats"]["misses"]
+
+
+def test_a_budget_below_a_layers_experts_is_one_sentence(gguf_files):
+    job = {"model": str(gguf_files()), "memory": "100KiB", "prompts": ["a"]}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "llama_server.py"), json.dumps(job)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "memory=100KiB is too small: a prompt may need all experts of a layer" in done.stderr

@@ -1,0 +1,70 @@
+"""Programs and files that cannot be streamed are one sentence; budgets hold whole events."""
+
+from __future__ import annotations
+
+import pytest
+from command_line import refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe.engines.llama.hosts import flags, program
+from flashmoe.errors import FlashMoEError
+from flashmoe.residency import budget
+from flashmoe.store.manifest import LayerSpec, Manifest
+
+
+def test_a_program_that_is_none_of_llama_cpp_is_refused(capfd):
+    assert "no program is called 'no-such-program'" in refused(capfd, "run", "no-such-program")
+    assert "is not of a llama.cpp in shared libraries" in refused(capfd, "run", "/bin/ls")
+
+
+def test_a_library_that_is_none_is_refused(tmp_path):
+    own = tmp_path / "llama-server"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    library = tmp_path / "libllama-server-impl.so"
+    library.write_text("this is no library")
+    assert program.find(str(own)) == library
+    with pytest.raises(FlashMoEError, match="cannot be loaded"):
+        program.run(library, [], lambda llama, ggml: None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--no-mmap"], ["-m", "x.gguf", "--load-mode", "none"], ["-lm", "dio"],
+        ["--load-mode=mlock"], ["--models-dir", "models"],
+    ],
+)  # fmt: skip
+def test_arguments_that_read_every_expert_are_refused(capfd, words):
+    assert "under FlashMoE" in refused(capfd, "run", "llama-server", *words)
+
+
+def test_other_arguments_are_the_programs_own():
+    flags.check(["-m", "x.gguf", "--load-mode", "mmap", "--mlock", "-lm", "mmap+mlock", "-c", "1"])
+
+
+def a_layer(extent_bytes: int, n_experts: int) -> LayerSpec:
+    return LayerSpec("blk.0", n_experts, 0, extent_bytes, ())
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=6),
+    st.integers(1, 64),
+    st.integers(1, 10**6),
+)
+def test_a_budget_holds_the_slots_and_all_experts_of_any_one_layer(sizes, n_experts, memory_bytes):
+    layers = tuple(a_layer(size, n_experts) for size in sizes)
+    manifest = Manifest("", "", 1, "", "", 0, layers)
+    least = budget.least_bytes(manifest, whole_events=True)
+    options = dict(policy_can_share=True, reserve_spares=True, whole_events=True)
+    if memory_bytes < least:
+        with pytest.raises(FlashMoEError, match=r"all .* experts of a layer at once"):
+            budget.divide(manifest, memory_bytes, **options)
+        return
+    slots = budget.divide(manifest, memory_bytes, **options)
+    assert not slots.shared and not slots.spares
+    most = slots.n_slots * sum(sizes) + (n_experts - slots.n_slots) * max(sizes)
+    assert most <= memory_bytes
+    more = most + sum(sizes) - max(sizes)
+    assert slots.n_slots == n_experts or more > memory_bytes
