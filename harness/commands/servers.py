@@ -1,0 +1,37 @@
+"""Measure llama-server with FlashMoE under it and without, on the same GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.commands import amount, count
+
+HELP = "llama-server with FlashMoE under it and without"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("program", type=Path, help="llama-server of a build in shared libraries")
+    parser.add_argument("--model", default="olmoe-1b-7b", help="whose shapes and routing")
+    parser.add_argument("--stores", type=Path, help="keep the GGUF file in this directory")
+    parser.add_argument("--caps", type=amount, nargs="+", help="shares of the file's size")
+    parser.add_argument("--rounds", type=count, default=1)
+    parser.add_argument("--quant", default="int4", help="int4: Q4_0, int8: Q8_0, none: bf16")
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    from harness.reproduce import folder_for
+    from harness.tables.server_table import CAPS, server_table
+
+    folder = folder_for("full-scale")
+    server_table(
+        folder,
+        arguments.command_line,
+        arguments.model,
+        arguments.program,
+        caps=arguments.caps or CAPS,
+        rounds=arguments.rounds,
+        scheme=arguments.quant,
+        stores=arguments.stores,
+    )
+    return folder

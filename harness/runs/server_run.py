@@ -1,0 +1,130 @@
+"""Starts llama-server under a limit, asks it to go on with a prompt, and stops it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import FlashMoEError
+from harness.runs.memory_cap import memory_cap
+
+START_SECONDS, ANSWER_SECONDS = 300, 600
+
+
+@dataclass(frozen=True)
+class ServerRun:
+    """One server, once. `memory` is FlashMoE's budget; None: the program without FlashMoE."""
+
+    program: Path
+    model: Path
+    memory: str | None
+    prompt: list[int]  # token ids
+    new_tokens: int
+    cap_bytes: int | None = None
+    arguments: tuple[str, ...] = ()
+
+    def command(self, port: int) -> list[str]:
+        own = [str(self.program), "-m", str(self.model), "--port", str(port), *self.arguments]
+        if self.memory is None:
+            return own
+        return [sys.executable, "-m", "flashmoe", "run", "--memory", self.memory, "--stats", *own]
+
+    def measure(self) -> dict[str, Any]:
+        """Tokens, the server's own times, and the kernel's peak; a killed run is an outcome.
+
+        Raises FlashMoEError with the program's last words when it fails otherwise.
+        """
+        port = _free_port()
+        with memory_cap(self.cap_bytes) as cap:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                self.command(port),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=cap.enter if cap else None,
+            )
+            try:
+                answer = self._ask(process, port, started)
+            finally:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    _, errors = process.communicate(timeout=60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    _, errors = process.communicate()
+            answer["peak_memory_bytes"] = cap.peak_bytes() if cap else None
+        if answer["outcome"] == "failed":
+            if process.returncode == -signal.SIGKILL and self.cap_bytes:
+                return answer | {"outcome": "out of memory"}
+            last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
+            raise FlashMoEError(f"{self.program.name} failed: {last}")
+        return answer | _stats(errors)
+
+    def _ask(self, process: subprocess.Popen[str], port: int, started: float) -> dict[str, Any]:
+        address = f"http://127.0.0.1:{port}"
+        if not _is_up(process, f"{address}/health"):
+            return {"outcome": "failed"}
+        ready_seconds = time.perf_counter() - started
+        body = {
+            "prompt": self.prompt, "n_predict": self.new_tokens, "temperature": 0,
+            "cache_prompt": False, "return_tokens": True, "ignore_eos": True,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
+                answer = json.load(response)
+        except OSError:
+            return {"outcome": "failed"}
+        times = answer["timings"]
+        return {
+            "outcome": "ok",
+            "token_ids": answer["tokens"],
+            "ready_seconds": ready_seconds,
+            "prompt_seconds": times["prompt_ms"] / 1e3,
+            "tokens_per_second": times["predicted_per_second"],
+        }
+
+
+def _is_up(process: subprocess.Popen[str], address: str) -> bool:
+    until = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _stats(errors: str) -> dict[str, Any]:
+    """What `flashmoe run --stats` said at its end, if it ran."""
+    for line in reversed(errors.splitlines()):
+        if line.startswith('{"policy"'):
+            stats = json.loads(line)
+            names = ("slots_per_layer", "hit_rate", "bytes_read", "wait_seconds", "memory_bytes")
+            return {name: stats[name] for name in names}
+    return {}
+
+
+def silent(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Arguments that make two runs of a server comparable: one slot, no warm-up."""
+    return ("-np", "1", "--no-warmup", "-ngl", "0", *arguments)
