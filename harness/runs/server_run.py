@@ -18,7 +18,7 @@ from typing import Any
 from flashmoe.errors import FlashMoEError
 from harness.runs.memory_cap import memory_cap
 
-START_SECONDS, ANSWER_SECONDS = 300, 600
+START_SECONDS, ANSWER_SECONDS = 120, 600
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class ServerRun:
         return [sys.executable, "-m", "flashmoe", "run", "--memory", self.memory, "--stats", *own]
 
     def measure(self) -> dict[str, Any]:
-        """Tokens, the server's own times, and the kernel's peak; a killed run is an outcome.
+        """Tokens, the server's own times, and the kernel's peak.
+
+        To be killed by the limit, or not to be ready in START_SECONDS, is an outcome.
 
         Raises FlashMoEError with the program's last words when it fails otherwise.
         """
@@ -74,7 +76,8 @@ class ServerRun:
     def _ask(self, process: subprocess.Popen[str], port: int, started: float) -> dict[str, Any]:
         address = f"http://127.0.0.1:{port}"
         if not _is_up(process, f"{address}/health"):
-            return {"outcome": "failed"}
+            late = process.poll() is None
+            return {"outcome": f"not ready in {START_SECONDS} s" if late else "failed"}
         ready_seconds = time.perf_counter() - started
         body = {
             "prompt": self.prompt, "n_predict": self.new_tokens, "temperature": 0,

@@ -55,10 +55,10 @@ def server_table(
                 for system in (PLAIN, OURS, DEFAULT):
                     cap_bytes = int(share * size) if share else None
                     say(f"round {number + 1} of {rounds}: {system}, cap {share or 'none'}")
-                    runs.append(
-                        {"cap_share": share, "cap_bytes": cap_bytes, "system": system}
-                        | _run(system, program, model, cap_bytes)
-                    )
+                    outcome = _run(system, program, model, cap_bytes)
+                    say(f"{outcome['outcome']}, {outcome.get('tokens_per_second')} token/s")
+                    about = {"cap_share": share, "cap_bytes": cap_bytes, "system": system}
+                    runs.append(about | outcome)
     title = full_scale.title_of("servers", name, scheme)
     report.write(folder, title, _rows(runs, size))
     report.record(folder, title, command, seed=0)
