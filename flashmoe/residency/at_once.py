@@ -28,7 +28,7 @@ class AtOnce:
         self._place = place
         self._drop = drop
         self._present: list[set[int]] = [set() for _ in residency.manifest.layers]
-        self._transient: list[tuple[int, int]] = []
+        self._last_layer = 0  # where transient experts may be
 
     def make_ready(self, layer: int, rows: np.ndarray) -> None:
         """Fill the places of every expert that `rows` [tokens, top_k] name.
@@ -39,7 +39,7 @@ class AtOnce:
         residency = self.residency
         with residency.lock:
             started = time.perf_counter()
-            self._end_transient()
+            self._empty_but(self._last_layer, set())
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
@@ -47,13 +47,10 @@ class AtOnce:
                 pass
             needed = set((event.keys - first_key).tolist())
             present = self._present[layer]
-            resident = self._resident(layer)
-            for expert in present - resident - needed:
-                self._empty(layer, expert)
-            missing = sorted(needed - present)
-            self._read(layer, missing)
+            self._empty_but(layer, needed)
+            self._read(layer, sorted(needed - present))
             present |= needed
-            self._transient = [(layer, expert) for expert in needed - resident]
+            self._last_layer = layer
             residency.timings.total_seconds += residency.timings.since(started, "layer")
 
     def _resident(self, layer: int) -> set[int]:
@@ -78,16 +75,11 @@ class AtOnce:
             raise
         residency.timings.wait_seconds += time.perf_counter() - started
 
-    def _empty(self, layer: int, expert: int) -> None:
-        self._present[layer].discard(expert)
-        self._drop(layer, expert)
-
-    def _end_transient(self) -> None:
-        for layer, expert in self._transient:
-            slots = self.residency.pools.of(layer).slot_of(layer)
-            if slots[expert] < 0 and expert in self._present[layer]:
-                self._empty(layer, expert)
-        self._transient = []
+    def _empty_but(self, layer: int, needed: set[int]) -> None:
+        """Give back what is present, but neither resident nor `needed`."""
+        for expert in self._present[layer] - self._resident(layer) - needed:
+            self._present[layer].discard(expert)
+            self._drop(layer, expert)
 
     def restore(self, path: Path) -> int:
         """As `warm_start.restore`, into the experts' own places."""
@@ -98,7 +90,5 @@ class AtOnce:
 
     def empty_all(self) -> None:
         """Give back what is not resident any more, after a reset or a resize."""
-        for layer, present in enumerate(self._present):
-            slots = self.residency.pools.of(layer).slot_of(layer)
-            for expert in [expert for expert in present if slots[expert] < 0]:
-                self._empty(layer, expert)
+        for layer in range(len(self._present)):
+            self._empty_but(layer, set())

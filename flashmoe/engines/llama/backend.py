@@ -82,10 +82,8 @@ class GGUFExperts(Backend):
 
     def extent(self, layer: int, expert: int) -> range:
         """The bytes of an expert's extent, to be read."""
-        return range(sum(end - start for start, end in self._ranges(layer, expert)))
-
-    def _ranges(self, layer: int, expert: int) -> list[tuple[int, int]]:
-        return [part.outer(expert) for part in self._parts[layer]]
+        ranges = [part.outer(expert) for part in self._parts[layer]]
+        return range(sum(end - start for start, end in ranges))
 
     def read(self, layer: int, expert: int, start: int, memory: range) -> None:  # type: ignore[override]
         """Read these bytes of the extent to where the program expects them. Thread-safe."""
@@ -107,14 +105,6 @@ class GGUFExperts(Backend):
     def check_unchanged(self) -> None:
         for file in self.files:
             file.check_unchanged()
-
-    def address(self, name: str) -> int | None:
-        """Where the tensor called `name` is expected, if it is one of experts."""
-        for parts in self._parts:
-            for part in parts:
-                if part.tensor.name == name:
-                    return part.file.base + part.tensor.offset_bytes
-        return None
 
     def close(self) -> None:
         for file in self.files:
