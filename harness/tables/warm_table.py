@@ -55,11 +55,11 @@ def table(store: Path) -> list[dict[str, Any]]:
             for start in ("before", "cold", "warm"):
                 model = flashmoe.load(store, memory=budget_for(store, SLOTS))
                 if start == "warm":
-                    row["restored"] = warm_start.restore(model.flashmoe, state_path)
+                    row["restored"] = warm_start.restore(model.flashmoe.residency, state_path)
                 prompt = first if start == "before" else PROMPTS[kind]
                 marks = _generate(model, tokenizer(prompt, return_tensors="pt")["input_ids"])
                 if start == "before":
-                    warm_start.save(model.flashmoe, state_path)
+                    warm_start.save(model.flashmoe.residency, state_path)
                 else:
                     row[f"first_token_{start}"] = marks.first
                     row[f"first_{TOKENS}_{start}"] = marks.all
