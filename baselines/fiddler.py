@@ -25,7 +25,7 @@ from baselines.layered import LayeredSystem
 from baselines.tiers import MappedTier, PinnedTier
 from flashmoe.engines.transformers.experts.expert_arithmetic import expert_output
 from flashmoe.engines.transformers.experts.mixture import Mixture
-from flashmoe.memory.arena import Arena
+from flashmoe.memory.host_arena import HostArena
 from flashmoe.quant import Parameters
 
 PINNED_SHARE = 0.5
@@ -62,7 +62,7 @@ class Fiddler(LayeredSystem):
         popular = popularity.most_popular(uses, max(0, min(room, uses.size)))
         self.mapped = MappedTier(setting.store, self.manifest)
         self.pinned = PinnedTier(setting.store, self.manifest, popular)
-        self.staging = Arena(self.manifest.layers[0], 1)
+        self.staging = HostArena(self.manifest.layers[0], 1)
         self.latencies = self.measure()
         self.reset_counts()
 

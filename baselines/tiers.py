@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.memory.arena import Arena, SlotMemory, views
+from flashmoe.memory.arena import SlotMemory
+from flashmoe.memory.host_arena import HostArena, views
 from flashmoe.quant import Parameters
 from flashmoe.reading.packed import PackedExperts
 from flashmoe.reading.reader import ExtentReader
@@ -71,7 +72,8 @@ class PinnedTier:
     def __init__(self, store: Path, manifest: Manifest, experts: Sequence[Sequence[int]]) -> None:
         """experts: of each layer, those to pin; they are read past the page cache."""
         self.arenas = [
-            Arena(spec, len(pinned)) for spec, pinned in zip(manifest.layers, experts, strict=True)
+            HostArena(spec, len(pinned))
+            for spec, pinned in zip(manifest.layers, experts, strict=True)
         ]
         self.slot_of = [{expert: slot for slot, expert in enumerate(pinned)} for pinned in experts]
         reader = ExtentReader(PackedExperts(store, manifest))

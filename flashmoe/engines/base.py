@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
-
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
@@ -35,7 +33,7 @@ class Engine:
         policy: str,
         new_arena: NewArena,
         *,
-        device: torch.device,
+        device: str,
         prefetch: bool,
         check_reads: bool,
         whole_events: bool = False,
@@ -81,7 +79,7 @@ class Engine:
     def _auto_bytes(self) -> int:
         # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
         pools = self.residency.pools
-        present_bytes = pools.resident_bytes if self.device.type == "cpu" else pools.memory_bytes
+        present_bytes = pools.resident_bytes if self.device == "cpu" else pools.memory_bytes
         least = budget.least_bytes(self.manifest)
         return free_memory.budget_bytes(self.beside_bytes, self.device, least, present_bytes)
 
@@ -98,9 +96,9 @@ class Engine:
                 requests=sum(cache.requests for cache in caches),
                 hits=sum(cache.hits for cache in caches),
                 prefetch_layers=self.prefetch_layers if residency.prefetcher.pays else 0,
-                prefetch_used=residency.prefetcher.used,
-                prefetch_wasted=residency.prefetcher.wasted,
-                prefetch_wasted_bytes=residency.prefetcher.wasted_bytes,
+                prefetch_used=residency.prefetcher.record.used,
+                prefetch_wasted=residency.prefetcher.record.wasted,
+                prefetch_wasted_bytes=residency.prefetcher.record.wasted_bytes,
                 bytes_read=residency.reader.bytes_read,
                 read_seconds=residency.reader.busy_seconds,
                 wait_seconds=residency.timings.wait_seconds,

@@ -1,24 +1,20 @@
-"""The slots: memory that holds resident experts, seen as the parameters that the modules expect."""
+"""The slots: memory that holds resident experts."""
 
 from __future__ import annotations
 
-import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-import torch
-
-from flashmoe import quant
-from flashmoe.disk.direct_io import aligned_memory
-from flashmoe.errors import FlashMoEError
 from flashmoe.quant import Parameters
-from flashmoe.store.manifest import DTYPES, LayerSpec
-from flashmoe.util.sizes import format_bytes
+from flashmoe.store.manifest import LayerSpec
+
+if TYPE_CHECKING:  # an engine without torch has slots too
+    import torch
 
 # An extent's bytes: the host's, an accelerator's (uint8 [extent_bytes]), or which of them, where
 # the backend itself knows the place.
-SlotMemory = memoryview | torch.Tensor | range
+SlotMemory: TypeAlias = "memoryview | torch.Tensor | range"
 
 
 class Slot(NamedTuple):
@@ -29,110 +25,52 @@ class Slot(NamedTuple):
     free: Callable[[], None]  # gives the memory back, which may be used again all the same
 
 
-class Arena:
-    """`n_slots` extents of one layer in DRAM, each filled by one read.
+class Arena(ABC):
+    """`n_slots` extents of one layer, each filled by one read.
 
     `parameters[slot]` are the expert's tensors as views of the slot's bytes (no copy), by
-    the module's parameter names. Memory is resident only where a slot was filled.
+    the module's parameter names, where it is the engine that computes.
     """
 
     resizable: ClassVar[bool] = True
-
-    def __init__(self, layer: LayerSpec, n_slots: int) -> None:
-        self.layer = layer
-        self.extent_bytes = layer.extent_bytes
-        self._slots = self.new_slots(n_slots)
-        self._unused: list[Slot] = []  # address space without memory, to be used again
-        self._refresh_views()
-
-    def new_slots(self, n_slots: int) -> list[Slot]:
-        """Slots side by side, for this arena or its next `resize`.
-
-        Raises FlashMoEError where this process may not have the memory.
-        """
-        if n_slots <= 0:
-            return []
-        size = self.extent_bytes
-        try:
-            memory = aligned_memory(n_slots * size)
-        except OSError as error:
-            raise FlashMoEError(
-                f"no memory for {n_slots} experts of {self.layer.module} "
-                f"({format_bytes(n_slots * size)}): {error.strerror or error}; give a smaller "
-                "memory=, or raise the limit (`ulimit -v`, vm.overcommit_memory)"
-            ) from None
-        whole, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
-        return [
-            Slot(
-                view[at : at + size],
-                views(whole[at : at + size], self.layer),
-                partial(memory.madvise, mmap.MADV_DONTNEED, at, size),
-            )
-            for at in range(0, n_slots * size, size)
-        ]
-
-    def _refresh_views(self) -> None:
-        self.slots = [slot.memory for slot in self._slots]
-        self.parameters = [slot.parameters for slot in self._slots]
+    layer: LayerSpec
+    parameters: list[Parameters]
 
     @property
-    def n_slots(self) -> int:
-        return len(self._slots)
+    def extent_bytes(self) -> int:
+        return self.layer.extent_bytes
 
-    def synchronize(self) -> None:
-        """Wait until nothing that was asked for computes from the slots any more."""
+    @property
+    @abstractmethod
+    def n_slots(self) -> int: ...
 
-    def exchange(self, slot: int, other: Arena, other_slot: int) -> None:
-        """Two slots' memory changes places, of arenas of layers laid out alike."""
-        self._slots[slot], other._slots[other_slot] = other._slots[other_slot], self._slots[slot]
-        for arena, number in ((self, slot), (other, other_slot)):
-            arena.slots[number] = arena._slots[number].memory
-            arena.parameters[number] = arena._slots[number].parameters
+    @abstractmethod
+    def memory_for(self, slot: int, layer: int, expert: int) -> SlotMemory:
+        """Where the bytes of the expert that is given `slot` are read to."""
 
+    @abstractmethod
+    def new_slots(self, n_slots: int) -> list[Slot]:
+        """Slots for this arena or its next `resize`. Raises FlashMoEError without the memory."""
+
+    @abstractmethod
     def lacks(self, n_slots: int) -> int:
         """How many `new_slots` a `resize` to `n_slots` needs."""
-        return max(0, n_slots - self.n_slots - len(self._unused))
 
+    @abstractmethod
     def resize(self, kept: Sequence[int], n_slots: int, new: Sequence[Slot]) -> None:
         """Slots `kept` become 0, 1, ...; the others are empty. Memory of what is over is freed.
 
         new: as many as this arena `lacks`, so that nothing can fail here.
         """
-        kept_numbers = set(kept)
-        rest = [slot for number, slot in enumerate(self._slots) if number not in kept_numbers]
-        slots = [self._slots[number] for number in kept] + rest
-        for slot in slots[n_slots:]:
-            slot.free()
-        self._unused += [*slots[n_slots:], *new]
-        slots = slots[:n_slots]
-        while len(slots) < n_slots:
-            slots.append(self._unused.pop())
-        self._slots = slots
-        self._refresh_views()
 
+    @abstractmethod
+    def exchange(self, slot: int, other: Any, other_slot: int) -> None:
+        """Two slots' memory changes places, of arenas of layers laid out alike."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until nothing that was asked for computes from the slots any more."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give the memory back. Tensors handed out must not be used afterwards."""
-        self.parameters.clear()
-        self.slots.clear()
-        for slot in (*self._slots, *self._unused):
-            # exchanged slots may lie in memory that another arena goes on using
-            slot.free()
-            if isinstance(slot.memory, memoryview):
-                slot.memory.release()
-        self._slots.clear()  # unmapped when the last tensor view goes
-        self._unused.clear()
-
-
-def views(extent: torch.Tensor, layer: LayerSpec) -> Parameters:
-    """An expert's tensors, by the module's parameter names, as views of its bytes (uint8)."""
-    tensors = {
-        spec.name: extent[spec.offset_bytes : spec.offset_bytes + spec.size_bytes]
-        .view(DTYPES[spec.dtype])
-        .view(spec.shape)
-        for spec in layer.tensors
-    }
-    plain, weights = quant.by_weight(tensors)
-    scheme = quant.get(layer.quantisation)
-    if scheme is None:
-        return dict(plain)
-    return plain | {name: quant.Weight(scheme, parts) for name, parts in weights.items()}

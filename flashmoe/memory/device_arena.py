@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.memory.arena import Arena, Slot, views
+from flashmoe.memory.arena import Arena, Slot
+from flashmoe.memory.host_arena import HostArena, views
 from flashmoe.store.manifest import LayerSpec
 from flashmoe.util.sizes import format_bytes
 
 
-class DeviceArena(Arena):
-    """As `Arena`; all slots are one allocation, since torch rounds each up to whole 2 MiB."""
+class DeviceArena(HostArena):
+    """As `HostArena`; all slots are one allocation, since torch rounds each up to whole 2 MiB."""
 
     resizable = False
 
@@ -52,4 +53,6 @@ def _nothing() -> None:
 
 def arena_on(device: torch.device, layer: LayerSpec, n_slots: int) -> Arena:
     """Slots where the experts are to be computed."""
-    return Arena(layer, n_slots) if device.type == "cpu" else DeviceArena(layer, n_slots, device)
+    return (
+        HostArena(layer, n_slots) if device.type == "cpu" else DeviceArena(layer, n_slots, device)
+    )

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from flashmoe.errors import FlashMoEError
 from flashmoe.util.sizes import format_bytes
 
@@ -35,12 +33,12 @@ def available_bytes() -> int:
 
 def budget_bytes(
     dense_bytes: int,
-    device: torch.device,
+    device: str,
     least_bytes: int = 1,
     present_bytes: int = 0,
     reserve_bytes: int = RESERVE_BYTES,
 ) -> int:
-    """The bytes of `device` that `memory="auto"` gives the experts.
+    """The bytes of `device` ("cpu", "cuda:0") that `memory="auto"` gives the experts.
 
     dense_bytes: what the rest of the model is still to take there. least_bytes: what experts need
     at least. present_bytes: what experts take there now, which they may use again. reserve_bytes:
@@ -48,7 +46,7 @@ def budget_bytes(
     Raises FlashMoEError when less than `least_bytes` is left, or the system does not say how much
     memory is free.
     """
-    available = available_bytes() if device.type == "cpu" else _free_on(device)
+    available = available_bytes() if device == "cpu" else _free_on(device)
     reserve = max(reserve_bytes, int(available * RESERVE_SHARE))
     budget = available + present_bytes - reserve - dense_bytes
     if budget < least_bytes:
@@ -64,8 +62,10 @@ def budget_bytes(
     return budget
 
 
-def _free_on(device: torch.device) -> int:
+def _free_on(device: str) -> int:
     """Bytes that an accelerator has free. Raises FlashMoEError where torch does not say."""
+    import torch  # only where there is an accelerator
+
     try:
         available, _ = torch.get_device_module(device).mem_get_info(device)
     except (AttributeError, RuntimeError) as error:

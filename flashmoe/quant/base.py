@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias, TypeVar
 
-import torch
+if TYPE_CHECKING:  # an engine without torch uses this room too
+    import torch
 
-Parts = dict[str, torch.Tensor]
+Parts: TypeAlias = "dict[str, torch.Tensor]"
 T = TypeVar("T")
 
 
@@ -49,7 +50,8 @@ class Weight(NamedTuple):
         return self.scheme.linear(x, self.parts)
 
 
-Parameters = dict[str, torch.Tensor | Weight]  # of one expert, by the module's parameter names
+# Of one expert, by the module's parameter names.
+Parameters: TypeAlias = "dict[str, torch.Tensor | Weight]"
 
 
 def part_name(weight: str, part: str) -> str:

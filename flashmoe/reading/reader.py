@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
-from typing import cast
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, cast
 
-import torch
 import xxhash
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.arena import SlotMemory
 from flashmoe.reading.backend import Backend
 from flashmoe.reading.read_queue import Read, ReadQueue, Span
-from flashmoe.reading.staging import Staging
+
+if TYPE_CHECKING:  # an engine without torch reads too
+    import torch
+
+    from flashmoe.reading.staging import Staging
 
 READERS = 8  # threads, each with one read in flight
 # Smaller extents go to the threads in groups, since a task costs as much as half of such a read.
@@ -61,7 +64,6 @@ class ExtentReader:
         self.check_all = check_all
         self.bytes_read = 0
         self._queue = ReadQueue(readers)
-        self._staging = Staging(backend)
         self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
         self._lock = threading.Lock()
 
@@ -173,12 +175,17 @@ class ExtentReader:
         else:
             self._staging.read(layer, expert, start, memory)
 
+    @cached_property
+    def _staging(self) -> Staging:
+        from flashmoe.reading.staging import Staging
+
+        return Staging(self.backend)
+
     def _check(self, layer: int, expert: int, memory: SlotMemory) -> None:
-        content = self._staging.bytes_of(memory) if isinstance(memory, torch.Tensor) else memory
-        if (
-            xxhash.xxh3_64_hexdigest(cast(memoryview, content))
-            != self.manifest.layers[layer].checksums[expert]
-        ):
+        on_host = isinstance(memory, memoryview)
+        content = memory if on_host else self._staging.bytes_of(cast("torch.Tensor", memory))
+        digest = xxhash.xxh3_64_hexdigest(cast(memoryview, content))
+        if digest != self.manifest.layers[layer].checksums[expert]:
             raise _WrongBytes
         self._checked[layer][expert] = not self.check_all
 

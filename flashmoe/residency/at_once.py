@@ -3,92 +3,160 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import wait
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
 
 import numpy as np
 
-from flashmoe.residency import warm_start
+from flashmoe.reading.reader import Extent
+from flashmoe.residency.places import Expert, FilledPlaces, Places
 from flashmoe.residency.residency import Residency
-from flashmoe.residency.warm_start import Place
 
-Drop = Callable[[int, int], None]  # (layer, expert): its memory is given back
+Likely = Callable[[], Sequence[int]]  # experts of the next layer, most probable first
 
 
 class AtOnce:
-    """Experts that lie in places of their own, of which the cache says which are filled.
+    """Fills the places of an event's experts before its layer is computed.
 
-    An event may need more experts than a layer has slots: those beyond are transient, in memory
-    until the next event begins. The budget has room for them (see `budget.divide`).
+    The cache decides who is resident, as for every engine, and the places say whose bytes are
+    there. A prompt's event may need more experts than its layer has slots: it borrows the room of
+    residents of layers just passed, whose bytes are read again when they are needed. Guesses fill
+    places of the next layer while this one is computed.
     """
 
-    def __init__(self, residency: Residency, place: Place, drop: Drop) -> None:
+    def __init__(self, residency: Residency, places: Places) -> None:
         self.residency = residency
-        self._place = place
-        self._drop = drop
-        self._present: list[set[int]] = [set() for _ in residency.manifest.layers]
-        self._last_layer = 0  # where transient experts may be
+        self.filled = FilledPlaces(residency.manifest, places, residency.pools.memory_bytes)
+        self._places = places
+        self._guesses: dict[Expert, Extent] = {}  # on their way, or there and not asked for yet
+        self._leaving: dict[Expert, Extent] = {}  # wrong ones, of which a piece may yet be written
 
-    def make_ready(self, layer: int, rows: np.ndarray) -> None:
+    def make_ready(self, layer: int, rows: np.ndarray, likely: Likely | None = None) -> None:
         """Fill the places of every expert that `rows` [tokens, top_k] name.
 
-        They stay filled until the next call. Raises what a failed read raises; then no expert that
-        was to be read counts as resident.
+        They stay filled until the next call. likely: what the layer above will probably need.
+        Raises what a failed read raises; then no expert that was to be read counts as resident.
         """
         residency = self.residency
         with residency.lock:
             started = time.perf_counter()
-            self._empty_but(self._last_layer, set())
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
             for _ in pool.cache.waves(event):  # which only decides
                 pass
-            needed = set((event.keys - first_key).tolist())
-            present = self._present[layer]
-            self._empty_but(layer, needed)
-            self._read(layer, sorted(needed - present))
-            present |= needed
-            self._last_layer = layer
+            needed = (event.keys - first_key).tolist()
+            reads = self._end_guesses(layer, needed)
+            filled = self.filled.of[layer]
+            missing = [expert for expert in needed if expert not in filled]
+            self._make_room(layer, needed, missing)
+            reads |= self._start_reads(layer, missing)
+            if likely:
+                self._guess(layer, needed, likely, lend=len(needed) > pool.cache.n_slots)
+            self._wait_for(layer, reads)
             residency.timings.total_seconds += residency.timings.since(started, "layer")
 
-    def _resident(self, layer: int) -> set[int]:
-        """The experts that the cache says are there."""
-        return set(np.flatnonzero(self.residency.pools.of(layer).slot_of(layer) >= 0).tolist())
+    def _make_room(self, layer: int, needed: list[int], missing: list[int]) -> None:
+        """There is room for any layer's experts, but for what wrong guesses still take."""
+        done = self.filled.fill(layer, missing, self._victims(layer, needed, lend=True))
+        if len(done) < len(missing):
+            wait([extent.arrived for extent in self._leaving.values()])
+            self._collect()
+            rest = missing[len(done) :]
+            self.filled.fill(layer, rest, self._victims(layer, needed, lend=True))
 
-    def _read(self, layer: int, experts: list[int]) -> None:
-        residency = self.residency
+    def _victims(self, layer: int, needed: Collection[int], *, lend: bool) -> Iterator[Expert]:
+        """Whose places may be emptied: of experts that are not resident; to `lend`, of any.
+
+        This layer and those just passed come first, since they are wanted again last.
+        """
+        busy = (*self._guesses, *self._leaving)
+        n_layers = len(self.residency.manifest.layers)
+        for residents_too in (False, True) if lend else (False,):
+            for back in range(n_layers):
+                lender = (layer - back) % n_layers
+                slot_of = self.residency.pools.of(lender).slot_of(lender).tolist()
+                for expert in list(self.filled.of[lender]):
+                    may_go = residents_too or slot_of[expert] < 0
+                    if may_go and (back or expert not in needed) and (lender, expert) not in busy:
+                        yield lender, expert
+
+    def _start_reads(self, layer: int, experts: list[int]) -> dict[int, Future[None]]:
+        loads = [(expert, self._places.extent(layer, expert)) for expert in experts]
+        futures = self.residency.reader.submit(layer, loads)
+        return dict(zip(experts, futures, strict=True))
+
+    def _guess(self, layer: int, needed: list[int], likely: Likely, *, lend: bool) -> None:
+        """Begin to read what the next layer will probably need, where there is room for it."""
+        record = self.residency.prefetcher.record
+        above = layer + 1
+        if above == len(self.filled.of) or not record.is_worth_a_call():
+            return
+        filled = self.filled.of[above]
+        missing = [expert for expert in likely() if expert not in filled]
+        victims = self._victims(layer, needed, lend=lend)
+        for expert in self.filled.fill(above, missing, victims):
+            extent = self._places.extent(above, expert)
+            self._guesses[above, expert] = self.residency.reader.guess(above, expert, extent)
+
+    def _end_guesses(self, layer: int, needed: list[int]) -> dict[int, Future[None]]:
+        """What was guessed and is needed, on its way; what was wrong is cancelled."""
+        self._collect(layer)
+        reads = {}
+        record, reader = self.residency.prefetcher.record, self.residency.reader
+        for key, extent in self._guesses.items():
+            if key[0] == layer and key[1] in needed:
+                if extent.pieces_left < len(extent.reads):
+                    record.add_right()
+                reads[key[1]] = reader.promote(extent)
+            elif extent.arrived.done() and extent.error is None:
+                record.add_wrong(extent.bytes_read)  # but the layer's next token may need it
+            else:
+                reader.cancel(extent)
+                self._leaving[key] = extent
+        self._guesses.clear()
+        return reads
+
+    def _collect(self, layer: int | None = None) -> None:
+        """Empty the places of wrong guesses that nothing is written to any more.
+
+        Waits for those of `layer`, of which somebody may read again.
+        """
+        for key, extent in list(self._leaving.items()):
+            if key[0] == layer:
+                wait([extent.arrived])
+            if extent.arrived.done():
+                del self._leaving[key]
+                self.filled.empty(*key)
+                if extent.bytes_read:
+                    self.residency.prefetcher.record.add_wrong(extent.bytes_read)
+
+    def _wait_for(self, layer: int, reads: dict[int, Future[None]]) -> None:
         started = time.perf_counter()
-        loads = [(expert, self._place(layer, expert)) for expert in experts]
-        reads = residency.reader.submit(layer, loads)
         try:
-            for read in reads:
+            for read in reads.values():
                 read.result()
-        except BaseException:
-            wait(reads)
-            pool = residency.pools.of(layer)
-            for expert in experts:
-                self._drop(layer, expert)
+        except BaseException:  # a failed read, or Ctrl-C
+            wait(reads.values())
+            pool = self.residency.pools.of(layer)
+            for expert in reads:
+                self.filled.empty(layer, expert)
                 if pool.slot_of(layer)[expert] >= 0:
                     pool.cache.forget(pool.first_key(layer) + expert)
             raise
-        residency.timings.wait_seconds += time.perf_counter() - started
+        self.residency.timings.wait_seconds += time.perf_counter() - started
 
-    def _empty_but(self, layer: int, needed: set[int]) -> None:
-        """Give back what is present, but neither resident nor `needed`."""
-        for expert in self._present[layer] - self._resident(layer) - needed:
-            self._present[layer].discard(expert)
-            self._drop(layer, expert)
-
-    def restore(self, path: Path) -> int:
-        """As `warm_start.restore`, into the experts' own places."""
-        count = warm_start.restore(self.residency, path, self._place)
-        for layer, present in enumerate(self._present):
-            present |= self._resident(layer)
-        return count
-
-    def empty_all(self) -> None:
-        """Give back what is not resident any more, after a reset or a resize."""
-        for layer in range(len(self._present)):
-            self._empty_but(layer, set())
+    def take_stock(self) -> None:
+        """After a restore, a reset or a resize: filled is what is resident, and nothing else."""
+        with self.residency.lock:
+            for key, extent in self._guesses.items():
+                self.residency.reader.cancel(extent)
+                self._leaving[key] = extent
+            self._guesses.clear()
+            for layer, filled in enumerate(self.filled.of):
+                self._collect(layer)
+                slot_of = self.residency.pools.of(layer).slot_of(layer)
+                for expert in [expert for expert in filled if slot_of[expert] < 0]:
+                    self.filled.empty(layer, expert)
+                self.filled.take(layer, np.flatnonzero(slot_of >= 0).tolist())
+            self.filled.limit_bytes = self.residency.pools.memory_bytes

@@ -37,13 +37,13 @@ def divide(
         give each layer top_k slots is shared in any case.
     reserve_spares: keep spare slots for prefetching, from what whole slots for every layer leave;
         a slot a layer is given up for them only where nothing is left.
-    whole_events: all experts of a prompt's event are in memory at once, those beyond the slots for
-        as long as the event lasts. Layers do not share a cache then.
+    whole_events: all experts of a prompt's event are in memory at once, those beyond the slots in
+        the room of other layers' experts. Layers do not share a cache then.
     Raises FlashMoEError when the budget holds less than one token needs at one layer (or at
     all of them, where layers differ in size and cannot share).
     """
     if whole_events:
-        return _divide_whole(manifest, memory_bytes)
+        return _divide_whole(manifest, memory_bytes, reserve_spares)
     layers = manifest.layers
     first, top_k = layers[0], manifest.top_k
     alike = _alike(manifest)
@@ -68,32 +68,31 @@ def divide(
     return Slots(False, min(whole, most), min(spares, left))
 
 
-def _divide_whole(manifest: Manifest, memory_bytes: int) -> Slots:
-    """As many slots a layer as leave room for the other experts of the largest layer."""
+def _divide_whole(manifest: Manifest, memory_bytes: int, reserve_spares: bool) -> Slots:
+    """As many slots a layer as there is room for; at least all experts of any one layer fit."""
+    if memory_bytes < (least := least_bytes(manifest, whole_events=True)):
+        raise FlashMoEError(
+            f"memory={format_bytes(memory_bytes)} is too small: a prompt may need all experts of a "
+            f"layer at once, which takes {format_bytes(least)} ({least} bytes) at least"
+        )
     most = max(layer.n_experts for layer in manifest.layers)
     one_each = sum(layer.extent_bytes for layer in manifest.layers)
     largest = max(layer.extent_bytes for layer in manifest.layers)
-    others = one_each - largest  # what a slot a layer takes beside the largest layer's
-    room = memory_bytes - most * largest
-    whole = min(room // others, most) if others else most
-    if whole < 1 or room < 0:
-        least = least_bytes(manifest, whole_events=True)
-        raise FlashMoEError(
-            f"memory={format_bytes(memory_bytes)} is too small: a prompt may need all {most} "
-            f"experts of a layer at once, which takes {format_bytes(least)} ({least} bytes) or more"
-        )
-    return Slots(False, whole, 0)
+    if memory_bytes >= most * one_each:
+        return Slots(False, most, 0)
+    extents = memory_bytes // largest
+    spares = min(SPARES, int(extents * SPARE_SHARE)) if reserve_spares else 0
+    return Slots(False, max(1, (memory_bytes - spares * largest) // one_each), spares)
 
 
 def least_bytes(manifest: Manifest, *, whole_events: bool = False) -> int:
     """The smallest budget: one token's experts, of a layer or of each where layers differ.
 
-    whole_events: all experts of one layer, and one of each other layer.
+    whole_events: all experts of one layer, or one of each.
     """
     if whole_events:
-        largest = max(layer.extent_bytes for layer in manifest.layers)
-        most = max(layer.n_experts for layer in manifest.layers)
-        return sum(layer.extent_bytes for layer in manifest.layers) + (most - 1) * largest
+        one_each = sum(layer.extent_bytes for layer in manifest.layers)
+        return max(one_each, *(layer.n_experts * layer.extent_bytes for layer in manifest.layers))
     layers = manifest.layers[:1] if _alike(manifest) else manifest.layers
     return manifest.top_k * sum(layer.extent_bytes for layer in layers)
 

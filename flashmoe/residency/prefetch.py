@@ -18,6 +18,36 @@ PREFETCH_FROM_BYTES = 1 << 20
 RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
 
 
+class GuessRecord:
+    """What guesses were worth, and so whether the next one is."""
+
+    def __init__(self) -> None:
+        self._right = 1.0  # the recent share of guesses begun that were needed
+        self._calls = 0
+        self.reset_counts()
+
+    def is_worth_a_call(self) -> bool:
+        """Shall a layer be guessed? Each question counts as a call."""
+        self._calls += 1
+        return self._right >= RIGHT_ENOUGH or not self._calls % PROBE_EVERY
+
+    def add_right(self) -> None:
+        """A miss was needed that a guess had begun to read."""
+        self.used += 1
+        self._right += (1 - self._right) / RECENT_GUESSES
+
+    def add_wrong(self, bytes_read: int) -> None:
+        """A guess had been begun in vain."""
+        self.wasted += 1
+        self.wasted_bytes += bytes_read
+        self._right -= self._right / RECENT_GUESSES
+
+    def reset_counts(self) -> None:
+        self.used = 0  # misses that a guess had begun to read
+        self.wasted = 0  # guesses begun in vain
+        self.wasted_bytes = 0
+
+
 @dataclass(eq=False)
 class _PendingGuess:
     spare: int  # slot
@@ -36,9 +66,9 @@ class Prefetcher:
     def __init__(self, reader: ExtentReader, *, enabled: bool = True) -> None:
         self.reader = reader
         self.pays = enabled and reader.manifest.layers[0].extent_bytes >= PREFETCH_FROM_BYTES
+        self.record = GuessRecord()
         self.spares: Arena | None = None
         self.use(None)
-        self.reset_counts()
 
     def use(self, spares: Arena | None) -> None:
         """Guess into these slots from now on; nothing may be on its way into the old ones."""
@@ -48,8 +78,6 @@ class Prefetcher:
         self._free = list(range(spares.n_slots)) if spares else []
         self._pending: dict[tuple[int, int], _PendingGuess] = {}  # by layer and expert
         self._leaving: list[_PendingGuess] = []  # dropped, with a piece still being written
-        self._right = 1.0  # the recent share of guesses begun that were needed
-        self._calls = 0
 
     def guess(
         self, layer: int, likely: Callable[[], Sequence[int] | None], slot_of: np.ndarray
@@ -60,13 +88,13 @@ class Prefetcher:
         slot_of: by expert of `layer`, -1 for those that are not resident, which alone are read.
         """
         self.collect()
-        self._calls += 1
-        if not self._free or (self._right < RIGHT_ENOUGH and self._calls % PROBE_EVERY):
+        if not self.record.is_worth_a_call() or not self._free:
             return
         missing = [expert for expert in likely() or () if slot_of[expert] < 0]
         for expert in missing[: len(self._free)]:
             spare = self._free.pop()
-            extent = self.reader.guess(layer, expert, self._arena.slots[spare])
+            memory = self._arena.memory_for(spare, layer, expert)
+            extent = self.reader.guess(layer, expert, memory)
             self._pending[layer, expert] = _PendingGuess(spare, extent)
 
     @property
@@ -80,8 +108,7 @@ class Prefetcher:
         if guess is None:
             return None
         if guess.extent.pieces_left < len(guess.extent.reads):
-            self.used += 1
-            self._right += (1 - self._right) / RECENT_GUESSES
+            self.record.add_right()
         arena.exchange(slot, self._arena, guess.spare)
         self._free.append(guess.spare)  # it holds the memory of the slot now, which is free
         return self.reader.promote(guess.extent)
@@ -99,9 +126,7 @@ class Prefetcher:
             self._leaving.remove(guess)
             self._free.append(guess.spare)
             if guess.extent.bytes_read:
-                self.wasted += 1
-                self.wasted_bytes += guess.extent.bytes_read
-                self._right -= self._right / RECENT_GUESSES
+                self.record.add_wrong(guess.extent.bytes_read)
 
     def clear(self) -> None:
         """Drop all guesses, and wait until nothing is written any more."""
@@ -113,6 +138,4 @@ class Prefetcher:
     def reset_counts(self) -> None:
         """What guesses were worth, since now."""
         self.collect()
-        self.used = 0  # misses that a guess had begun to read
-        self.wasted = 0  # guesses begun in vain
-        self.wasted_bytes = 0
+        self.record.reset_counts()

@@ -126,7 +126,8 @@ class Residency:
             if read := self.prefetcher.claim(layer, key - first_key, pool.arena, slot):
                 reads[key] = read
         others = [(key, slot) for key, slot in loads if key not in reads]
-        extents = [(key - first_key, pool.arena.slots[slot]) for key, slot in others]
+        experts = [(key - first_key, slot) for key, slot in others]
+        extents = [(e, pool.arena.memory_for(slot, layer, e)) for e, slot in experts]
         futures = self.reader.submit(layer, extents)
         reads.update(zip((key for key, _ in others), futures, strict=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import numpy as np
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
-from flashmoe.memory.arena import SlotMemory
 from flashmoe.policies.parts import saved_state
 from flashmoe.residency.residency import Residency
 
-Place = Callable[[int, int], SlotMemory]
 FORMAT, VERSION = "flashmoe-warm", 3
 
 
@@ -34,10 +31,8 @@ def save(residency: Residency, path: Path) -> None:
     plain_npz.write(path, arrays)
 
 
-def restore(residency: Residency, path: Path, place: Place | None = None) -> int:
+def restore(residency: Residency, path: Path) -> int:
     """Read the experts that were resident, as many as there is room for; returns how many.
-
-    place: (layer, expert) -> where its extent is read to; default: the slot that its pool gives it.
 
     The budget may be another one than then, but layers must share slots, or not, as they did.
     Raises FlashMoEError when the file is none of this model and policy, or a read fails; all
@@ -59,7 +54,7 @@ def restore(residency: Residency, path: Path, place: Place | None = None) -> int
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise _damaged(path, error) from None
     with residency.lock:
-        _read(residency, caches, place)
+        _read(residency, caches)
         residency.pools.restart(caches)
         residency.reset_counts()
     return sum(len(cache.resident) for cache in caches)
@@ -99,16 +94,14 @@ def _cache(residency: Residency, number: int, arrays: dict[str, np.ndarray]) -> 
     return cache
 
 
-def _read(residency: Residency, caches: list[ExpertCache], place: Place | None) -> None:
+def _read(residency: Residency, caches: list[ExpertCache]) -> None:
     """Fill each pool's slots with the experts that its cache of `caches` says are there."""
     reads = []
     for pool, cache in zip(residency.pools.all, caches, strict=True):
         for key in cache.resident:
             layer, expert = pool.layer_and_expert(key)
-            if place:
-                memory = place(layer, expert)
-            else:
-                memory = pool.arena.slots[int(cache.residency.slot_of[key])]
+            slot = int(cache.residency.slot_of[key])
+            memory = pool.arena.memory_for(slot, layer, expert)
             reads += residency.reader.submit(layer, [(expert, memory)])
     wait(reads)
     for read in reads:

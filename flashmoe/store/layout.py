@@ -11,7 +11,7 @@ import torch
 
 from flashmoe import quant
 from flashmoe.quant import NONE, Scheme
-from flashmoe.store.manifest import LayerSpec, lay_out
+from flashmoe.store.manifest import LayerSpec, dtype_name, lay_out
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def lay_out_layers(layers: Iterable[ExpertShapes], scheme: Scheme | None) -> lis
             for name, (dtype, shape) in layer.parameters.items()
         }
         stored = stored_tensors(blank_expert, scheme, transposed=layer.transposed)
-        tensors = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
+        tensors = [(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in stored.items()]
         offset_bytes = specs[-1].end_bytes if specs else 0
         scheme_name = scheme.name if scheme else NONE
         specs.append(lay_out(layer.module, layer.n_experts, offset_bytes, tensors, scheme_name))

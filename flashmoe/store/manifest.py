@@ -6,15 +6,16 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from flashmoe import quant
 from flashmoe.disk import files
 from flashmoe.disk.direct_io import ALIGNMENT_BYTES
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
+
+if TYPE_CHECKING:  # an engine without torch uses this room too
+    import torch
 
 FORMAT, VERSION = "flashmoe-store", 1
 FILE_NAME = "manifest.json"
@@ -25,11 +26,8 @@ _KINDS = {
     "top_k": int, "dense_bytes": int, "architecture": str, "config_sha256": str,
     "experts_file": str, "dense_file": str, "quantisation": str, "layout": str, "dtype": str,
 }  # fmt: skip
-# By name: what a store can hold.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
-}
+# Of one element, by dtype: what a store can hold.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,13 @@ class TensorSpec:
     """Where one parameter of an expert lies in the expert's extent."""
 
     name: str
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of DTYPE_BYTES
     shape: tuple[int, ...]  # without the expert dimension
     offset_bytes: int  # from the extent's beginning
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def lay_out(
     module: str,
     n_experts: int,
     offset_bytes: int,
-    tensors: list[tuple[str, torch.dtype, Any]],
+    tensors: list[tuple[str, str, Any]],
     quantisation: str = NONE,
 ) -> LayerSpec:
     """The layer whose experts have these parameters (name, dtype, shape), in this order.
@@ -116,12 +114,11 @@ def lay_out(
     """
     specs, end = [], 0
     for name, dtype, shape in tensors:
-        dtype_label = dtype_name(dtype)
-        if dtype_label not in DTYPES:
+        if dtype not in DTYPE_BYTES:
             raise FlashMoEError(
-                f"{module}.{name} is {dtype_label}: a store holds {', '.join(DTYPES)}"
+                f"{module}.{name} is {dtype}: a store holds {', '.join(DTYPE_BYTES)}"
             )
-        spec = TensorSpec(name, dtype_label, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
+        spec = TensorSpec(name, dtype, tuple(shape), round_up(end, TENSOR_ALIGNMENT_BYTES))
         specs.append(spec)
         end = spec.offset_bytes + spec.size_bytes
     extent_bytes = round_up(end, ALIGNMENT_BYTES)
@@ -205,11 +202,13 @@ def _parse(document: dict[str, Any]) -> Manifest:
         layer = LayerSpec(
             **entry | {"tensors": tuple(tensors), "checksums": tuple(entry["checksums"])}
         )
+        if any(tensor.dtype not in DTYPE_BYTES for tensor in tensors):
+            raise ValueError(f"dtypes of {layer.module}")
         expected = lay_out(
             layer.module,
             layer.n_experts,
             layer.offset_bytes,
-            [(t.name, DTYPES[t.dtype], t.shape) for t in tensors],
+            [(t.name, t.dtype, t.shape) for t in tensors],
         )
         if expected.tensors != layer.tensors or expected.extent_bytes != layer.extent_bytes:
             raise ValueError(f"offsets of {layer.module} are not those of its tensors")
@@ -233,7 +232,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         names = [layer.module, *layer.checksums, *(tensor.name for tensor in layer.tensors)]
         if {type(n) for n in numbers} != {int} or {type(n) for n in names} != {str}:
             raise TypeError("numbers must be integers, names strings")
-    if manifest.dtype not in ("", *DTYPES):
+    if manifest.dtype not in ("", *DTYPE_BYTES):
         raise ValueError(f"dtype {manifest.dtype!r}")
     if {layer.quantisation for layer in layers} != {manifest.quantisation}:
         raise ValueError("layers differ in quantisation")

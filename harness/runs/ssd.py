@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache
@@ -121,7 +120,7 @@ class ReaderBench:
     """The engine's ExtentReader over the test file, as if it were a store of such extents."""
 
     def __init__(self, path: Path, extent_bytes: int, depth: int) -> None:
-        shape = [("w", torch.float32, (extent_bytes // 4,))]
+        shape = [("w", "float32", (extent_bytes // 4,))]
         layer = lay_out("bench", path.stat().st_size // extent_bytes, 0, shape)
         with open(path, "rb") as file:
             sums = tuple(

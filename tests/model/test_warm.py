@@ -152,7 +152,7 @@ def test_a_damaged_file_is_refused_in_a_sentence_or_harmless(kept, data):
 def test_auto_is_what_is_free_less_a_reserve(stores, tmp_path):
     assert 0 < free_memory.available_bytes() <= psutil.virtual_memory().total
     dense = 1 << 20
-    room = free_memory.available_bytes() - free_memory.budget_bytes(dense, torch.device("cpu"))
+    room = free_memory.available_bytes() - free_memory.budget_bytes(dense, "cpu")
     assert room >= free_memory.RESERVE_BYTES + dense - (64 << 20)  # others allocate meanwhile
     model = flashmoe.load(stores(), memory="auto", policy="lru")
     assert model.flashmoe.residency.pools.slots_per_layer == 8

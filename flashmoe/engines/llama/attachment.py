@@ -180,7 +180,7 @@ class Attachment:
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.engine = LlamaEngine(experts, self.memory, self.policy)
         if self.warm and self.warm.exists():
-            self.engine.at_once.restore(self.warm)
+            self.engine.restore(self.warm)
         stats, first = self.engine.snapshot(), experts.manifest.layers[0]
         self.tell(
             f"{format_bytes(stats.memory_bytes)} for experts: {stats.slots_per_layer:.0f} of "

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flashmoe.engines.llama.expert_tensors import ExpertTensor, GGUFContents
-from flashmoe.engines.llama.model_file import ModelFile, inner_pages, outer_pages
+from flashmoe.engines.llama.model_file import ModelFile, inner_pages, move, outer_pages
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.backend import Backend
+from flashmoe.residency.places import Expert, Places
 from flashmoe.store.manifest import LayerSpec, Manifest, TensorSpec
 
 
@@ -36,7 +37,7 @@ class _Part(NamedTuple):
         return inner_pages(offset, self.tensor.expert_bytes)
 
 
-class GGUFExperts(Backend):
+class GGUFExperts(Backend, Places):
     """One model's experts, in one GGUF file or in the parts of a split one.
 
     An extent is read to where the program expects the expert, so `memory` is a `range` of the
@@ -81,7 +82,6 @@ class GGUFExperts(Backend):
         return LayerSpec(f"blk.{number}", min(counts), 0, offset, tuple(tensors))
 
     def extent(self, layer: int, expert: int) -> range:
-        """The bytes of an expert's extent, to be read."""
         ranges = [part.outer(expert) for part in self._parts[layer]]
         return range(sum(end - start for start, end in ranges))
 
@@ -98,9 +98,16 @@ class GGUFExperts(Backend):
             before += size
 
     def drop(self, layer: int, expert: int) -> None:
-        """Give back the memory that holds this expert alone."""
-        for part in self._parts[layer]:
+        for part in self._parts[layer]:  # the pages that it shares with its neighbours stay
             part.file.drop(*part.inner(expert))
+
+    def move(self, source: Expert, target: Expert) -> None:
+        givers = {part.tensor.kind: part for part in self._parts[source[0]]}
+        for part in self._parts[target[0]]:
+            if giver := givers.pop(part.tensor.kind, None):
+                move(giver.file, giver.inner(source[1]), part.file, part.inner(target[1]))
+        for giver in givers.values():
+            giver.file.drop(*giver.inner(source[1]))
 
     def check_unchanged(self) -> None:
         for file in self.files:

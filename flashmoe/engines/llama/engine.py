@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.stats import Stats
 from flashmoe.memory import free_memory
-from flashmoe.residency import budget
+from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.util.sizes import parse_bytes
 
@@ -24,28 +27,42 @@ class LlamaEngine(Engine):
 
         Raises FlashMoEError where the budget is too small.
         """
-        cpu = torch.device("cpu")
         least = budget.least_bytes(experts.manifest, whole_events=True)
         automatic = memory == "auto"
         super().__init__(
             experts,
-            free_memory.budget_bytes(0, cpu, least, reserve_bytes=RESERVE_BYTES)
+            free_memory.budget_bytes(0, "cpu", least, reserve_bytes=RESERVE_BYTES)
             if automatic
             else parse_bytes(memory),
             policy,
-            PlacedArena,
-            device=cpu,
-            prefetch=False,
+            partial(PlacedArena, experts),
+            device="cpu",
+            prefetch=True,
             check_reads=False,
             whole_events=True,
         )
         self.experts = experts
-        self.at_once = AtOnce(self.residency, experts.extent, experts.drop)
+        self.at_once = AtOnce(self.residency, experts)
+
+    def restore(self, path: Path) -> None:
+        """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
+        warm_start.restore(self.residency, path)
+        self.at_once.take_stock()
 
     def resize(self, memory: int | str) -> None:
         super().resize(memory)
-        self.at_once.empty_all()
+        self.at_once.take_stock()
 
     def reset(self) -> None:
         super().reset()
-        self.at_once.empty_all()
+        self.at_once.take_stock()
+
+    def snapshot(self) -> Stats:
+        """resident_bytes: what is in memory, be it resident or a prompt's, or guessed."""
+        with self.lock:
+            filled = self.at_once.filled
+            return replace(
+                super().snapshot(),
+                resident_bytes=filled.bytes,
+                peak_resident_bytes=filled.most_bytes,
+            )

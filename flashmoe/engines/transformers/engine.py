@@ -43,7 +43,7 @@ class TransformersEngine(Engine):
             memory_bytes,
             policy,
             partial(arena_on, device),
-            device=device,
+            device=str(device),
             prefetch=prefetch,
             check_reads=check_reads,
         )

@@ -56,7 +56,7 @@ def load(
             contents = backend.manifest
             beside_bytes = contents.dense_bytes + most_waiting_bytes(model)
             least_bytes = budget.least_bytes(contents)
-            memory_bytes = free_memory.budget_bytes(beside_bytes, torch_device, least_bytes)
+            memory_bytes = free_memory.budget_bytes(beside_bytes, str(torch_device), least_bytes)
         engine = TransformersEngine(
             model,
             backend,

@@ -14,7 +14,6 @@ from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.packed import PackedExperts
 from flashmoe.store import manifest as manifests
-from flashmoe.store.manifest import DTYPES
 
 
 class PackedModel(PackedExperts, ModelBackend):
@@ -27,7 +26,7 @@ class PackedModel(PackedExperts, ModelBackend):
         return manifests.is_store(path)
 
     def build(self) -> PreTrainedModel:
-        dtype = DTYPES.get(self.manifest.dtype)
+        dtype = getattr(torch, self.manifest.dtype) if self.manifest.dtype else None
         return empty_model.build(empty_model.read_config(self.path), dtype)
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
