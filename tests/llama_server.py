@@ -18,7 +18,7 @@ from typing import Any
 
 import xllamacpp
 
-from flashmoe.residency import warm_start
+from flashmoe.residency import prefetch, warm_start
 
 PARAMETERS = {"n_ctx": 2048, "n_gpu_layers": 0, "warmup": False, "fit_params": False}
 
@@ -80,6 +80,7 @@ def fail_reads(after: int) -> Any:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
+    prefetch.PREFETCH_FROM_BYTES = 1  # tiny experts are guessed too
     parameters = PARAMETERS | {"n_parallel": job.get("n_parallel", 1)}
     attachment = None
     if job["memory"] is None:

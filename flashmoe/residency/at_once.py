@@ -51,7 +51,7 @@ class AtOnce:
             missing = [expert for expert in needed if expert not in filled]
             self._make_room(layer, needed, missing)
             reads |= self._start_reads(layer, missing)
-            if likely:
+            if likely and residency.prefetcher.pays:
                 self._guess(layer, needed, likely, lend=len(needed) > pool.cache.n_slots)
             self._wait_for(layer, reads)
             residency.timings.total_seconds += residency.timings.since(started, "layer")

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import CHECKING, FAILED, Hooks
+from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
@@ -136,7 +138,7 @@ class Attachment:
                 self._check_product(tensor)
                 return name.startswith(CHOICE)
             if name.startswith(CHOICE):
-                self._make_ready(int(name.removeprefix(CHOICE)), self._ids(tensor))
+                self._make_ready(int(name.removeprefix(CHOICE)), tensor)
             return True
         except BaseException as error:
             self.hooks.switches[FAILED] = 1
@@ -158,7 +160,8 @@ class Attachment:
         rows = np.lib.stride_tricks.as_strided(raw, (tokens, top_k), (stride, 4))
         return np.ascontiguousarray(rows, np.int64)
 
-    def _make_ready(self, number: int, rows: np.ndarray) -> None:
+    def _make_ready(self, number: int, choice: int) -> None:
+        rows = self._ids(choice)
         if self.engine is None:
             self._start()
         if self.engine is None or not len(rows):
@@ -167,7 +170,9 @@ class Attachment:
             self._end_checking(number)
         self._events_seen.add(number)
         self.engine.experts.check_unchanged()
-        self.engine.at_once.make_ready(self._layers[number], rows)
+        layer = self._layers[number]
+        likely = partial(self.lookahead.likely, layer, choice, rows)
+        self.engine.at_once.make_ready(layer, rows, likely)
 
     def _start(self) -> None:
         """At the first event the program has all its memory: `auto` knows what is left."""
@@ -178,6 +183,7 @@ class Attachment:
             )
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
+        self.lookahead = Lookahead(self.ggml, len(self._layers))
         self.engine = LlamaEngine(experts, self.memory, self.policy)
         if self.warm and self.warm.exists():
             self.engine.restore(self.warm)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
+
+import numpy as np
 
 from flashmoe.errors import FlashMoEError
 
 _PROBE = b"flashmoe-probe"
+_FLOAT32, _INT32 = 0, 26  # as a tensor's first field says
 
 
 class _InitParameters(ctypes.Structure):
@@ -68,7 +72,7 @@ class GGML:
 
     def _probe(self, path: str) -> TensorLayout:
         """Find each field in the bytes of tensors whose content we know."""
-        lib, float32, int32 = self.library, 0, 26
+        lib, float32, int32 = self.library, _FLOAT32, _INT32
         context = lib.ggml_init(_InitParameters(1 << 20, None, False))
         try:
             tensor = lib.ggml_new_tensor_4d(context, float32, 7, 11, 13, 17)
@@ -78,6 +82,8 @@ class GGML:
             weights = lib.ggml_new_tensor_4d(context, float32, 8, 4, 3, 1)
             x = lib.ggml_new_tensor_4d(context, float32, 8, 1, 5, 1)
             ids = lib.ggml_new_tensor_4d(context, int32, 2, 5, 1, 1)
+            if c_int.from_address(ids).value != int32:
+                raise ValueError
             product = ctypes.string_at(lib.ggml_mul_mat_id(context, weights, x, ids), size)
             return TensorLayout(
                 shape=raw.index(_words(7, 11, 13, 17)),
@@ -96,6 +102,29 @@ class GGML:
 
     def name_of(self, tensor: int) -> str:
         return ctypes.string_at(tensor + self.layout.name).decode(errors="replace")
+
+    def shape_of(self, tensor: int) -> tuple[int, int]:
+        """(rows, elements of each) of a matrix, or of all rows of a tensor."""
+        first, *others = (c_int64 * 4).from_address(tensor + self.layout.shape)
+        return math.prod(others), first
+
+    def float_rows(self, tensor: int, most: int) -> np.ndarray:
+        """The last rows, at most so many, of a float32 matrix: [rows, elements], copied."""
+        rows, elements = self.shape_of(tensor)
+        count = min(rows, most)
+        values = np.empty((count, elements), np.float32)
+        offset = 4 * elements * (rows - count)
+        self.library.ggml_backend_tensor_get(tensor, values.ctypes.data, offset, values.nbytes)
+        return values
+
+    def floats(self, tensor: int) -> np.ndarray | None:
+        """All of a contiguous float32 tensor, [rows, elements], copied; None: it is another."""
+        rows, elements = self.shape_of(tensor)
+        row_bytes = c_size_t.from_address(tensor + self.layout.strides + 8).value
+        is_float32 = c_int.from_address(tensor).value == _FLOAT32
+        if not is_float32 or row_bytes != 4 * elements:
+            return None
+        return self.float_rows(tensor, rows)
 
     def data_of(self, tensor: int) -> int:
         return c_void_p.from_address(tensor + self.layout.data).value or 0

@@ -1,0 +1,135 @@
+"""Guesses which experts a layer will choose, with its router and the hidden state below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashmoe.engines.llama.ggml import GGML
+from flashmoe.policies.base import Policy
+from flashmoe.policies.parts.compiled import kernel
+
+# Only so many of a prompt's last tokens vote, because more would change no guess.
+_VOTING_TOKENS = 64
+_STEPS = 8  # from a layer's choice back to the product with its router, at most
+_LANES = 16
+
+
+@dataclass(frozen=True)
+class _Router:
+    """What a layer scores its experts by, in the program's own memory."""
+
+    weights: np.ndarray  # [n_experts, width] float32
+    norm: np.ndarray  # [width] float32, by which its input was multiplied; ones if unknown
+    bias: np.ndarray  # [n_experts] float32, added to the scores
+    share_bias: np.ndarray  # [n_experts] float32, added to the scores' sigmoids; empty: none
+
+
+class Lookahead:
+    """Asks a layer's own router about the hidden state of the layer below.
+
+    Residual connections change the hidden state little from one layer to the next, so the guess is
+    mostly right (as mixtral-offloading, DAOP and Fate found). The routers are learnt from the
+    graph, so layers are guessed from the second token on.
+    """
+
+    def __init__(self, ggml: GGML, n_layers: int) -> None:
+        self._ggml = ggml
+        self._routers: list[_Router | None] = [None] * n_layers
+        self._scores: Any = kernel(_scores, Policy)
+
+    def likely(self, layer: int, choice: int, rows: np.ndarray) -> list[int]:
+        """The experts that `layer` + 1 will probably need, the likeliest first.
+
+        choice: the address of the tensor of `layer`'s chosen experts, which was just computed.
+        rows: its content, [tokens, top_k].
+        """
+        best = self._by_router(layer, choice, rows.shape[1])
+        if not best and len(used := np.unique(rows)) > used[-1] / 2:
+            return list(range(used[-1] + 1))  # a first prompt that needs most experts of a layer
+        return best
+
+    def _by_router(self, layer: int, choice: int, top_k: int) -> list[int]:
+        product, biases = self._find_product(choice)
+        if not product:
+            return []
+        hidden = self._ggml.source_of(product, 1)
+        if self._routers[layer] is None:
+            self._routers[layer] = self._learn(product, hidden, biases)
+        below = self._routers[layer]
+        above = self._routers[layer + 1] if layer + 1 < len(self._routers) else None
+        if below is None or above is None:
+            return []
+        rows = self._ggml.float_rows(hidden, _VOTING_TOKENS)
+        scale = above.norm / below.norm
+        votes = np.zeros(len(above.weights), np.float32)
+        self._scores(above.weights, rows, scale, above.bias, above.share_bias, top_k, votes)
+        best: list[int] = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)].tolist()
+        return best
+
+    def _find_product(self, choice: int) -> tuple[int, list[int]]:
+        """The product of a layer's router with its input, and what is added on the way; 0: none."""
+        tensor, added = choice, []
+        for _ in range(_STEPS):
+            if not (source := self._ggml.source_of(tensor, 0)):
+                break
+            if self._ggml.name_of(source).endswith("ffn_gate_inp.weight"):
+                return tensor, added
+            if other := self._ggml.source_of(tensor, 1):
+                added.append(other)
+            tensor = source
+        return 0, []
+
+    def _learn(self, product: int, hidden: int, added: list[int]) -> _Router | None:
+        ggml = self._ggml
+        weights = ggml.floats(ggml.source_of(product, 0))
+        if weights is None:
+            return None
+        n_experts, width = weights.shape
+        norm, bias = np.ones(width, np.float32), np.zeros(n_experts, np.float32)
+        share_bias = np.empty(0, np.float32)
+        factor = ggml.source_of(hidden, 1)
+        if factor and "norm" in ggml.name_of(factor):
+            values = ggml.floats(factor)
+            if values is not None and values.shape == (1, width) and values.all():
+                norm = values[0]
+        for tensor in added:
+            name, values = ggml.name_of(tensor), ggml.floats(tensor)
+            if values is not None and values.shape == (1, n_experts):
+                if name.endswith("exp_probs_b.bias"):
+                    share_bias = values[0]
+                elif name.endswith("ffn_gate_inp.bias"):
+                    bias = values[0]
+        return _Router(weights, norm, bias, share_bias)
+
+
+def _scores(weights, rows, scale, bias, share_bias, top_k, votes):
+    """Add each row's vote: of one row an expert's rank, of several a vote for each of its top_k."""
+    n_experts, width = weights.shape
+    lanes = np.empty(_LANES, np.float32)
+    x = np.empty(width, np.float32)
+    scores = np.empty(n_experts, np.float32)
+    for row in rows:
+        for i in range(width):
+            x[i] = row[i] * scale[i]
+        for expert in range(n_experts):
+            lanes[:] = 0
+            for i in range(0, width - _LANES + 1, _LANES):
+                for lane in range(_LANES):
+                    lanes[lane] += weights[expert, i + lane] * x[i + lane]
+            score = lanes.sum()
+            for i in range(width // _LANES * _LANES, width):
+                score += weights[expert, i] * x[i]
+            score += bias[expert]
+            if len(share_bias):
+                score = 1 / (1 + np.exp(-score)) + share_bias[expert]
+            scores[expert] = score
+        for rank in range(min(top_k, n_experts)):
+            best = 0
+            for expert in range(n_experts):
+                if scores[expert] > scores[best]:
+                    best = expert
+            scores[best] = -np.inf
+            votes[best] += top_k - rank if len(rows) == 1 else 1
