@@ -213,10 +213,7 @@ class ExpertCache:
         """Serve `event`: take a wave, make its loads resident, use its slots, take the next."""
         started = time.perf_counter()
         n, slot_of = len(event.keys), self.residency.slot_of
-        n_hits = self._open(self._state, self.residency, event, self.tokens, self._members)
-        self.tokens += len(event.rows)
-        self.requests += n
-        self.hits += n_hits
+        n_hits = self._begin(event)
         members, done = self._members[:n], 0
         while done < n:
             slots_before = slot_of[members[done:]].tolist()  # -1 of those to be read
@@ -233,6 +230,24 @@ class ExpertCache:
             self.policy_seconds += time.perf_counter() - started
             yield wave
             done, started = end, time.perf_counter()
+
+    def serve(self, event: Event) -> None:
+        """All waves of `event`, for one who keeps experts in places of their own."""
+        started = time.perf_counter()
+        n = len(event.keys)
+        done = n if self._begin(event) == n else 0
+        while done < n:
+            done = self._next_wave(self._state, self.residency, self._members[:n], done)
+        self.most_resident = max(self.most_resident, int(self.residency.sizes[RESIDENT]))
+        self.policy_seconds += time.perf_counter() - started
+
+    def _begin(self, event: Event) -> int:
+        """Count `event` and tell the policy of it; how many hit."""
+        n_hits: int = self._open(self._state, self.residency, event, self.tokens, self._members)
+        self.tokens += len(event.rows)
+        self.requests += len(event.keys)
+        self.hits += n_hits
+        return n_hits
 
     def replay(self, events: Events) -> None:
         """Serve all of `events`, with nothing to be read in between."""

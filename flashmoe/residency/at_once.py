@@ -43,8 +43,7 @@ class AtOnce:
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
-            for _ in pool.cache.waves(event):  # which only decides
-                pass
+            pool.cache.serve(event)
             needed = (event.keys - first_key).tolist()
             reads = self._end_guesses(layer, needed)
             filled = self.filled.of[layer]

@@ -21,4 +21,4 @@ def compile_policy(policy: str) -> None:
     cache = ExpertCache(policies.get(policy, online=True)(scope, _SLOTS))
     routing = Routing(_TOP_K, _LAYERS)
     for experts in ([[0, 1]], [[2, 3]], [[4, 5]]):
-        list(cache.waves(routing.event(0, np.array(experts), None, 0, _EXPERTS)))
+        cache.serve(routing.event(0, np.array(experts), None, 0, _EXPERTS))
