@@ -65,7 +65,7 @@ class Engine:
         """
         with self.lock:
             self._check_open()
-            memory_bytes = self._auto_bytes() if memory == "auto" else parse_bytes(memory)
+            memory_bytes = self._budget_bytes(memory)
             try:
                 self.residency.pools.resize(memory_bytes)
             finally:
@@ -75,6 +75,10 @@ class Engine:
     def _check_open(self) -> None:
         if not self.residency.pools.all:
             raise FlashMoEError("this model's FlashMoE engine was closed: load the model again")
+
+    def _budget_bytes(self, memory: int | str) -> int:
+        """For experts, of the `memory` that the user gives. Raises FlashMoEError without it."""
+        return self._auto_bytes() if memory == "auto" else parse_bytes(memory)
 
     def _auto_bytes(self) -> int:
         # a slot of DRAM takes memory once it was filled, one of an accelerator from the start

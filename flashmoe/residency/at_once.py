@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 
 import numpy as np
@@ -45,31 +45,32 @@ class AtOnce:
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
             pool.cache.serve(event)
             needed = (event.keys - first_key).tolist()
+            keep = {(layer, expert) for expert in needed}
             reads = self._end_guesses(layer, needed)
             filled = self.filled.of[layer]
             missing = [expert for expert in needed if expert not in filled]
-            self._make_room(layer, needed, missing)
+            self._make_room(layer, missing, keep)
             reads |= self._start_reads(layer, missing)
             if likely and residency.prefetcher.pays:
-                self._guess(layer, needed, likely, lend=len(needed) > pool.cache.n_slots)
+                self._guess(layer, keep, likely, lend=len(needed) > pool.cache.n_slots)
             self._wait_for(layer, reads)
             residency.timings.total_seconds += residency.timings.since(started, "layer")
 
-    def _make_room(self, layer: int, needed: list[int], missing: list[int]) -> None:
+    def _make_room(self, layer: int, missing: list[int], keep: set[Expert]) -> None:
         """There is room for any layer's experts, but for what wrong guesses still take."""
-        done = self.filled.fill(layer, missing, self._victims(layer, needed, lend=True))
+        done = self.filled.fill(layer, missing, self._victims(layer, keep, lend=True))
         if len(done) < len(missing):
             wait([extent.arrived for extent in self._leaving.values()])
             self._collect()
             rest = missing[len(done) :]
-            self.filled.fill(layer, rest, self._victims(layer, needed, lend=True))
+            self.filled.fill(layer, rest, self._victims(layer, keep, lend=True))
 
-    def _victims(self, layer: int, needed: Collection[int], *, lend: bool) -> Iterator[Expert]:
+    def _victims(self, layer: int, keep: set[Expert], *, lend: bool) -> Iterator[Expert]:
         """Whose places may be emptied: of experts that are not resident; to `lend`, of any.
 
         This layer and those just passed come first, since they are wanted again last.
         """
-        busy = (*self._guesses, *self._leaving)
+        keep = keep.union(self._guesses, self._leaving)  # something is written to these
         n_layers = len(self.residency.manifest.layers)
         for residents_too in (False, True) if lend else (False,):
             for back in range(n_layers):
@@ -77,7 +78,7 @@ class AtOnce:
                 slot_of = self.residency.pools.of(lender).slot_of(lender).tolist()
                 for expert in list(self.filled.of[lender]):
                     may_go = residents_too or slot_of[expert] < 0
-                    if may_go and (back or expert not in needed) and (lender, expert) not in busy:
+                    if may_go and (lender, expert) not in keep:
                         yield lender, expert
 
     def _start_reads(self, layer: int, experts: list[int]) -> dict[int, Future[None]]:
@@ -85,15 +86,17 @@ class AtOnce:
         futures = self.residency.reader.submit(layer, loads)
         return dict(zip(experts, futures, strict=True))
 
-    def _guess(self, layer: int, needed: list[int], likely: Likely, *, lend: bool) -> None:
+    def _guess(self, layer: int, keep: set[Expert], likely: Likely, *, lend: bool) -> None:
         """Begin to read what the next layer will probably need, where there is room for it."""
         record = self.residency.prefetcher.record
         above = layer + 1
         if above == len(self.filled.of) or not record.is_worth_a_call():
             return
         filled = self.filled.of[above]
-        missing = [expert for expert in likely() if expert not in filled]
-        victims = self._victims(layer, needed, lend=lend)
+        guesses = likely()
+        missing = [expert for expert in guesses if expert not in filled]
+        keep = keep.union((above, expert) for expert in guesses)
+        victims = self._victims(layer, keep, lend=lend)
         for expert in self.filled.fill(above, missing, victims):
             extent = self._places.extent(above, expert)
             self._guesses[above, expert] = self.residency.reader.guess(above, expert, extent)

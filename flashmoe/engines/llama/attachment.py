@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.hooks import CHECKING, FAILED, Hooks
+from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, Hooks
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
+from flashmoe.memory import free_memory
 from flashmoe.residency import rehearsal
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
@@ -28,11 +30,24 @@ NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_comp
 CHOICE = "ffn_moe_topk-"  # the node with a layer's chosen experts; the layer's number follows
 
 
+# memory="auto" holds all where so many times the file is free: its caches must fit beside it.
+_ASIDE_FILES = 1.25
+
 MAP_FAILED = (1 << 64) - 1
 
 
 def _print(line: str) -> None:
     print(f"flashmoe: {line}", file=sys.stderr, flush=True)
+
+
+def _open_files() -> list[Path]:
+    """The files that this process has open, GGUF or not."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if (path := entry.readlink()).is_file():
+                found.append(path)
+    return found
 
 
 class Attachment:
@@ -64,7 +79,7 @@ class Attachment:
         self.tell = tell
         self.engine: LlamaEngine | None = None
         self.ggml = GGML(str(ggml_library))
-        self.hooks = Hooks(self.ggml, self._observe, self._prepare)
+        self.hooks = Hooks(self.ggml, self._observe, self._prepare, self._decide)
         self.hooks.switches[CHECKING] = 1
         self._files: list[tuple[ModelFile, GGUFContents]] = []
         self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
@@ -116,6 +131,29 @@ class Attachment:
                 f"memory={self.memory} is too small: a prompt may need all experts of a layer at "
                 f"once, which takes {format_bytes(one_layer)}"
             )
+
+    def _decide(self) -> None:
+        """Stand aside where all experts fit: then the program may lay out the weights itself."""
+        if self.hooks.switches[ASIDE]:
+            return
+        try:
+            total_bytes = file_bytes = 0
+            for path in _open_files():
+                if contents := contents_of(self.ggml, path):
+                    total_bytes += sum(tensor.size_bytes for tensor in contents.tensors)
+                    file_bytes += path.stat().st_size
+            if not self._files and total_bytes and self._all_fits(total_bytes, file_bytes):
+                self.hooks.switches[ASIDE] = 1
+                self.tell("all experts fit, so the program runs as without FlashMoE")
+        except (FlashMoEError, OSError):
+            return  # whatever it is, mapping the file meets it too
+
+    def _all_fits(self, experts_bytes: int, file_bytes: int) -> bool:
+        """Also while the program copies the file's pages to a layout of its own."""
+        if self.memory == "auto":
+            room_bytes = free_memory.available_bytes() - free_memory.RESERVE_BYTES
+            return room_bytes > _ASIDE_FILES * file_bytes
+        return parse_bytes(self.memory) >= 2 * experts_bytes
 
     def _prepare(self, descriptor: int) -> int:
         """The address to give out for a file's mapping; 0: map the file itself.

@@ -36,12 +36,23 @@ class _Part(NamedTuple):
         offset = self.tensor.offset_bytes + expert * self.tensor.expert_bytes
         return inner_pages(offset, self.tensor.expert_bytes)
 
+    def inner_bytes(self, expert: int) -> int:
+        start, end = self.inner(expert)
+        return max(0, end - start)
+
+    @property
+    def edge_bytes(self) -> int:
+        """Of pages that neighbours share, which stay filled once one of them was read."""
+        first, last = inner_pages(self.tensor.offset_bytes, self.tensor.size_bytes)
+        return max(0, last - first) - sum(map(self.inner_bytes, range(self.tensor.n_experts)))
+
 
 class GGUFExperts(Backend, Places):
     """One model's experts, in one GGUF file or in the parts of a split one.
 
     An extent is read to where the program expects the expert, so `memory` is a `range` of the
-    extent's bytes: the backend knows the addresses.
+    extent's bytes: the backend knows the addresses. The manifest's extents are what a place takes
+    for itself; `edge_bytes` is what all places together share with their neighbours.
     """
 
     remedy = "fetch the file again if this lasts"
@@ -57,6 +68,7 @@ class GGUFExperts(Backend, Places):
                 by_layer.setdefault(tensor.layer, []).append(_Part(file, tensor))
         self.numbers = sorted(by_layer)  # of the file's layers, by ours
         self._parts = [by_layer[number] for number in self.numbers]
+        self.edge_bytes = sum(part.edge_bytes for parts in self._parts for part in parts)
         self.manifest = Manifest(
             architecture=files[0][1].architecture,
             config_sha256="",
@@ -76,7 +88,7 @@ class GGUFExperts(Backend, Places):
             )
         tensors, offset = [], 0
         for part in parts:
-            size = max(end - start for start, end in map(part.outer, range(min(counts))))
+            size = max(part.inner_bytes(expert) for expert in range(min(counts)))
             tensors.append(TensorSpec(part.tensor.kind, "uint8", (size,), offset))
             offset += size
         return LayerSpec(f"blk.{number}", min(counts), 0, offset, tuple(tensors))

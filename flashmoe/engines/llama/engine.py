@@ -10,10 +10,11 @@ from flashmoe.engines.base import Engine
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.stats import Stats
+from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
-from flashmoe.util.sizes import parse_bytes
+from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # The program has its caches and buffers by then; some are not touched yet.
 RESERVE_BYTES = 256 << 20
@@ -27,13 +28,10 @@ class LlamaEngine(Engine):
 
         Raises FlashMoEError where the budget is too small.
         """
-        least = budget.least_bytes(experts.manifest, whole_events=True)
-        automatic = memory == "auto"
+        self.experts = experts
         super().__init__(
             experts,
-            free_memory.budget_bytes(0, "cpu", least, reserve_bytes=RESERVE_BYTES)
-            if automatic
-            else parse_bytes(memory),
+            self._budget_bytes(memory),
             policy,
             partial(PlacedArena, experts),
             device="cpu",
@@ -41,8 +39,23 @@ class LlamaEngine(Engine):
             check_reads=False,
             whole_events=True,
         )
-        self.experts = experts
         self.at_once = AtOnce(self.residency, experts)
+
+    def _budget_bytes(self, memory: int | str) -> int:
+        """What is left for whole places: the pages at their ends stay filled."""
+        edge_bytes = self.experts.edge_bytes
+        least = edge_bytes + budget.least_bytes(self.experts.manifest, whole_events=True)
+        if memory == "auto":
+            present = self.at_once.filled.bytes if hasattr(self, "at_once") else 0
+            memory_bytes = free_memory.budget_bytes(
+                0, "cpu", least, present, reserve_bytes=RESERVE_BYTES
+            )
+        elif (memory_bytes := parse_bytes(memory)) < least:
+            raise FlashMoEError(
+                f"memory={format_bytes(memory_bytes)} is too small: a prompt may need all experts "
+                f"of a layer at once, which takes {format_bytes(least)} ({least} bytes) at least"
+            )
+        return memory_bytes - edge_bytes
 
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from flashmoe.engines.llama.ggml import GGML
 
 _MOST_FILES = 64
-ON, FAILED, CHECKING, PYTHON = 0, 1, 2, 3  # positions in `Switches`
+ON, FAILED, CHECKING, PYTHON, ASIDE = 0, 1, 2, 3, 4  # positions in `Switches`
 _DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
 _CHOICE = tuple(b"ffn_moe_topk-")
 _REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
@@ -28,6 +28,7 @@ _STATUS_BYTES = 256  # more than any `struct stat` has
 
 _Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _Prepare = CFUNCTYPE(c_void_p, c_int)
+_Decide = CFUNCTYPE(None)
 
 
 @intrinsic
@@ -54,12 +55,14 @@ class Hooks:
         ggml: GGML,
         observe: Callable[[int, bool], bool],
         prepare: Callable[[int], int],
+        decide: Callable[[], None],
     ) -> None:
         """observe: (tensor, asked before it is computed) -> shall it be observed, or go on.
 
         prepare: (file descriptor) -> the address to give out for its mapping; 0: the file's own.
+        decide: called when a model is about to be loaded, to set ASIDE where it needs no cache.
         """
-        self.switches = np.zeros(4, np.int64)
+        self.switches = np.zeros(5, np.int64)
         self.switches[[ON, PYTHON]] = 1
         self._files = np.zeros((_MOST_FILES, 4), np.uint64)
         self._count = np.zeros(1, np.int64)
@@ -67,6 +70,7 @@ class Hooks:
         self._python = (
             _Callback(lambda tensor, ask, _: observe(tensor, ask)),
             _Prepare(lambda descriptor: prepare(descriptor)),
+            _Decide(lambda: decide()),
         )
         self._compiled = _compile(self, ggml, *self._python)
 
@@ -82,7 +86,7 @@ class Hooks:
         return {name: function.address for name, function in self._compiled.items()}
 
 
-def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, Any]:
+def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) -> dict[str, Any]:
     libc, lib = ctypes.CDLL(None), ggml.library
 
     def address_of(function: Any) -> int:
@@ -102,6 +106,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, 
     functions: dict[str, Any] = {}
     python_observe = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)(address_of(observe))
     python_prepare = CFUNCTYPE(c_void_p, c_int)(address_of(prepare))
+    python_decide = CFUNCTYPE(None)(address_of(decide))
     switches_at = np.uint64(hooks.switches.ctypes.data)
     files_at = np.uint64(hooks._files.ctypes.data)
     count_at = np.uint64(hooks._count.ctypes.data)
@@ -111,7 +116,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, 
 
     @numba.njit
     def switches():
-        return numba.carray(_pointer(switches_at), (4,), np.int64)
+        return numba.carray(_pointer(switches_at), (5,), np.int64)
 
     @numba.njit
     def files():
@@ -144,7 +149,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, 
 
     @numba.cfunc(void(void, types.uint64, types.int32, types.int32, types.int32, types.int64))
     def map_ours(address, length, protection, flags, descriptor, offset):
-        if descriptor >= 0 and protection == 1 and offset == 0:
+        if descriptor >= 0 and protection == 1 and offset == 0 and switches()[ASIDE] == 0:
             status = numba.carray(_pointer(status_at), (2,), np.uint64)
             if status_of(descriptor, _pointer(status_at)) == 0:
                 for row in files():
@@ -166,7 +171,10 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, 
 
     @numba.cfunc(types.void(void, void, void))
     def set_ours(scheduler, function, user):
-        set_callback(scheduler, _pointer(callback_at), _pointer(np.uint64(0)))
+        if switches()[ASIDE] != 0:
+            set_callback(scheduler, function, user)
+        else:
+            set_callback(scheduler, _pointer(callback_at), _pointer(np.uint64(0)))
 
     @numba.cfunc(types.int32(void, void))
     def compute_or_fail(scheduler, graph):
@@ -191,6 +199,10 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any) -> dict[str, 
             for i in range(len(_REPACKING)):
                 if text[i] != _REPACKING[i]:
                     return ask_registry(registry, name)
+            if switches()[PYTHON] != 0:
+                python_decide()
+            if switches()[ASIDE] != 0:
+                return ask_registry(registry, name)
             return _pointer(np.uint64(0))
 
         functions["ggml_backend_reg_get_proc_address"] = no_repacking

@@ -1,0 +1,113 @@
+"""Whole events: every expert's bytes are there, within the budget, with the simulator's hits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.engines.llama.engine import LlamaEngine
+from flashmoe.errors import FlashMoEError
+from flashmoe.reading.backend import Backend
+from flashmoe.residency import prefetch
+from flashmoe.residency.places import Expert, Places
+from flashmoe.residency.routing import Routing
+from flashmoe.store.manifest import LayerSpec, Manifest
+
+EXTENT_BYTES, EXPERTS, LAYERS, TOP_K = 4096, 8, 3, 2
+
+
+class Memory(Backend, Places):
+    """A program's memory: of each place, which expert's bytes lie in it, if any."""
+
+    remedy = "none"
+    path = Path("memory")
+    direct = True
+
+    def __init__(self) -> None:
+        layers = tuple(LayerSpec(f"{n}", EXPERTS, 0, EXTENT_BYTES, ()) for n in range(LAYERS))
+        self.manifest = Manifest("", "", TOP_K, "", "", 0, layers)
+        self.content: dict[Expert, Expert] = {}
+        self.edge_bytes = 0
+        self.broken: set[Expert] = set()
+        self.lock = threading.Lock()
+
+    def extent(self, layer: int, expert: int) -> range:
+        return range(EXTENT_BYTES)
+
+    def read(self, layer: int, expert: int, start: int, memory: range) -> None:
+        if (layer, expert) in self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with self.lock:
+            self.content[layer, expert] = layer, expert
+
+    def drop(self, layer: int, expert: int) -> None:
+        self.content.pop((layer, expert), None)
+
+    def move(self, source: Expert, target: Expert) -> None:
+        with self.lock:
+            if source in self.content:
+                self.content[target] = self.content.pop(source)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def small_experts_are_guessed(monkeypatch):
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
+
+
+steps = st.lists(  # of each step: how many tokens, a seed for what they choose, and wrong guesses
+    st.tuples(st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans()), max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps, st.integers(EXPERTS, EXPERTS * LAYERS + 2), st.sampled_from(["lru", "learned"]))
+def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
+    memory = Memory()
+    engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
+    n_slots = engine.residency.pools.slots.n_slots
+    caches = [ExpertCache(engine.residency.pools.new_policy(n, n_slots)) for n in range(LAYERS)]
+    routing = Routing(TOP_K, LAYERS)
+    try:
+        for tokens, seed, wrong in steps:
+            generator = np.random.default_rng(seed)
+            choice = generator.random((LAYERS, tokens, EXPERTS)).argsort(2)[:, :, :TOP_K]
+            for layer, rows in enumerate(choice):
+                above = choice[min(layer + 1, LAYERS - 1)]
+                likely = generator.permutation(EXPERTS) if wrong else np.unique(above)
+                engine.at_once.make_ready(layer, rows, likely.tolist)
+                for expert in np.unique(rows).tolist():
+                    assert memory.content[layer, expert] == (layer, expert)
+                assert len(memory.content) <= extents
+                list(caches[layer].waves(routing.event(layer, rows, None, 0, EXPERTS)))
+        assert engine.snapshot().hits == sum(cache.hits for cache in caches)
+        assert engine.snapshot().resident_bytes <= engine.snapshot().memory_bytes
+        engine.reset()
+        assert memory.content == {}
+    finally:
+        engine.close()
+
+
+def test_what_could_not_be_read_is_neither_resident_nor_filled():
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.broken = {(1, 3)}
+    rows = np.array([[3, 4]])
+    engine.at_once.make_ready(0, rows, lambda: [3])
+    with pytest.raises(FlashMoEError, match="expert 3 of 1"):
+        engine.at_once.make_ready(1, rows)
+    assert (1, 3) not in memory.content
+    memory.broken = set()
+    engine.at_once.make_ready(1, rows)
+    assert {(1, 3), (1, 4)} <= set(memory.content)
+    engine.close()
