@@ -20,17 +20,17 @@ from flashmoe.errors import FlashMoEError
 
 _FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 _BY_GGUF = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4)
-# gguf-py reads these but does not write them; further ones need a measured importance matrix
+# gguf-py reads these but does not write them; those of 2 bits and less want measured importances
 _BY_GGML = (
-    Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ2_S, Kind.IQ3_XXS, Kind.IQ3_S,
-    Kind.IQ4_NL, Kind.IQ4_XS,
+    Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL,
+    Kind.IQ4_XS,
 )  # fmt: skip
 KINDS = {kind.name.lower(): kind for kind in (*_FLOATS, *_BY_GGUF, *_BY_GGML)}
 # What llama-quantize takes where a row is no multiple of a type's block.
 _FALLBACKS = {
     Kind.Q2_K: Kind.Q4_0, Kind.Q3_K: Kind.Q4_0, Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1,
-    Kind.Q6_K: Kind.Q8_0, Kind.IQ2_S: Kind.IQ4_NL, Kind.IQ3_XXS: Kind.IQ4_NL,
-    Kind.IQ3_S: Kind.IQ4_NL, Kind.IQ4_XS: Kind.IQ4_NL,
+    Kind.Q6_K: Kind.Q8_0, Kind.IQ3_XXS: Kind.IQ4_NL, Kind.IQ3_S: Kind.IQ4_NL,
+    Kind.IQ4_XS: Kind.IQ4_NL,
 }  # fmt: skip
 _LIBRARIES = (("xllamacpp", "xllamacpp*.so"), ("llama_cpp", "lib/libggml-base.so"))
 _TURN = {"gate": 0, "gate_up": 0, "up": 1, "down": 2}
