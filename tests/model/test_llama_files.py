@@ -18,8 +18,10 @@ import torch
 import transformers
 
 from flashmoe.engines.llama import expert_tensors
+from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.files import writer
 from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.errors import FlashMoEError
 
 TESTS = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ FILES = {
     "biases, sinks, MXFP4": ("gpt_oss", "mxfp4_moe", {}, False),
     "gate and up fused": ("deepseek_v2", "q8_0,q4_0", dict(fuse=True), True),
     "groups of experts": ("deepseek_v3", "q5_k_m", {}, True),
-    "large experts": ("mixtral", "f16", {}, False),
+    "floats in turn": ("mixtral", "f32,f16,bf16", {}, False),
     "float32": ("granitemoe", "f32", {}, False),
 }  # fmt: skip
 
@@ -175,30 +177,52 @@ def test_a_file_that_llama_cpp_does_not_read_is_one_sentence(ggml, file, tmp_pat
         expert_tensors.parts_of(ggml, path)
 
 
+def write_gguf(path, architecture, tensors, **settings):
+    """A file of zeros that our writer would not write; tensors: shapes by name."""
+    made = gguf.GGUFWriter(path, architecture)
+    add = {
+        int: made.add_uint32, float: made.add_float32, str: made.add_string, list: made.add_array,
+    }  # fmt: skip
+    for key, value in settings.items():
+        add[type(value)](key.replace("__", "."), value)
+    for name, shape in tensors.items():
+        made.add_tensor(name, np.zeros(shape, np.float32))
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+
+
 def test_settings_may_have_any_type(ggml, tmp_path):
     """The reader ends the process where it is asked for another type than the file has."""
 
     def contents(**settings):
         path = tmp_path / "a.gguf"
-        made = gguf.GGUFWriter(path, "olmoe")
-        for key, value in settings.items():
-            add = {int: made.add_uint32, list: made.add_array, float: made.add_float32}
-            (made.add_string if isinstance(value, str) else add[type(value)])(
-                key.replace("_in_", "."), value
-            )
-        made.add_tensor("blk.7.ffn_up_exps.weight", np.zeros((6, 4, 32), np.float32))
-        made.write_header_to_file()
-        made.write_kv_data_to_file()
-        made.write_tensors_to_file()
-        made.close()
+        write_gguf(path, "olmoe", {"blk.7.ffn_up_exps.weight": (6, 4, 32)}, **settings)
         return expert_tensors.contents_of(ggml, path)
 
-    layers = contents(olmoe_in_expert_used_count=[2, 8, 4])
+    layers = contents(olmoe__expert_used_count=[2, 8, 4])
     assert layers.top_k == 8
     assert (layers.tensors[0].layer, layers.tensors[0].n_experts) == (7, 6)
-    assert contents(olmoe_in_expert_used_count="many", split_in_count=0.5).top_k == 0
-    assert contents(olmoe_in_expert_used_count=["a", "b"], split_in_count=[2]).parts == 2
-    assert contents(general_in_architecture=5, olmoe_in_expert_used_count=3).top_k == 0
+    assert contents(olmoe__expert_used_count="many", split__count=0.5).top_k == 0
+    assert contents(olmoe__expert_used_count=["a", "b"], split__count=[2]).parts == 2
+    assert contents(general__architecture=5, olmoe__expert_used_count=3).top_k == 0
+
+
+def test_an_unknown_layout_is_one_sentence(ggml, tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, "olmoe", {"blk.7.ffn_up_exps.weight": (2, 6, 4, 32)})
+    with pytest.raises(FlashMoEError, match=r"ffn_up_exps.weight cannot be divided"):
+        expert_tensors.contents_of(ggml, path)
+    shapes = {"gate": (6, 4, 32), "up": (6, 4, 32), "down": (7, 32, 32)}
+    for kinds in ("gate up", "gate up down"):  # the first without down, the second with one more
+        tensors = {f"blk.7.ffn_{kind}_exps.weight": shapes[kind] for kind in kinds.split()}
+        write_gguf(path, "olmoe", tensors)
+        contents = expert_tensors.contents_of(ggml, path)
+        model_file = ModelFile(path, contents.tensors)
+        with pytest.raises(FlashMoEError, match="experts of layer 7 are not laid out"):
+            GGUFExperts([(model_file, contents)])
+        model_file.close()
 
 
 def test_a_damaged_head_is_read_or_refused(ggml, file, tmp_path):
@@ -227,12 +251,7 @@ def test_what_cannot_be_served_is_one_sentence_and_what_has_no_experts_is_served
     cut, dense = tmp_path / "cut.gguf", tmp_path / "dense.gguf"
     cut.write_bytes(file.read_bytes()[:-1_000_000])
     foreign = tmp_path / "foreign.gguf"
-    made = gguf.GGUFWriter(foreign, "no-such-architecture")
-    made.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((6, 4, 32), np.float32))
-    made.write_header_to_file()
-    made.write_kv_data_to_file()
-    made.write_tensors_to_file()
-    made.close()
+    write_gguf(foreign, "no-such-architecture", {"blk.0.ffn_up_exps.weight": (6, 4, 32)})
     source = gguf_models.weights("deepseek_v2", first_k_dense_replace=2, num_hidden_layers=2)
     writer.write(source, dense, "q8_0")
     found = run("llama_refusals.py", models=[str(cut), str(foreign), str(dense)], prompt="abc")

@@ -20,7 +20,7 @@ from flashmoe.errors import FlashMoEError
 
 _FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 _BY_GGUF = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4)
-# gguf-py reads these but does not write them; those of 2 bits and less want measured importances
+# gguf-py reads these but does not write them; other types want measured importances of weights
 _BY_GGML = (
     Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL,
     Kind.IQ4_XS,
