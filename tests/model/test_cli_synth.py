@@ -84,7 +84,9 @@ def test_a_gguf_file_has_the_types_that_llama_quantize_gives(capfd, tmp_path, sm
     assert found["blk.0.ffn_down_exps.weight"] == "Q4_K"  # as `--pure` would give to all
     assert found["blk.1.ffn_down_exps.weight"] == found["output.weight"] == "Q6_K"
     assert found["blk.1.ffn_up_exps.weight"] == found["token_embd.weight"] == "Q4_K"
-    assert found["blk.0.attn_v.weight"] == "Q8_0"  # eight experts
+    assert found["blk.0.attn_v.weight"] == found["blk.1.attn_k.weight"] == "Q8_0"  # eight experts
+    assert found["blk.0.attn_output.weight"] == "Q5_K"
+    assert found["blk.0.attn_q.weight"] == "Q4_K"
     assert found["blk.0.ffn_gate_inp.weight"] == found["blk.0.attn_norm.weight"] == "F32"
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     assert "is there already" in refused(capfd, "synth", "small", tmp_path / "m.gguf")

@@ -33,6 +33,8 @@ _FALLBACKS = {
     Kind.IQ4_XS: Kind.IQ4_NL,
 }  # fmt: skip
 _LIBRARIES = (("xllamacpp", "xllamacpp*.so"), ("llama_cpp", "lib/libggml-base.so"))
+# In llama-quantize's mixes, where eight experts make the attention a small part of the file.
+_BESIDE_EIGHT = {"attn_k": Kind.Q8_0, "attn_v": Kind.Q8_0, "attn_output": Kind.Q5_K}
 _TURN = {"gate": 0, "gate_up": 0, "up": 1, "down": 2}
 
 
@@ -64,9 +66,10 @@ class Recipe:
         if not found:
             return self.dense
         layer, part = int(found[1]), found[2]
-        if self.more and n_experts == 8 and part in ("attn_k", "attn_v"):
-            return Kind.Q8_0
-        if self.more and part.startswith(("ffn_down", "attn_v")) and _has_more_bits(layer, layers):
+        if self.more and n_experts == 8 and part in _BESIDE_EIGHT:
+            return _BESIDE_EIGHT[part]
+        is_sensitive = part == "attn_v" or part.startswith("ffn_down")
+        if self.more and is_sensitive and _has_more_bits(layer, layers):
             return self.more
         if not part.endswith("_exps"):
             return self.dense
@@ -92,8 +95,7 @@ def recipe(name: str) -> Recipe:
     """By a type's name, as "q4_0": experts have it, and the rest is bfloat16.
 
     By several, as "q4_k,q6_k": experts' tensors have them in turn. By a mix of llama-quantize, as
-    "q4_k_m": all have what that gives them. Raises FlashMoEError for an unknown name, and where
-    nothing that is installed writes a type.
+    "q4_k_m": all have what that gives them. Raises FlashMoEError for an unknown name.
     """
     if name in _MIXES:
         return _MIXES[name]
