@@ -1,7 +1,7 @@
 """Asks one model the same at several budgets, in a process of its own: `llama_budgets.py JOB`.
 
-JOB is a JSON object. model: a GGUF file; prompts; budgets: of bytes, the first of which the model
-is loaded with. llama.cpp is asked alone first. Prints a JSON object.
+JOB is a JSON object. model: a GGUF file; policy; prompts; budgets: of bytes, the first of which the
+model is loaded with. llama.cpp is asked alone first. Prints a JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     parameters = llama_server.PARAMETERS | {"n_parallel": 1}
     plain = answers(llama_server.serve_plain(job["model"], **parameters))
     first, *others = job["budgets"]
-    server, attachment = host.serve(Path(job["model"]), memory=first, policy="lru", **parameters)
+    server, attachment = host.serve(
+        Path(job["model"]), memory=first, policy=job["policy"], **parameters
+    )
     rounds = [{"answers": answers(server), "stats": attachment.engine.stats()}]
     for budget in others:
         attachment.engine.resize(budget)

@@ -15,6 +15,7 @@ from command_line import refused, run
 import flashmoe
 from flashmoe.engines.llama.files import quantisation, writer
 from flashmoe.engines.transformers.checkpoints import named_models
+from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 from flashmoe.errors import FlashMoEError
 
 SMALL = {
@@ -48,6 +49,21 @@ def test_the_named_models_have_their_published_size(name):
     }  # fmt: skip
     if name in published:
         assert named_models.total_bytes(name) / 2e9 == pytest.approx(published[name], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantise", "gigabytes"),
+    [
+        ("olmoe-1b-7b", "q4_k_m", 4.21), ("qwen3-30b-a3b", "q4_k_m", 18.6),
+        ("deepseek-v2-lite", "q4_k_m", 10.4), ("mixtral-8x7b", "q4_k_m", 28.4),
+        ("gpt-oss-20b", "mxfp4_moe", 12.1),
+    ],
+)  # fmt: skip
+def test_the_named_models_have_the_size_of_published_gguf_files(name, quantise, gigabytes):
+    source = RandomWeights(named_models.config_of(name), 0)
+    plan = writer.plan(source, quantise)
+    total = sum(planned.size_bytes for planned in plan.values())
+    assert total / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
 def test_a_full_disk_while_synthesising_is_one_sentence(capfd, tmp_path, monkeypatch):

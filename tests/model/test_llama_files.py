@@ -64,8 +64,9 @@ def test_tokens_and_probabilities_are_llama_cpps_own(tmp_path, layout):
     parts = writer.write(source, tmp_path / "model.gguf", quantise, **options)
     size = sum(part.stat().st_size for part in parts)
     prompts = [*PROMPTS, LONG] if layout == "split" else PROMPTS
+    policy = "learned" if layout == "split" else "lru"
     found = run(
-        "llama_budgets.py", model=str(parts[0]), prompts=prompts,
+        "llama_budgets.py", model=str(parts[0]), prompts=prompts, policy=policy,
         budgets=[str(int(size * share)) for share in SHARES],
     )  # fmt: skip
     assert [len(answer["tokens"]) for answer in found["plain"]] == [12] * len(prompts)

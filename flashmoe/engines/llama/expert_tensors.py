@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def parts_of(ggml: GGML, path: Path) -> list[Path]:
 @contextmanager
 def _opened(ggml: GGML, path: Path) -> Iterator[int | None]:
     lib = ggml.library
-    context = lib.gguf_init_from_file(str(path).encode(), _GGUFParameters(True, None))
+    context = lib.gguf_init_from_file(os.fsencode(path), _GGUFParameters(True, None))
     try:
         yield context
     finally:

@@ -78,22 +78,24 @@ class Architecture(ABC):
             raise FlashMoEError(f"GGUF has no name for {name}")
         return found
 
-    def expert(self, parameters: Parameters) -> Parameters:
-        """One expert's parameters by transformers' names -> by the file's: gate, up and down."""
+    def expert(self, parameters: Parameters, *, fuse: bool) -> Parameters:
+        """One expert's parameters by transformers' names -> by the file's, those of each part.
+
+        fuse: gate and up are one. Raises FlashMoEError where llama.cpp does not take them so.
+        """
+        if fuse and not self.can_fuse:
+            raise FlashMoEError(f"llama.cpp takes no fused gate and up of the family {self.name}")
+        parts = self.parts(parameters)
+        if fuse:
+            both = [parts.pop(f"ffn_{part}_exps.weight") for part in ("gate", "up")]
+            parts["ffn_gate_up_exps.weight"] = torch.cat(both)
+        return parts
+
+    def parts(self, parameters: Parameters) -> Parameters:
+        """One expert's gate, up and down."""
         gate, up = parameters["gate_up_proj"].chunk(2)
         return {
             "ffn_gate_exps.weight": gate,
             "ffn_up_exps.weight": up,
             "ffn_down_exps.weight": parameters["down_proj"],
         }
-
-    def fused(self, parameters: Parameters) -> Parameters:
-        """As `expert`, with gate and up as one.
-
-        Raises FlashMoEError where llama.cpp does not take them so.
-        """
-        if not self.can_fuse:
-            raise FlashMoEError(f"llama.cpp takes no fused gate and up of the family {self.name}")
-        parts = self.expert(parameters)
-        gate, up = parts.pop("ffn_gate_exps.weight"), parts.pop("ffn_up_exps.weight")
-        return {"ffn_gate_up_exps.weight": torch.cat([gate, up]), **parts}

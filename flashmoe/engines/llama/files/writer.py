@@ -23,8 +23,8 @@ from gguf import GGMLQuantizationType as Kind
 from flashmoe.disk.direct_io import drop_page_cache
 from flashmoe.disk.files import check_room
 from flashmoe.engines.llama.files import architectures, quantisation
-from flashmoe.engines.llama.files.architecture import Architecture, Parameters
-from flashmoe.errors import FlashMoEError
+from flashmoe.engines.llama.files.architecture import Architecture
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.store.layout import ModelDescription
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
@@ -48,7 +48,9 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
+    """A tensor of the file that will be."""
+
     shape: tuple[int, ...]
     kind: Kind
 
@@ -93,35 +95,29 @@ def write(
     taken, and a disk too small.
     """
     path = path.absolute()
-    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????.gguf"))
-    if taken := [path] if path.exists() else others:
-        raise FlashMoEError(f"{taken[0]} is there already: name a new file")
+    _refuse_taken(path)
     architecture = architectures.of(source.config.to_dict())
-    convert = architecture.fused if fuse else architecture.expert
-    plan = _plan(source, architecture, convert, quantisation.recipe(quantise))
-    quantisation.check({planned.kind for planned in plan.values()})
-    total = sum(planned.size_bytes for planned in plan.values())
+    tensors = plan(source, quantise, fuse=fuse)
+    total = sum(planned.size_bytes for planned in tensors.values())
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path, path.name, total)
         partial.mkdir()
-        name = gguf.MODEL_ARCH_NAMES[architecture.gguf_name]
         writer = gguf.GGUFWriter(
             partial / path.name,
-            name,
+            gguf.MODEL_ARCH_NAMES[architecture.gguf_name],
             split_max_size=split_bytes,
             small_first_shard=first_part_empty,
         )
         architecture.describe(writer)
-        for tensor_name, planned in plan.items():
-            writer.add_tensor_info(
-                tensor_name, planned.shape, np.dtype(np.float32), planned.size_bytes, planned.kind
-            )
+        for name, planned in tensors.items():
+            shape, size = planned.shape, planned.size_bytes
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, planned.kind)
         done = 0
         with ExitStack() as stack:
             places = _write_heads(writer, stack)
-            for count in _write_tensors(source, architecture, convert, places):
+            for count in _write_tensors(source, architecture, places, fuse):
                 done += count
                 progress(done, total)
             for descriptor in {place.descriptor for place in places.values()}:
@@ -137,34 +133,42 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _plan(
-    source: Weights,
-    architecture: Architecture,
-    convert: Callable[[Parameters], Parameters],
-    recipe: quantisation.Recipe,
-) -> dict[str, _Planned]:
-    """Every tensor of the file, by name: other tensors first, then each layer's experts."""
+def _refuse_taken(path: Path) -> None:
+    with reading(path.parent):
+        parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-?????-of-?????.gguf"))
+        taken = [path] if path.exists() else parts
+    if taken:
+        raise FlashMoEError(f"{taken[0]} is there already: name a new file")
 
-    def planned(name: str, shape: tuple[int, ...], *, vectors: bool = False) -> _Planned:
+
+def plan(source: Weights, quantise: str, *, fuse: bool = False) -> dict[str, Planned]:
+    """Every tensor of the file by name, in order: each layer's experts after all others.
+
+    The parameters are those of `write`, and so are the errors raised.
+    """
+    architecture = architectures.of(source.config.to_dict())
+    recipe = quantisation.recipe(quantise)
+    tensors = {}
+
+    def add(name: str, shape: tuple[int, ...], *, vectors: bool = False) -> None:
         kind = recipe.kind(
             name, shape, architecture.layers, architecture.n_experts, vectors=vectors
         )
-        return _Planned(shape, kind)
+        tensors[name] = Planned(shape, kind)
 
-    plan = {}
     for key, shape in source.dense_shapes().items():
         for name, tensor in architecture.dense(key, torch.empty(shape, device="meta")):
-            plan[name] = planned(name, tuple(tensor.shape))
+            add(name, tuple(tensor.shape))
     for layer in source.description.layers:
         parameters = {
             name: torch.empty(shape, dtype=dtype, device="meta")
             for name, (dtype, shape) in layer.parameters.items()
         }
-        for name, tensor in convert(parameters).items():
-            name = f"{_block(layer.module)}.{name}"
+        for name, tensor in architecture.expert(parameters, fuse=fuse).items():
             shape = (layer.n_experts, *tensor.shape)
-            plan[name] = planned(name, shape, vectors=tensor.dim() == 1)
-    return plan
+            add(f"{_block(layer.module)}.{name}", shape, vectors=tensor.dim() == 1)
+    quantisation.check({planned.kind for planned in tensors.values()})
+    return tensors
 
 
 def _block(module_name: str) -> str:
@@ -195,10 +199,7 @@ def _write_heads(writer: gguf.GGUFWriter, stack: ExitStack) -> dict[str, _Place]
 
 
 def _write_tensors(
-    source: Weights,
-    architecture: Architecture,
-    convert: Callable[[Parameters], Parameters],
-    places: dict[str, _Place],
+    source: Weights, architecture: Architecture, places: dict[str, _Place], fuse: bool
 ) -> Iterator[int]:
     """Yields the bytes that were written, each time."""
     for key, tensor in source.dense():
@@ -208,7 +209,8 @@ def _write_tensors(
     def write_expert(module_name: str, expert: int) -> int:
         """Experts of a layer lie side by side in each of its tensors."""
         count = 0
-        for name, values in convert(source.expert(module_name, expert)).items():
+        parameters = architecture.expert(source.expert(module_name, expert), fuse=fuse)
+        for name, values in parameters.items():
             place = places[f"{_block(module_name)}.{name}"]
             size = quantisation.size_bytes(tuple(values.shape), place.kind)
             count += place.write(values, expert * size)

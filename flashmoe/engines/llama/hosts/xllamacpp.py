@@ -10,7 +10,7 @@ import xllamacpp
 from flashmoe.engines.llama.attachment import Attachment
 from flashmoe.engines.llama.expert_tensors import parts_of
 from flashmoe.engines.llama.hooks import ON, PYTHON
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 
 
 def serve(
@@ -31,7 +31,8 @@ def serve(
     library = Path(xllamacpp.xllamacpp.__file__).resolve()
     attachment = Attachment(library, library, memory=memory, policy=policy, warm=warm)
     # all parts of a split file, because the constructor maps them where we cannot be asked
-    streams = [attachment.add_file(part) for part in parts_of(attachment.ggml, model)]
+    with reading(model):
+        streams = [attachment.add_file(part) for part in parts_of(attachment.ggml, model)]
     common = xllamacpp.CommonParams()
     common.model.path = str(model)
     common.fit_params = False

@@ -22,7 +22,7 @@ class GptOss(Architecture):
     def dense(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().dense(f"{name}.weight" if name.endswith(".sinks") else name, tensor)
 
-    def expert(self, parameters: Parameters) -> Parameters:
+    def parts(self, parameters: Parameters) -> Parameters:
         """Of transformers' [in, out], gate and up alternating, this makes [out, in] of each."""
         both, bias = parameters["gate_up_proj"].T, parameters["gate_up_proj_bias"]
         return {
