@@ -37,6 +37,8 @@ def ask(address: str, prompt: str) -> dict[str, Any]:
     body = {
         "prompt": prompt, "n_predict": 12, "temperature": 0, "n_probs": 3, "ignore_eos": True,
         "cache_prompt": False, "return_tokens": True,
+        # of a character in several bytes the server does not tell each one's rivals
+        "logit_bias": [[byte, False] for byte in range(128, 256)],
     }  # fmt: skip
     request = urllib.request.Request(
         f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}

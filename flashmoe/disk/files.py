@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.util.sizes import format_bytes
+
+_FREE_SHARE = 1.02  # of the bytes: headers, indices and the file system's own need some
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -52,6 +56,17 @@ def check_replaceable(path: Path) -> None:
         obstacle = error.strerror or str(error)
     if obstacle:
         raise FlashMoEError(f"{path} cannot be written: {obstacle}")
+
+
+def check_room(path: Path, what: str, size_bytes: int) -> None:
+    """Raises FlashMoEError where the disk that is to hold `path` is too small for `what`."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < size_bytes * _FREE_SHARE:
+        raise FlashMoEError(
+            f"{path}: {what} takes {format_bytes(size_bytes)} and the disk has "
+            f"{format_bytes(free_bytes)} free"
+        )
 
 
 def is_inside(name: object, *, subfolders: bool) -> bool:

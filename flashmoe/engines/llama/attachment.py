@@ -82,6 +82,7 @@ class Attachment:
         self.hooks = Hooks(self.ggml, self._observe, self._prepare, self._decide)
         self.hooks.switches[CHECKING] = 1
         self._files: list[tuple[ModelFile, GGUFContents]] = []
+        self._has_experts = False  # the model of the last file
         self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
         self._layers: dict[int, int] = {}  # the cache's number of a layer, by the file's
         self._events_seen: set[int] = set()  # numbers of layers
@@ -104,9 +105,12 @@ class Attachment:
     def _replace(self, path: Path, status: os.stat_result) -> ModelFile | None:
         """Memory of our own for the pages of a GGUF file with experts."""
         contents = contents_of(self.ggml, path)
-        if contents is None or not contents.tensors:
-            if contents:
-                self.tell(f"{path} has no experts: it is mapped as without FlashMoE")
+        if contents is None:
+            return None
+        if contents.part == 0:
+            self._has_experts = contents.top_k > 0  # a split file's later parts do not say it
+        if not contents.tensors and not (self._has_experts and contents.parts > 1):
+            self.tell(f"{path} has no experts: it is mapped as without FlashMoE")
             return None
         if any(tensor.name in self._tensors for tensor in contents.tensors):
             raise FlashMoEError(
@@ -123,8 +127,11 @@ class Attachment:
     def _check_budget(self, contents: GGUFContents) -> None:
         """Raises FlashMoEError, before anything is read, for a budget that is surely too small."""
         one_layer = max(
-            sum(t.size_bytes for t in contents.tensors if t.layer == layer)
-            for layer in {tensor.layer for tensor in contents.tensors}
+            (
+                sum(t.size_bytes for t in contents.tensors if t.layer == layer)
+                for layer in {tensor.layer for tensor in contents.tensors}
+            ),
+            default=0,
         )
         if self.memory != "auto" and parse_bytes(self.memory) < one_layer:
             raise FlashMoEError(
@@ -202,9 +209,9 @@ class Attachment:
         rows = self._ids(choice)
         if self.engine is None:
             self._start()
-        if self.engine is None or not len(rows):
-            return
-        if self.hooks.switches[CHECKING] and number in self._layers:
+        if self.engine is None or not len(rows) or number not in self._layers:
+            return  # a layer without tensors of ours was read with the dense part
+        if self.hooks.switches[CHECKING]:
             self._end_checking(number)
         self._events_seen.add(number)
         self.engine.experts.check_unchanged()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,11 @@ _SIGNATURES = {
     "gguf_get_tensor_size": (c_size_t, [c_void_p, c_int64]),
     "gguf_get_tensor_ne": (POINTER(c_int64), [c_void_p, c_int64]),
     "gguf_find_key": (c_int64, [c_void_p, c_char_p]),
-    "gguf_get_val_u32": (c_uint32, [c_void_p, c_int64]),
+    "gguf_get_kv_type": (c_int, [c_void_p, c_int64]),
+    "gguf_get_arr_type": (c_int, [c_void_p, c_int64]),
+    "gguf_get_arr_n": (c_size_t, [c_void_p, c_int64]),
+    "gguf_get_arr_data": (c_void_p, [c_void_p, c_int64]),
+    "gguf_get_val_data": (c_void_p, [c_void_p, c_int64]),
     "gguf_get_val_str": (c_char_p, [c_void_p, c_int64]),
 }
 

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from flashmoe.engines.llama.ggml import GGML
 
-_MOST_FILES = 64
+_MOST_FILES = 1024  # parts of split models
 ON, FAILED, CHECKING, PYTHON, ASIDE = 0, 1, 2, 3, 4  # positions in `Switches`
 _DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
 _CHOICE = tuple(b"ffn_moe_topk-")

@@ -8,8 +8,9 @@ from typing import Any
 import xllamacpp
 
 from flashmoe.engines.llama.attachment import Attachment
+from flashmoe.engines.llama.expert_tensors import parts_of
 from flashmoe.engines.llama.hooks import ON, PYTHON
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 
 
 def serve(
@@ -24,12 +25,14 @@ def serve(
 
     memory, policy, warm: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
         such as n_ctx and n_parallel.
-    Raises FlashMoEError when the file has no experts or cannot be streamed.
+    A model without experts runs as without FlashMoE. Raises FlashMoEError when the file cannot be
+    read, or its experts not be streamed.
     """
     library = Path(xllamacpp.xllamacpp.__file__).resolve()
     attachment = Attachment(library, library, memory=memory, policy=policy, warm=warm)
-    if not attachment.add_file(model):
-        raise FlashMoEError(f"{model} has no experts to stream: run it without FlashMoE")
+    # all parts of a split file, because the constructor maps them where we cannot be asked
+    with reading(model):
+        streams = [attachment.add_file(part) for part in parts_of(attachment.ggml, model)]
     common = xllamacpp.CommonParams()
     common.model.path = str(model)
     common.fit_params = False
@@ -39,6 +42,9 @@ def serve(
     # see what their memory can do; what is computed then is thrown away.
     switches = attachment.hooks.switches
     switches[[ON, PYTHON]] = 0
-    server = xllamacpp.Server(common)
-    switches[[ON, PYTHON]] = 1
+    try:
+        server = xllamacpp.Server(common)
+    except RuntimeError as error:
+        raise FlashMoEError(f"{model} was not loaded ({error}): llama.cpp says above why") from None
+    switches[[ON, PYTHON]] = any(streams)
     return server, attachment

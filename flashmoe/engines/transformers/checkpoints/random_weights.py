@@ -34,12 +34,17 @@ class RandomWeights:
             for name, p in parameters.items()
         }
 
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that `dense` yields, by name."""
+        expert_names = moe_modules.expert_parameter_names(self.model)
+        state = self.model.state_dict()
+        return {n: tuple(t.shape) for n, t in state.items() if n not in expert_names}
+
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that belongs to no expert, with its name in the model, one at a time."""
-        expert_names = moe_modules.expert_parameter_names(self.model)
-        for name, tensor in self.model.state_dict().items():
-            if name not in expert_names:
-                yield name, self._draw(name, tuple(tensor.shape), tensor.dtype)
+        state = self.model.state_dict()
+        for name, shape in self.dense_shapes().items():
+            yield name, self._draw(name, shape, state[name].dtype)
 
     def forget_pages(self) -> None:
         """There are none: nothing is read from a file."""

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 
+from flashmoe.disk.files import check_room
 from flashmoe.disk.shards import header
 from flashmoe.engines.transformers.checkpoints.named_models import DTYPE_OPTIONS, config_of
 from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights, blocks
@@ -26,10 +27,8 @@ from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.quant import NONE
 from flashmoe.store.writer import Progress, Source, write_store
-from flashmoe.util.sizes import format_bytes
 
 SHARD_BYTES = 2 << 30  # of tensors, at most, in one file of a checkpoint, unless one is larger
-_FREE_SHARE = 1.02  # of the weights' bytes: headers, index and the file system's own need some
 
 
 def synthesise(
@@ -53,7 +52,7 @@ def synthesise(
     sizes = {key: math.prod(shape) * torch_dtype.itemsize for key, shape in shapes.items()}
     total = sum(sizes.values())
     directory = directory.absolute()
-    _check_room(directory, name, total)
+    check_room(directory, name, total)
     partial = directory.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         partial.mkdir(parents=True)
@@ -116,17 +115,6 @@ def _refuse_occupied(directory: Path) -> None:
         occupied = directory.exists() and any(directory.iterdir())
     if occupied:
         raise FlashMoEError(f"{directory} is not empty: name a new directory")
-
-
-def _check_room(directory: Path, name: str, total_bytes: int) -> None:
-    """Raises FlashMoEError where the disk that is to hold `directory` is too small."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < total_bytes * _FREE_SHARE:
-        raise FlashMoEError(
-            f"{directory}: {name} takes {format_bytes(total_bytes)} and the disk has "
-            f"{format_bytes(free_bytes)} free"
-        )
 
 
 def _divide(sizes: dict[str, int]) -> list[list[str]]:
