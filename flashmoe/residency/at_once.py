@@ -67,13 +67,19 @@ class AtOnce:
                 read.result()
         except BaseException:
             wait(reads)
-            pool = residency.pools.of(layer)
-            for expert in experts:
-                self._drop(layer, expert)
-                if pool.slot_of(layer)[expert] >= 0:
-                    pool.cache.forget(pool.first_key(layer) + expert)
+            self._forget(layer, experts)
             raise
         residency.timings.wait_seconds += time.perf_counter() - started
+
+    def _forget(self, layer: int, experts: list[int]) -> None:
+        """Empty the places that a failed read may have spoilt, with their neighbours' pages."""
+        pool = self.residency.pools.of(layer)
+        spoilt = {expert + step for expert in experts for step in (-1, 0, 1)}
+        for expert in sorted(spoilt & set(range(pool.n_experts))):
+            self._present[layer].discard(expert)
+            self._drop(layer, expert)
+            if pool.slot_of(layer)[expert] >= 0:
+                pool.cache.forget(pool.first_key(layer) + expert)
 
     def _empty_but(self, layer: int, needed: set[int]) -> None:
         """Give back what is present, but neither resident nor `needed`."""
