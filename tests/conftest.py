@@ -77,6 +77,22 @@ def large_store(tmp_path_factory) -> Path:
     return folder / "store"
 
 
+@pytest.fixture(scope="session")
+def gguf_files(tmp_path_factory):
+    """A tiny model as a GGUF file, by family and scheme; made once."""
+    from harness import tiny_gguf
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str = "olmoe", scheme: str = "int4") -> Path:
+        if (family, scheme) not in made:
+            path = tmp_path_factory.mktemp("gguf") / f"{family}-{scheme}.gguf"
+            made[family, scheme] = tiny_gguf.write(path, family, scheme)
+        return made[family, scheme]
+
+    return get
+
+
 @pytest.fixture(params=["in groups", "in pieces"])
 def reading(request, monkeypatch):
     """Small extents are read in groups; in pieces only large ones, or all for this test."""

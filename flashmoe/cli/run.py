@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from flashmoe.engines.llama.hosts import flags, program
     from flashmoe.residency import warm_start
 
-    flags.check(arguments.arguments)
+    flags.check(Path(arguments.program).name, arguments.arguments)
     if arguments.warm:
         files.check_replaceable(arguments.warm)
     library = program.find(arguments.program)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 
 import numpy as np
 
+from flashmoe.errors import FlashMoEError
 from flashmoe.reading.reader import Extent
 from flashmoe.residency.places import Expert, FilledPlaces, Places
 from flashmoe.residency.residency import Residency
@@ -54,6 +55,12 @@ class AtOnce:
             if likely and residency.prefetcher.pays:
                 self._guess(layer, keep, likely, lend=len(needed) > pool.cache.n_slots)
             self._wait_for(layer, reads)
+            self._collect(layer)  # nothing is written to this layer's pages while it computes
+            if any(expert not in filled for expert in needed):
+                raise FlashMoEError(
+                    f"{residency.reader.backend.path}: a read ahead failed, beside experts that "
+                    f"MoE layer {layer} needs now"
+                )
             residency.timings.total_seconds += residency.timings.since(started, "layer")
 
     def _make_room(self, layer: int, missing: list[int], keep: set[Expert]) -> None:
@@ -130,6 +137,8 @@ class AtOnce:
             if extent.arrived.done():
                 del self._leaving[key]
                 self.filled.empty(*key)
+                if extent.error:
+                    self._forget(key[0], [key[1]])
                 if extent.bytes_read:
                     self.residency.prefetcher.record.add_wrong(extent.bytes_read)
 
@@ -140,13 +149,18 @@ class AtOnce:
                 read.result()
         except BaseException:  # a failed read, or Ctrl-C
             wait(reads.values())
-            pool = self.residency.pools.of(layer)
-            for expert in reads:
-                self.filled.empty(layer, expert)
-                if pool.slot_of(layer)[expert] >= 0:
-                    pool.cache.forget(pool.first_key(layer) + expert)
+            self._forget(layer, reads)
             raise
         self.residency.timings.wait_seconds += time.perf_counter() - started
+
+    def _forget(self, layer: int, experts: Iterable[int]) -> None:
+        """Empty the places that a failed read may have spoilt: its own, and its neighbours'."""
+        pool = self.residency.pools.of(layer)
+        spoilt = {expert + step for expert in experts for step in (-1, 0, 1)}
+        for expert in sorted(spoilt.intersection(range(pool.n_experts))):
+            self.filled.empty(layer, expert)
+            if pool.slot_of(layer)[expert] >= 0:
+                pool.cache.forget(pool.first_key(layer) + expert)
 
     def take_stock(self) -> None:
         """After a restore, a reset or a resize: filled is what is resident, and nothing else."""

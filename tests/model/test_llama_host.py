@@ -33,15 +33,45 @@ def test_a_library_that_is_none_is_refused(tmp_path):
     "words",
     [
         ["--no-mmap"], ["-m", "x.gguf", "--load-mode", "none"], ["-lm", "dio"],
-        ["--load-mode=mlock"], ["--models-dir", "models"],
+        ["--load-mode=mlock"], ["--models-dir", "models"], ["-m", "x.gguf", "--check-tensors"],
+        ["-m", "x.gguf", "--direct-io"], ["--mmap", "0"], ["-lm", "mmap,none"],
     ],
 )  # fmt: skip
 def test_arguments_that_read_every_expert_are_refused(capfd, words):
     assert "under FlashMoE" in refused(capfd, "run", "llama-server", *words)
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LLAMA_ARG_LOAD_MODE": "none"}, {"LLAMA_ARG_MMAP": "false"}, {"LLAMA_ARG_NO_MMAP": "1"},
+        {"LLAMA_ARG_MODELS_DIR": "models"},
+    ],
+)  # fmt: skip
+def test_the_same_said_by_the_environment_is_refused(capfd, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capfd, "run", "llama-server", "-m", "x.gguf")
+    assert f"leave out {next(iter(variables))}" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--port", "80"], ["--spec-default"]])
+def test_a_server_without_a_model_is_a_router_and_refused(capfd, words):
+    assert "without one it is a router" in refused(capfd, "run", "/x/llama-server", *words)
+
+
+@pytest.mark.parametrize(
+    "words", [["-hf", "a/b"], ["--model=x"], ["--version"], ["--gpt-oss-20b-default"]]
+)
+def test_a_server_that_is_no_router_is_let_through(words):
+    flags.check("llama-server", words, {})
+
+
 def test_other_arguments_are_the_programs_own():
-    flags.check(["-m", "x.gguf", "--load-mode", "mmap", "--mlock", "-lm", "mmap+mlock", "-c", "1"])
+    words = ["-m", "x.gguf", "--load-mode", "mmap", "--mlock", "-lm", "mmap+mlock", "-c", "1"]
+    flags.check("llama-server", words, {"LLAMA_ARG_LOAD_MODE": "auto", "LLAMA_ARG_MMAP": "1"})
+    flags.check("llama-server", [], {"LLAMA_ARG_MODEL": "x.gguf"})
+    flags.check("llama-bench", [], {})
 
 
 def a_layer(extent_bytes: int, n_experts: int) -> LayerSpec:
