@@ -42,6 +42,21 @@ class LlamaEngine(Engine):
         self.experts = experts
         self.at_once = AtOnce(self.residency, experts.extent, experts.drop)
 
+    def check_usable(self) -> None:
+        """Raises FlashMoEError when the engine was closed, OSError when a file changed."""
+        self._check_open()
+        self.experts.check_unchanged()
+
+    def close(self) -> None:
+        """Free slots, threads and descriptors; not during generation. The model fails afterwards.
+
+        What is not of experts stays until the model itself is gone.
+        """
+        with self.lock:
+            super().close()
+            for file in self.experts.files:
+                file.drop_experts()
+
     def resize(self, memory: int | str) -> None:
         super().resize(memory)
         self.at_once.empty_all()

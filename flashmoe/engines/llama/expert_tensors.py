@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.engines.llama.ggml import GGML, _GGUFParameters
+from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.gguf_head import read_head
 from flashmoe.errors import FlashMoEError
 
 _NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
@@ -42,38 +43,17 @@ def contents_of(ggml: GGML, path: Path) -> GGUFContents | None:
 
     Raises FlashMoEError for experts that are laid out in a way that is not understood.
     """
-    lib = ggml.library
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            return None
-    context = lib.gguf_init_from_file(str(path).encode(), _GGUFParameters(True, None))
-    if not context:
+    head = read_head(ggml, path)
+    if head is None:
         return None
-    try:
-        architecture = _text(lib, context, "general.architecture")
-        top_k = _number(lib, context, f"{architecture}.expert_used_count")
-        data_offset = lib.gguf_get_data_offset(context)
-        tensors = []
-        for number in range(lib.gguf_get_n_tensors(context)):
-            name = lib.gguf_get_tensor_name(context, number).decode(errors="replace")
-            if match := _NAME.fullmatch(name):
-                n_experts = int(lib.gguf_get_tensor_ne(context, number)[2])
-                size = int(lib.gguf_get_tensor_size(context, number))
-                offset = data_offset + int(lib.gguf_get_tensor_offset(context, number))
-                if n_experts < 1 or size % n_experts:
-                    raise FlashMoEError(f"{path}: {name} cannot be divided into its experts")
-                layer, kind = int(match[1]), match[2]
-                tensors.append(ExpertTensor(name, layer, kind, offset, size, n_experts))
-        return GGUFContents(architecture, top_k, tuple(tensors))
-    finally:
-        lib.gguf_free(context)
-
-
-def _text(lib, context: int, key: str) -> str:  # type: ignore[no-untyped-def]
-    number = lib.gguf_find_key(context, key.encode())
-    return lib.gguf_get_val_str(context, number).decode() if number >= 0 else ""
-
-
-def _number(lib, context: int, key: str) -> int:  # type: ignore[no-untyped-def]
-    number = lib.gguf_find_key(context, key.encode())
-    return int(lib.gguf_get_val_u32(context, number)) if number >= 0 else 0
+    tensors = []
+    for place in head.tensors:
+        if match := _NAME.fullmatch(place.name):
+            n_experts, size = place.shape[2], place.size_bytes
+            if n_experts < 1 or size % n_experts:
+                raise FlashMoEError(f"{path}: {place.name} cannot be divided into its experts")
+            layer, kind = int(match[1]), match[2]
+            tensors.append(
+                ExpertTensor(place.name, layer, kind, place.offset_bytes, size, n_experts)
+            )
+    return GGUFContents(head.architecture, head.top_k, tuple(tensors))
