@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from flashmoe import trace
+from flashmoe.cache import simulate
 from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
 from harness.runs import gguf_file
 
@@ -121,3 +123,23 @@ def test_a_budget_below_a_layers_experts_is_one_sentence(gguf_files):
     )  # fmt: skip
     assert done.returncode != 0
     assert "memory=100KiB is too small: a prompt may need all experts of a layer" in done.stderr
+
+
+@pytest.mark.parametrize(("policy", "n_parallel"), [("lru", 1), ("learned", 3)])
+def test_a_recorded_run_replayed_gives_the_same_hits(gguf_files, tmp_path, policy, n_parallel):
+    """Prompts of several ubatches, of which the last layer computes one token, or none."""
+    path = tmp_path / "trace.npz"
+    memory = str(gguf_files("qwen3_moe").stat().st_size * 3 // 4)
+    job = dict(record=str(path), policy=policy, n_parallel=n_parallel, n_ubatch=32)
+    stats = run(gguf_files("qwen3_moe"), memory, **job)["stats"]
+    recorded = trace.load(path)
+    assert (recorded.n_layers, recorded.top_k, recorded.n_experts) == (LAYERS, TOP_K, EXPERTS)
+    assert recorded.computed[:, :-1].all()
+    last = [recorded.computed[step, -1] for step in recorded.steps(slice(0, len(recorded.step)))]
+    assert {int(rows.sum()) for rows in last} >= {0, 1}
+    assert max(len(rows) for rows in last) == 32
+    conditions = simulate.Conditions(as_recorded=True)
+    outcome = simulate.replay(recorded, policy, 1.0, conditions, stats["slots_per_layer"])
+    assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
+    assert recorded.info["slots"] == stats["slots_per_layer"] < EXPERTS
+    assert recorded.info["hits"] == stats["hits"] > 0

@@ -20,6 +20,7 @@ from flashmoe.engines.llama.recorder import Recorder
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency import rehearsal
+from flashmoe.trace import Trace
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # Without these there is nothing to stand on; the other imports differ between builds.
@@ -202,6 +203,18 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+
+    def trace(self, **info: object) -> Trace:
+        """What was recorded, with how to replay it to the same hits (see docs/llama.md).
+
+        Raises FlashMoEError where nothing was recorded.
+        """
+        if self.engine is None or self.recorder is None:
+            raise FlashMoEError("no trace: no token was computed")
+        stats = self.engine.snapshot()
+        counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
+        counts |= {"requests": stats.requests, "hits": stats.hits}
+        return self.recorder.trace({"model": self.engine.path.name} | counts | info)
 
     def detach(self) -> None:
         """End everything, when the program's model is gone: what is imported is the library's own.

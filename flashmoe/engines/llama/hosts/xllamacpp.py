@@ -18,16 +18,19 @@ def serve(
     memory: int | str,
     policy: str = "learned",
     warm: Path | None = None,
+    record: bool = False,
     **parameters: Any,
 ) -> tuple[Any, Attachment]:
     """A running `xllamacpp.Server` of this model, and what streams its experts.
 
-    memory, policy, warm: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
+    memory, policy, warm, record: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
         such as n_ctx and n_parallel.
     Raises FlashMoEError when the file has no experts or cannot be streamed.
     """
     library = Path(xllamacpp.xllamacpp.__file__).resolve()
-    attachment = Attachment(library, library, memory=memory, policy=policy, warm=warm)
+    attachment = Attachment(
+        library, library, memory=memory, policy=policy, warm=warm, record=record
+    )
     if not attachment.add_file(model):
         raise FlashMoEError(f"{model} has no experts to stream: run it without FlashMoE")
     common = xllamacpp.CommonParams()
