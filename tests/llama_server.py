@@ -109,7 +109,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         if "warm" in job:
             warm_start.save(attachment.engine.residency, Path(job["warm"]))
         if "record" in job:
-            attachment.trace(source="a test").save(job["record"])
+            attachment.engine.trace(source="a test").save(job["record"])
         result["stats"] = attachment.engine.stats()
         result["dense_bytes"] = backend.manifest.dense_bytes
         result["rss_bytes"] = sum(resident_bytes(f.base, f.base + f.size_bytes) for f in files)

@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
             warm_start.save(engine.residency, arguments.warm)
         if engine and arguments.stats:
             print(json.dumps(engine.stats()), file=sys.stderr)
-        if arguments.record:
-            attachment.trace(source="flashmoe run").save(arguments.record)
+        if engine and arguments.record:
+            engine.trace(source="flashmoe run").save(arguments.record)
     sys.stdout.flush()
     sys.stderr.flush()
     # not sys.exit: the program's own threads and buffers end as they would without us

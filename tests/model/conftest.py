@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 import transformers
 from tiny import make_checkpoint
 
@@ -32,3 +33,17 @@ def load(request, tmp_path):
     yield get
     for model in models:
         model.flashmoe.close()
+
+
+@pytest.fixture(scope="session")
+def gguf_files(tmp_path_factory):
+    """A tiny model as a GGUF file, by family and scheme; made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str = "olmoe", scheme: str = "int4") -> Path:
+        if (family, scheme) not in made:
+            path = tmp_path_factory.mktemp("gguf") / f"{family}-{scheme}.gguf"
+            made[family, scheme] = tiny_gguf.write(path, family, scheme)
+        return made[family, scheme]
+
+    return get

@@ -9,42 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
+from tiny_gguf import EXPERTS, LAYERS, TOP_K
 
 from flashmoe import trace
 from flashmoe.cache import simulate
-from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
-from harness.runs import gguf_file
 
 TESTS = Path(__file__).parents[1]
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
-EXPERTS, TOP_K, LAYERS = 16, 4, 4
-FAMILIES = {
-    "olmoe": dict(num_experts=EXPERTS, num_key_value_heads=4),
-    "qwen3_moe": dict(
-        num_experts=EXPERTS, num_key_value_heads=2, moe_intermediate_size=128, head_dim=64
-    ),
-}
-
-
-@pytest.fixture(scope="session")
-def gguf_files(tmp_path_factory):
-    """A tiny model as a GGUF file, by family and scheme; made once."""
-    made: dict[tuple[str, str], Path] = {}
-
-    def get(family: str = "olmoe", scheme: str = "int4") -> Path:
-        if (family, scheme) not in made:
-            config = transformers.AutoConfig.for_model(
-                family, hidden_size=256, intermediate_size=128, num_hidden_layers=LAYERS,
-                num_attention_heads=4, num_experts_per_tok=TOP_K, vocab_size=512,
-                max_position_embeddings=2048, **FAMILIES[family],
-            )  # fmt: skip
-            path = tmp_path_factory.mktemp("gguf") / f"{family}-{scheme}.gguf"
-            gguf_file.write(RandomWeights(config, 0), path, scheme)
-            made[family, scheme] = path
-        return made[family, scheme]
-
-    return get
 
 
 def run(model: Path, memory: str | None, **job: object) -> dict:

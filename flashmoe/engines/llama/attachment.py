@@ -16,11 +16,9 @@ from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import CHECKING, FAILED, ON, PYTHON, Hooks
 from flashmoe.engines.llama.model_file import ModelFile
-from flashmoe.engines.llama.recorder import Recorder
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency import rehearsal
-from flashmoe.trace import Trace
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # Without these there is nothing to stand on; the other imports differ between builds.
@@ -55,8 +53,8 @@ class Attachment:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
         memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
-        when an earlier run ended, if it is there. record: `recorder` gets every event. tell: gets
-        what the user should know.
+        when an earlier run ended, if it is there. record: every event, for `engine.trace`. tell:
+        gets what the user should know.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
@@ -65,7 +63,6 @@ class Attachment:
         self.warm = warm
         self.record = record
         self.failure = ""  # of the last request that failed; whoever asks empties it
-        self.recorder: Recorder | None = None
         self.tell = tell
         self.engine: LlamaEngine | None = None
         self.ggml = GGML(str(ggml_library))
@@ -175,10 +172,7 @@ class Attachment:
         if self.hooks.switches[CHECKING] and number in self._layers:
             self._end_checking(number)
         self._events_seen.add(number)
-        self.engine.check_usable()
-        if self.recorder:
-            self.recorder.note(self._layers[number], rows)
-        self.engine.at_once.make_ready(self._layers[number], rows)
+        self.engine.make_ready(self._layers[number], rows)
 
     def start(self) -> None:
         """Make the engine: at the first event, or when the program has all its memory.
@@ -194,7 +188,7 @@ class Attachment:
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.engine = LlamaEngine(experts, self.memory, self.policy)
         if self.record:
-            self.recorder = Recorder(experts.manifest)
+            self.engine.record()
         if self.warm and self.warm.exists():
             self.engine.at_once.restore(self.warm)
         stats, first = self.engine.snapshot(), experts.manifest.layers[0]
@@ -203,18 +197,6 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
-
-    def trace(self, **info: object) -> Trace:
-        """What was recorded, with how to replay it to the same hits (see docs/llama.md).
-
-        Raises FlashMoEError where nothing was recorded.
-        """
-        if self.engine is None or self.recorder is None:
-            raise FlashMoEError("no trace: no token was computed")
-        stats = self.engine.snapshot()
-        counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
-        counts |= {"requests": stats.requests, "hits": stats.hits}
-        return self.recorder.trace({"model": self.engine.path.name} | counts | info)
 
     def detach(self) -> None:
         """End everything, when the program's model is gone: what is imported is the library's own.

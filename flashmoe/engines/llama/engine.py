@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.llama.recorder import Recorder
+from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import budget
 from flashmoe.residency.at_once import AtOnce
+from flashmoe.trace import Trace
 from flashmoe.util.sizes import parse_bytes
 
 # The program has its caches and buffers by then; some are not touched yet.
@@ -40,12 +44,37 @@ class LlamaEngine(Engine):
             whole_events=True,
         )
         self.experts = experts
+        self._recorder: Recorder | None = None
         self.at_once = AtOnce(self.residency, experts.extent, experts.drop)
 
-    def check_usable(self) -> None:
-        """Raises FlashMoEError when the engine was closed, OSError when a file changed."""
-        self._check_open()
-        self.experts.check_unchanged()
+    def make_ready(self, layer: int, rows: np.ndarray) -> None:
+        """As `AtOnce.make_ready`, recorded where that was asked for.
+
+        Raises FlashMoEError besides when the engine was closed, OSError when a file changed.
+        """
+        with self.lock:
+            self._check_open()
+            self.experts.check_unchanged()
+            if self._recorder:
+                self._recorder.note(layer, rows)
+            self.at_once.make_ready(layer, rows)
+
+    def record(self) -> Recorder:
+        """Record which experts are chosen, from now on and from nothing."""
+        self._recorder = Recorder(self.manifest)
+        return self._recorder
+
+    def trace(self, **info: object) -> Trace:
+        """What was recorded, and how to replay it to the same hits (see docs/llama.md).
+
+        info: what else to say of it in the file. Raises FlashMoEError where nothing was recorded.
+        """
+        if self._recorder is None:
+            raise FlashMoEError("no trace: call record() before what is to be recorded")
+        stats = self.snapshot()
+        counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
+        counts |= {"requests": stats.requests, "hits": stats.hits}
+        return self._recorder.trace({"model": self.path.name} | counts | info)
 
     def close(self) -> None:
         """Free slots, threads and descriptors; not during generation. The model fails afterwards.

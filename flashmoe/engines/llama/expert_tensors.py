@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.gguf_head import read_head
+from flashmoe.engines.llama.gguf_head import GGUFHead, read_head
 from flashmoe.errors import FlashMoEError
 
 _NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
@@ -46,6 +46,11 @@ def contents_of(ggml: GGML, path: Path) -> GGUFContents | None:
     head = read_head(ggml, path)
     if head is None:
         return None
+    return GGUFContents(head.architecture, head.top_k, expert_tensors(path, head))
+
+
+def expert_tensors(path: Path, head: GGUFHead) -> tuple[ExpertTensor, ...]:
+    """Those of a file that hold experts. Raises FlashMoEError where one does not divide."""
     tensors = []
     for place in head.tensors:
         if match := _NAME.fullmatch(place.name):
@@ -56,4 +61,4 @@ def contents_of(ggml: GGML, path: Path) -> GGUFContents | None:
             tensors.append(
                 ExpertTensor(place.name, layer, kind, place.offset_bytes, size, n_experts)
             )
-    return GGUFContents(head.architecture, head.top_k, tuple(tensors))
+    return tuple(tensors)

@@ -28,6 +28,7 @@ _SIGNATURES = {
     "ggml_get_data": (c_void_p, [c_void_p]),
     "ggml_get_tensor": (c_void_p, [c_void_p, c_char_p]),
     "ggml_nbytes": (c_size_t, [c_void_p]),
+    "ggml_type_size": (c_size_t, [c_int]),
     "ggml_validate_row_data": (c_bool, [c_int, c_void_p, c_size_t]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),

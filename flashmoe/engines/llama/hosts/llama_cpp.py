@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +31,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vocab_only": (bool, "vocab_only=True loads no experts"),
 }
 _open: weakref.WeakSet[Any] = weakref.WeakSet()  # models, until they are closed
+_loading = threading.Lock()
 _hooks_left: list[Hooks] = []  # a model without experts may still call them
 
 
@@ -37,22 +41,28 @@ def load(
     memory: int | str,
     policy: str = "learned",
     warm: Path | None = None,
-    record: bool = False,
     package: str | None = None,
     **arguments: Any,
 ) -> Any:
     """A `llama_cpp.Llama` whose experts stay on the SSD; `.flashmoe` is its engine.
 
-    memory, policy, warm, record: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose class
+    memory, policy, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose class
         is IkLlama); default: the first of them that is installed. arguments: the class's own.
     One model at a time. Raises FlashMoEError when no package is installed, another model is open,
     the file has no experts or cannot be streamed, or an argument would read every expert.
     """
     name = _choose(package)
-    model_class = _streamed(name)
-    _check(model_class, arguments)
+    _check(_streamed(name), arguments)
+    with _loading:
+        return _load(path, name, arguments, memory=memory, policy=policy, warm=warm)
+
+
+def _load(path: Path, name: str, arguments: dict[str, Any], **options: Any) -> Any:
+    """options: of `Attachment`."""
     if _open:
-        raise FlashMoEError(f"close {next(iter(_open)).flashmoe.path} before you load another file")
+        gc.collect()  # a model that nothing refers to but itself is no hindrance
+    for model in _open:
+        raise FlashMoEError(f"close {model.flashmoe.path} before you load another file")
     folder = Path(importlib.import_module(name).__file__ or "").parent
     llama = loaded(f"{folder}/lib/libllama") or loaded("/libllama.so")
     beside = llama.parent if llama else folder
@@ -61,16 +71,14 @@ def load(
     if llama is None or ggml is None:
         raise FlashMoEError(f"{name} is installed without its libraries: install it again")
     said: list[str] = []
-    attachment = Attachment(
-        llama, ggml, memory=memory, policy=policy, warm=warm, record=record, tell=said.append
-    )
+    attachment = Attachment(llama, ggml, **options, tell=said.append)
     try:
         if not attachment.add_file(path):
             raise FlashMoEError(f"{path} has no experts to stream: load it with {name} itself")
-        return model_class(attachment, said, str(path), arguments)
     except BaseException:
         _detach(attachment)
         raise
+    return _streamed(name)(attachment, said, str(path), arguments)
 
 
 def _choose(package: str | None) -> str:
@@ -82,18 +90,17 @@ def _choose(package: str | None) -> str:
             return name
     wanted = "ik-llama-cpp-python" if package == "ik_llama_cpp" else "'flashmoe-ssd[llama]'"
     raise FlashMoEError(
-        f"{package or 'llama_cpp'} is not installed, which computes GGUF files: pip install {wanted}"
+        f"{package or 'llama_cpp'}, which computes GGUF files, is not installed: "
+        f"pip install {wanted}"
     )
 
 
-def _check(model_class: type, arguments: Mapping[str, Any]) -> None:
+def _check(model_class: Any, arguments: Mapping[str, Any]) -> None:
     """Raises FlashMoEError for arguments that the class does not have or FlashMoE cannot bear."""
-    known = inspect.signature(model_class.__mro__[1].__init__).parameters
+    known = inspect.signature(model_class.__base__).parameters
     for name, value in arguments.items():
         if name not in known:
-            raise FlashMoEError(
-                f"{model_class.__mro__[1].__name__} has no argument {name!r}: leave it out"
-            )
+            raise FlashMoEError(f"{model_class.__name__} has no argument {name!r}: leave it out")
         if name in _REFUSED and _REFUSED[name][0](value):
             raise FlashMoEError(f"leave out {name} under FlashMoE: {_REFUSED[name][1]}")
 
@@ -118,15 +125,19 @@ def _streamed(package: str) -> Any:
             self._attachment: Attachment | None = attachment
             try:
                 super().__init__(path, **arguments)
+                attachment.start()
             except (ValueError, RuntimeError) as error:  # a file that the package cannot load
                 raise FlashMoEError(said[-1] if said else f"{path}: {error}") from None
-            attachment.start()
-            self.flashmoe = attachment.engine
+            finally:
+                self.flashmoe = attachment.engine
+                if attachment.engine is None:
+                    self.close()
             _open.add(self)
 
         def close(self) -> None:
             """End the model and its engine."""
-            super().close()
+            with suppress(AttributeError):  # of a model that was never built
+                super().close()
             attachment, self._attachment = getattr(self, "_attachment", None), None
             if attachment:
                 _detach(attachment)

@@ -23,8 +23,8 @@ def serve(
 ) -> tuple[Any, Attachment]:
     """A running `xllamacpp.Server` of this model, and what streams its experts.
 
-    memory, policy, warm, record: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
-        such as n_ctx and n_parallel.
+    memory, policy, warm, record: see `Attachment`. parameters: attributes of xllamacpp's
+        CommonParams, such as n_ctx and n_parallel.
     Raises FlashMoEError when the file has no experts or cannot be streamed.
     """
     library = Path(xllamacpp.xllamacpp.__file__).resolve()
