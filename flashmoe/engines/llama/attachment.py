@@ -167,7 +167,10 @@ class Attachment:
     def _make_ready(self, number: int, rows: np.ndarray) -> None:
         if self.engine is None:
             self.start()
-        if self.engine is None or not len(rows):
+        if self.engine is None:
+            return
+        if not len(rows):  # no output is wanted of this ubatch: its last layer computes nothing
+            self._events_seen.add(number)
             return
         if self.hooks.switches[CHECKING] and number in self._layers:
             self._end_checking(number)
