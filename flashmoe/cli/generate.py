@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.warm:
         files.check_replaceable(arguments.warm)
     path = arguments.model or flashmoe.demo_path()
-    session = engines.engine_for(path).session(
+    session = engines.engine_for(path).open_session(
         path,
         [arguments.prompt],
         max_new_tokens=arguments.max_new_tokens,

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise flashmoe.FlashMoEError("--max-new-tokens must be 0 or more")
     files.check_replaceable(arguments.out)
     prompts = read_prompts(arguments.prompts)
-    session = engines.engine_for(arguments.model).session(
+    session = engines.engine_for(arguments.model).open_session(
         arguments.model,
         list(prompts.values()),
         max_new_tokens=arguments.max_new_tokens,

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         from flashmoe.engines.llama.attachment import Attachment
     except ImportError as error:
         raise FlashMoEError(
-            f"{error.name} is not installed: pip install 'flashmoe-ssd[llama]'"
+            f"{error.name} is not installed: pip install 'flashmoe-ssd[run]'"
         ) from None
     from flashmoe.engines.llama.hosts import flags, program
     from flashmoe.residency import warm_start

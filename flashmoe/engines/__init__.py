@@ -1,9 +1,9 @@
 """Engines, one folder each. Each package has the same functions, and imports little before them.
 
-accepts(path)         does the engine run what lies there?
-load(path, ...)       a model as the engine's users know it, with `.flashmoe` beside it
-session(path, ...)    prompts and the model that continues them (see `session.Session`)
-verify(path, ...)     read every byte and check it; what was found right, in one line
+accepts(path)                    does the engine run what lies there?
+load(path, *, memory, ...)       a model as its users know it, with `.flashmoe` beside it
+open_session(path, prompts, ...) prompts and the model that continues them (`session.Session`)
+verify(path, progress)           read every byte and check it; what was right, in one line
 
 `engine_for` finds the one that takes a path; commands know engines by these functions alone.
 """

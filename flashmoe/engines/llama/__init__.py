@@ -25,7 +25,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     return llama_cpp.load(Path(path), **options)
 
 
-def session(
+def open_session(
     path: str | os.PathLike[str],
     prompts: Sequence[str],
     *,
@@ -42,11 +42,11 @@ def session(
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:
-    """As `verify.verify`, by whichever library of llama.cpp is installed."""
+    """As `file_check.check`, by whichever library of llama.cpp is installed."""
     with _installed(path):
         from flashmoe.engines.llama import tensor_library
-        from flashmoe.engines.llama.verify import verify as verify_file
-    return verify_file(tensor_library.find(), Path(path), progress)
+        from flashmoe.engines.llama.file_check import check
+    return check(tensor_library.find(), Path(path), progress)
 
 
 @contextmanager

@@ -175,7 +175,8 @@ class Attachment:
         if self.hooks.switches[CHECKING] and number in self._layers:
             self._end_checking(number)
         self._events_seen.add(number)
-        self.engine.make_ready(self._layers[number], rows)
+        self.engine.note(self._layers[number], rows)
+        self.engine.at_once.make_ready(self._layers[number], rows)
 
     def start(self) -> None:
         """Make the engine: at the first event, or when the program has all its memory.
@@ -193,7 +194,7 @@ class Attachment:
         if self.record:
             self.engine.record()
         if self.warm and self.warm.exists():
-            self.engine.at_once.restore(self.warm)
+            self.engine.restore(self.warm)
         stats, first = self.engine.snapshot(), experts.manifest.layers[0]
         self.tell(
             f"{format_bytes(stats.memory_bytes)} for experts: {stats.slots_per_layer:.0f} of "

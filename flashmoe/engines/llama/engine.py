@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -47,17 +49,19 @@ class LlamaEngine(Engine):
         self._recorder: Recorder | None = None
         self.at_once = AtOnce(self.residency, experts.extent, experts.drop)
 
-    def make_ready(self, layer: int, rows: np.ndarray) -> None:
-        """As `AtOnce.make_ready`, recorded where that was asked for.
+    def note(self, layer: int, rows: np.ndarray) -> None:
+        """An event begins: `rows` [tokens, top_k] are what the layer chose.
 
-        Raises FlashMoEError besides when the engine was closed, OSError when a file changed.
+        Raises FlashMoEError when the engine was closed, OSError when a file changed.
         """
-        with self.lock:
-            self._check_open()
-            self.experts.check_unchanged()
-            if self._recorder:
-                self._recorder.note(layer, rows)
-            self.at_once.make_ready(layer, rows)
+        self._check_open()
+        self.experts.check_unchanged()
+        if self._recorder:
+            self._recorder.note(layer, rows)
+
+    def restore(self, path: Path) -> None:
+        """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
+        self.at_once.restore(path)
 
     def record(self) -> Recorder:
         """Record which experts are chosen, from now on and from nothing."""

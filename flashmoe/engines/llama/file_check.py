@@ -28,7 +28,7 @@ class _Piece(NamedTuple):
     end: int
 
 
-def verify(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str:
+def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str:
     """Read all of `path` past the page cache, and let the library look at each tensor's numbers.
 
     Checks that the library reads the head, that all tensors lie in the file and share no byte, and
@@ -45,7 +45,7 @@ def verify(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> st
     descriptor, direct = open_direct(path, os.O_RDONLY)
     local = threading.local()
 
-    def check(piece: _Piece) -> int:
+    def check_piece(piece: _Piece) -> int:
         if not hasattr(local, "memory"):
             local.memory = aligned_memory(_STEP_BYTES + 2 * os.sysconf("SC_PAGE_SIZE"))
         first, last = outer_pages(piece.start, piece.end - piece.start)
@@ -71,7 +71,7 @@ def verify(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> st
 
     done, threads = 0, ThreadPoolExecutor(_READERS)
     try:
-        for count in threads.map(check, _pieces(ggml, head, size)):
+        for count in threads.map(check_piece, _pieces(ggml, head, size)):
             done += count
             progress(done, size)
     finally:

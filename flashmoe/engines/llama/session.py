@@ -40,7 +40,7 @@ class LlamaSession(Session):
         self._shows_prompt = raw or not _template(self.model)
 
     def restore(self, path: Path) -> None:
-        self.engine.at_once.restore(path)  # type: ignore[attr-defined]
+        self.engine.restore(path)  # type: ignore[attr-defined]
 
     def generate(self, *, show: bool, count: Callable[[], object]) -> Continuation:
         prompt, answer = self.token_ids[0], []

@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     return loading.load(path, **options)
 
 
-def session(
+def open_session(
     path: str | os.PathLike[str], prompts: Sequence[str], **options: Any
 ) -> TransformersSession:
     """As `session.TransformersSession`."""
