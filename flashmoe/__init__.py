@@ -1,7 +1,7 @@
 """Runs Mixture-of-Experts models whose experts stay on the SSD.
 
-`flashmoe.load(path, memory="4GiB")` returns a transformers model; `.generate` as usual, then
-`model.flashmoe.stats()` says what the cache did.
+`flashmoe.load(path, memory="4GiB")` returns a transformers model, or of a GGUF file a
+`llama_cpp.Llama`; use it as usual, then `model.flashmoe.stats()` says what the cache did.
 """
 
 from __future__ import annotations

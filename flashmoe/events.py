@@ -87,6 +87,12 @@ class Events(NamedTuple):
         starts = np.arange(0, rows.size + 1, top_k, dtype=np.int64)
         return cls(rows.ravel(), ones, zeros, starts, rows, shares, below, np.arange(n + 1))
 
+    @classmethod
+    def none(cls, top_k: int) -> Events:
+        """No event at all."""
+        rows = np.empty((0, top_k), np.int64)
+        return cls.of_tokens(rows, None, np.empty((0, LAYERS_BELOW * top_k), np.int64))
+
     def __len__(self) -> int:  # of events; a NamedTuple would count its fields
         return len(self.starts) - 1
 

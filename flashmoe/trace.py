@@ -14,7 +14,7 @@ import numpy as np
 from flashmoe.disk import files, plain_npz
 from flashmoe.errors import FlashMoEError
 
-_OPTIONAL = ("weights", "probabilities", "step", "guesses")
+_OPTIONAL = ("weights", "probabilities", "step", "guesses", "computed")
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Trace:
     step: [tokens] int32, the forward pass that computed the token, or None.
     guesses: [tokens, layers - 1, top_k] uint8 or uint16, or None: the experts that the router of
         each layer but the first chooses, best first, for the hidden state at the layer below.
+    computed: [tokens, layers] bool, or None where every layer computed every token: llama.cpp's
+        last layer computes only tokens whose output is wanted. Elsewhere `experts` means nothing.
     info: the description: "model", "names" of the sequences, and whatever else was recorded.
     """
 
@@ -39,6 +41,7 @@ class Trace:
     probabilities: np.ndarray | None = None
     step: np.ndarray | None = None
     guesses: np.ndarray | None = None
+    computed: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,7 +78,8 @@ class Trace:
 
     def uses(self) -> np.ndarray:
         """How many tokens chose each expert, int64 [layers, experts]."""
-        layers = np.moveaxis(self.experts, 1, 0).reshape(self.n_layers, -1)
+        rows = np.ones(self.experts.shape[:2], bool) if self.computed is None else self.computed
+        layers = [self.experts[rows[:, n], n].ravel() for n in range(self.n_layers)]
         return np.stack([np.bincount(layer, minlength=self.n_experts) for layer in layers])
 
     def first(self, tokens: int) -> Trace:
@@ -182,6 +186,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         "probabilities": (*experts.shape[:2], n_experts),
         "step": (tokens,),
         "guesses": (tokens, experts.shape[1] - 1, experts.shape[2]),
+        "computed": experts.shape[:2],
     }
     for name in _OPTIONAL:
         if name in arrays and arrays[name].shape != shapes[name]:
@@ -189,6 +194,9 @@ def load(path: str | os.PathLike[str]) -> Trace:
     guesses = arrays.get("guesses", experts)
     if guesses.dtype not in (np.uint8, np.uint16) or (guesses >= n_experts).any():
         raise refuse(f"'guesses' must be experts of a layer (0..{n_experts - 1})")
+    computed = arrays.get("computed", np.ones(1, bool))
+    if computed.dtype != bool or not computed.any():
+        raise refuse("'computed' must be true or false, and true somewhere")
     optional = {name: arrays.get(name) for name in _OPTIONAL}
     return Trace(experts, sequence, n_experts, info=info, **optional)
 

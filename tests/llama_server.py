@@ -1,7 +1,8 @@
 """Asks one model questions in a process of its own: `python llama_server.py JOB`, a JSON object.
 
 model: a GGUF file; memory: a budget, or null for xllamacpp alone; prompts; n_parallel; fail_after:
-from so many reads on, reading fails until the first request has failed. Prints a JSON object.
+from so many reads on, reading fails until the first request has failed; record: a trace's file;
+n_ubatch. Prints a JSON object.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def fail_reads(after: int) -> Any:
 def main(job: dict[str, Any]) -> dict[str, Any]:
     prefetch.PREFETCH_FROM_BYTES = 1  # tiny experts are guessed too
     parameters = PARAMETERS | {"n_parallel": job.get("n_parallel", 1)}
+    parameters["n_ubatch"] = job.get("n_ubatch", 512)
     attachment = None
     if job["memory"] is None:
         server = serve_plain(job["model"], **parameters)
@@ -92,7 +94,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
         server, attachment = host.serve(
             Path(job["model"]), memory=job["memory"], policy=job.get("policy", "lru"),
-            warm=Path(job["warm"]) if "warm" in job else None, **parameters,
+            warm=Path(job["warm"]) if "warm" in job else None, record="record" in job, **parameters,
         )  # fmt: skip
     address = server.listening_address
     mend = fail_reads(job["fail_after"]) if "fail_after" in job else None
@@ -109,6 +111,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         files = backend.files
         if "warm" in job:
             warm_start.save(attachment.engine.residency, Path(job["warm"]))
+        if "record" in job:
+            attachment.engine.trace(source="a test").save(job["record"])
         result["stats"] = attachment.engine.stats()
         result["dense_bytes"] = backend.manifest.dense_bytes
         result["rss_bytes"] = sum(resident_bytes(f.base, f.base + f.size_bytes) for f in files)

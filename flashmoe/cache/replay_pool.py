@@ -20,6 +20,7 @@ class ReplayJob(NamedTuple):
     policy: str
     capacity: float
     conditions: Conditions
+    slots: float | None = None
 
     @property
     def events(self) -> int:

@@ -76,31 +76,46 @@ def slots_for(trace: Trace, capacity: float) -> int:
 def events_of(
     trace: Trace, tokens: np.ndarray, layers: range, conditions: Conditions | None = None
 ) -> Events:
-    """Events of some tokens at some layers, in the order in which the model meets them."""
+    """Events of some tokens at some layers, in the order in which the model meets them.
+
+    What a layer did not compute is no event, and no row of one.
+    """
+    if conditions is not None and conditions.as_recorded:
+        return _recorded_events(trace, tokens, layers)
     offsets = np.arange(len(layers), dtype=np.int64) * trace.n_experts
     span = slice(layers.start, layers.stop)
-    weights = None if trace.weights is None else trace.weights[tokens, span]
-    if conditions is None or not conditions.as_recorded:
-        keys = trace.experts[tokens, span] + offsets[:, None]
-        lowest = max(0, layers.start - LAYERS_BELOW)
-        choices = trace.experts[tokens, lowest : layers.stop]
-        lower = [below(choices, layer - lowest, trace.n_experts) for layer in layers]
-        shape = (-1, trace.top_k)
-        return Events.of_tokens(
-            keys.reshape(shape),
-            None if weights is None else weights.reshape(shape),
-            np.stack(lower, axis=1).reshape(len(keys) * len(layers), -1),
-        )
+    keys = trace.experts[tokens, span] + offsets[:, None]
+    lowest = max(0, layers.start - LAYERS_BELOW)
+    choices = trace.experts[tokens, lowest : layers.stop]
+    lower = np.stack([below(choices, layer - lowest, trace.n_experts) for layer in layers], axis=1)
+    parts = [keys, lower] if trace.weights is None else [keys, lower, trace.weights[tokens, span]]
+    if trace.computed is None:
+        parts = [part.reshape(-1, part.shape[-1]) for part in parts]
+    else:
+        parts = [part[trace.computed[tokens, span]] for part in parts]
+    return Events.of_tokens(parts[0], parts[2] if len(parts) > 2 else None, parts[1])
+
+
+def _recorded_events(trace: Trace, tokens: np.ndarray, layers: range) -> Events:
+    """An event of each forward pass at each layer."""
     events = []
     for step in trace.steps(slice(tokens[0], tokens[-1] + 1)):
-        part = slice(step.start - tokens[0], step.stop - tokens[0])
+        computed = None if trace.computed is None else trace.computed[step]
         for layer in layers:
-            rows = trace.experts[step, layer]
-            shares = None if weights is None else weights[part, layer - layers.start]
-            lower_rows = below(trace.experts[step], layer, trace.n_experts)
-            first_key = int(offsets[layer - layers.start])
-            events.append(Event.of_rows(rows, first_key, shares, lower_rows))
-    return Events.of(events)
+            rows: Any = slice(None)
+            lowest = 0
+            if computed is not None:
+                rows, lowest = computed[:, layer], layer
+                if not rows.any():
+                    continue
+                while lowest and (computed[:, lowest - 1] == rows).all():
+                    lowest -= 1  # below are other tokens, whose choices the engine does not take
+            experts = trace.experts[step][rows]
+            shares = None if trace.weights is None else trace.weights[step, layer][rows]
+            lower = below(experts[:, lowest:], layer - lowest, trace.n_experts)
+            first_key = (layer - layers.start) * trace.n_experts
+            events.append(Event.of_rows(experts[:, layer], first_key, shares, lower))
+    return Events.of(events) if events else Events.none(trace.top_k)
 
 
 def streams(trace: Trace, interleaved: int = 1) -> list[np.ndarray]:
@@ -121,7 +136,6 @@ def replay(
     policy: str,
     capacity: float,
     conditions: Conditions | None = None,
-    *,
     slots: float | None = None,
 ) -> Replay:
     """Replay every stream of `trace` at every layer.

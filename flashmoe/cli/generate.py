@@ -7,9 +7,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import flashmoe
+from flashmoe import engines
 from flashmoe.cli import add_memory
 from flashmoe.disk import files
 
@@ -18,7 +18,10 @@ HELP = "generate text from a prompt"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", type=Path, help="Hugging Face directory or store (default: the demo)"
+        "model",
+        nargs="?",
+        type=Path,
+        help="GGUF file, Hugging Face directory or store (default: the demo)",
     )
     parser.add_argument("--prompt", required=True)
     add_memory(parser)
@@ -43,34 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
-class _TokenCounter:
-    """A streamer that counts tokens and passes them on to another streamer, if there is one."""
-
-    def __init__(self, streamer: Any, telemetry: Any) -> None:
-        self.streamer = streamer
-        self.telemetry = telemetry
-        self.prompt_passed = False
-
-    def put(self, value: Any) -> None:
-        self.telemetry.tokens += self.prompt_passed
-        self.prompt_passed = True
-        if self.streamer:
-            self.streamer.put(value)
-
-    def end(self) -> None:
-        if self.streamer:
-            self.streamer.end()
-
-
 def _print_second(second: object) -> None:
     print(second, file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
     from flashmoe.engines.telemetry import Telemetry
-    from flashmoe.engines.transformers.prompting import Prompter
     from flashmoe.residency import warm_start
 
     if arguments.max_new_tokens < 1:
@@ -78,47 +59,41 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.warm:
         files.check_replaceable(arguments.warm)
     path = arguments.model or flashmoe.demo_path()
-    prompter = Prompter(path, raw=arguments.raw)  # before the model, which takes minutes
-    ids = prompter.token_ids(arguments.prompt)[None]
-    model = flashmoe.load(
+    session = engines.engine_for(path).open_session(
         path,
+        [arguments.prompt],
+        max_new_tokens=arguments.max_new_tokens,
+        raw=arguments.raw,
         memory=arguments.memory,
         policy=arguments.policy,
         device=arguments.device,
         prefetch=not arguments.no_prefetch,
     )
     try:
-        ids = ids.to(model.device)
         if arguments.warm and arguments.warm.exists():
-            warm_start.restore(model.flashmoe.residency, arguments.warm)
-        telemetry = Telemetry(model.flashmoe, _print_second if arguments.stats else None)
-        streamer = _TokenCounter(None if arguments.json else prompter.streamer(), telemetry)
+            session.restore(arguments.warm)
+        telemetry = Telemetry(session.engine, _print_second if arguments.stats else None)
+
+        def count() -> None:
+            telemetry.tokens += 1
+
         started = time.perf_counter()
-        with torch.inference_mode(), telemetry:
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=arguments.max_new_tokens,
-                do_sample=False,
-                streamer=streamer,
-            )
+        with telemetry:
+            done = session.generate(show=not arguments.json, count=count)
         seconds = time.perf_counter() - started
-        new_tokens = output.shape[1] - ids.shape[1]
-        stats = model.flashmoe.stats()
+        stats = session.engine.stats()
         if arguments.warm:
-            warm_start.save(model.flashmoe.residency, arguments.warm)
+            warm_start.save(session.engine.residency, arguments.warm)
     finally:
-        model.flashmoe.close()
+        session.close()
     if arguments.json:
-        text = prompter.decode(output[0], skip_special_tokens=True)
-        result = {"text": text, "token_ids": output[0].tolist()}
-        result |= {"new_tokens": new_tokens, "seconds": seconds}
-        result |= {"tokens_per_second": new_tokens / seconds, "stats": stats}
+        result = {**done._asdict(), "seconds": seconds}
+        result |= {"tokens_per_second": done.new_tokens / seconds, "stats": stats}
         result["each_second"] = [second._asdict() for second in telemetry.seconds]
         print(json.dumps(result))
     else:
         print(
-            f"{new_tokens} tokens, {new_tokens / seconds:.1f} token/s, "
+            f"{done.new_tokens} tokens, {done.new_tokens / seconds:.1f} token/s, "
             f"hit rate {stats['hit_rate']:.1%}, {stats['bytes_read'] / 2**20:.0f} MiB read",
             file=sys.stderr,
         )

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import flashmoe
+from flashmoe import engines
 from flashmoe.cli import add_memory
 from flashmoe.disk import files
 
@@ -17,7 +18,7 @@ HELP = "write a trace of a model's routing"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="Hugging Face directory or store")
+    parser.add_argument("model", type=Path, help="GGUF file, directory or store")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="TRACE.npz")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="0: only the prompts")
@@ -57,23 +58,22 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.prompting import Prompter
-    from flashmoe.engines.transformers.recorder import record
-
     if arguments.out.suffix != ".npz":
         raise flashmoe.FlashMoEError(f"--out {arguments.out} must end in .npz")
     if arguments.max_new_tokens < 0:
         raise flashmoe.FlashMoEError("--max-new-tokens must be 0 or more")
     files.check_replaceable(arguments.out)
     prompts = read_prompts(arguments.prompts)
-    prompter = Prompter(arguments.model, raw=arguments.raw)  # before the model, which takes minutes
-    token_ids = [prompter.token_ids(prompt) for prompt in prompts.values()]
-    model = flashmoe.load(arguments.model, memory=arguments.memory, policy=arguments.policy)
+    session = engines.engine_for(arguments.model).open_session(
+        arguments.model,
+        list(prompts.values()),
+        max_new_tokens=arguments.max_new_tokens,
+        raw=arguments.raw,
+        memory=arguments.memory,
+        policy=arguments.policy,
+    )
     try:
-        trace = record(
-            model,
-            token_ids,
-            max_new_tokens=arguments.max_new_tokens,
+        trace = session.record(
             probabilities=arguments.probabilities,
             guesses=arguments.guesses,
             info={
@@ -83,9 +83,9 @@ def run(arguments: argparse.Namespace) -> None:
                 "names": list(prompts),
             },
         )
-        stats = model.flashmoe.stats()
+        stats = session.engine.stats()
     finally:
-        model.flashmoe.close()
+        session.close()
     trace.save(arguments.out)
     print(
         f"{arguments.out}: {len(trace.experts)} tokens x {trace.n_layers} layers x top-"

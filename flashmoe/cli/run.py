@@ -21,6 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warm", type=Path, metavar="FILE", help="begin as the last run ended; then keep this run"
     )
+    parser.add_argument(
+        "--record", type=Path, metavar="TRACE.npz", help="write which experts the model chose"
+    )
     parser.add_argument("--stats", action="store_true", help="print the counts at the end, as JSON")
     parser.add_argument("program", help="llama-server, llama-cli, llama-bench, ... or its path")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
@@ -31,30 +34,40 @@ def run(arguments: argparse.Namespace) -> None:
         from flashmoe.engines.llama.attachment import Attachment
     except ImportError as error:
         raise FlashMoEError(
-            f"{error.name} is not installed: pip install 'flashmoe-ssd[llama]'"
+            f"{error.name} is not installed: pip install 'flashmoe-ssd[run]'"
         ) from None
     from flashmoe.engines.llama.hosts import flags, program
     from flashmoe.residency import warm_start
 
     flags.check(Path(arguments.program).name, arguments.arguments)
-    if arguments.warm:
-        files.check_replaceable(arguments.warm)
+    if arguments.record and arguments.record.suffix != ".npz":
+        raise FlashMoEError(f"--record {arguments.record} must end in .npz")
+    for path in filter(None, (arguments.warm, arguments.record)):
+        files.check_replaceable(path)
     library = program.find(arguments.program)
     attachments = []
 
     def attach(llama: Path, ggml: Path) -> None:
         attachments.append(
             Attachment(
-                llama, ggml, memory=arguments.memory, policy=arguments.policy, warm=arguments.warm
+                llama,
+                ggml,
+                memory=arguments.memory,
+                policy=arguments.policy,
+                warm=arguments.warm,
+                record=bool(arguments.record),
             )
         )
 
     status = program.run(library, arguments.arguments, attach)
-    for engine in (attachment.engine for attachment in attachments):
+    for attachment in attachments:
+        engine = attachment.engine
         if engine and arguments.warm:
             warm_start.save(engine.residency, arguments.warm)
         if engine and arguments.stats:
             print(json.dumps(engine.stats()), file=sys.stderr)
+        if engine and arguments.record:
+            engine.trace(source="flashmoe run").save(arguments.record)
     sys.stdout.flush()
     sys.stderr.flush()
     # not sys.exit: the program's own threads and buffers end as they would without us

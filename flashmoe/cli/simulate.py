@@ -9,9 +9,11 @@ from pathlib import Path
 from flashmoe import policies, trace
 from flashmoe.cache import simulate
 from flashmoe.cache.replay_pool import ReplayJob, replay_all
+from flashmoe.errors import FlashMoEError
 from flashmoe.util.progress import count_bar
 
 HELP = "replay a trace against policies and capacities"
+DEFAULT_CAPACITIES = [0.125, 0.25, 0.375, 0.5, 0.75]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=float,
         metavar="F",
-        help="fractions of a layer's experts (default: 0.125 0.25 0.375 0.5 0.75)",
+        help=f"fractions of a layer's experts (default: {' '.join(map(str, DEFAULT_CAPACITIES))})",
+    )
+    parser.add_argument(
+        "--slots",
+        nargs="+",
+        action="extend",
+        type=float,
+        metavar="N",
+        help="slots per layer, as an engine counted them, instead of fractions",
     )
     parser.add_argument(
         "--warm", action="store_true", help="carry residency from sequence to sequence"
@@ -44,14 +54,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recorded = trace.load(arguments.trace)
     names = arguments.policy or list(policies.available())
-    capacities = arguments.capacity or [0.125, 0.25, 0.375, 0.5, 0.75]
+    capacities = arguments.capacity or ([] if arguments.slots else DEFAULT_CAPACITIES)
     for name in names:
         policies.get(name)
     for capacity in capacities:
         simulate.slots_for(recorded, capacity)
+    for slots in arguments.slots or []:
+        if not 1 <= slots <= recorded.n_experts:
+            raise FlashMoEError(f"--slots {slots:g}: a layer has 1 to {recorded.n_experts}")
+    sizes: list[tuple[float, float | None]] = [(capacity, None) for capacity in capacities]
+    sizes += [(slots / recorded.n_experts, slots) for slots in arguments.slots or []]
     conditions = simulate.Conditions(arguments.warm, arguments.shared, arguments.as_recorded)
     jobs = [
-        ReplayJob(recorded, name, capacity, conditions) for capacity in capacities for name in names
+        ReplayJob(recorded, name, capacity, conditions, slots)
+        for capacity, slots in sizes
+        for name in names
     ]
     with count_bar("replaying", sum(job.events for job in jobs), "event") as progress:
         rows = [outcome.row() for outcome in replay_all(jobs, progress)]

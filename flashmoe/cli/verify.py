@@ -1,22 +1,22 @@
-"""Read every byte of a store and compare it with the checksums."""
+"""Read every byte of a store or a GGUF file and check it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = "check a store"
+from flashmoe import engines
+
+HELP = "check a store or a GGUF file"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path)
+    parser.add_argument("model", type=Path, help="store or GGUF file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from flashmoe.reading.verify import verify
     from flashmoe.util.progress import byte_bar
 
     with byte_bar("verifying") as progress:
-        manifest = verify(arguments.store, progress)
-    count = sum(layer.n_experts for layer in manifest.layers)
-    print(f"{arguments.store}: all {count} experts are as they were packed")
+        found = engines.engine_for(arguments.model).verify(arguments.model, progress)
+    print(f"{arguments.model}: {found}")

@@ -1,4 +1,12 @@
-"""Engines, one folder each: `accepts(path)` says what it runs, `load(path, ...)` runs it."""
+"""Engines, one folder each. Each package has the same functions, and imports little before them.
+
+accepts(path)                    does the engine run what lies there?
+load(path, *, memory, ...)       a model as its users know it, with `.flashmoe` beside it
+open_session(path, prompts, ...) prompts and the model that continues them (`session.Session`)
+verify(path, progress)           read every byte and check it; what was right, in one line
+
+`engine_for` finds the one that takes a path; commands know engines by these functions alone.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +28,24 @@ def available() -> dict[str, ModuleType]:
     }
 
 
+def engine_for(path: str | os.PathLike[str]) -> Any:
+    """The engine that takes what lies at `path`. Raises FlashMoEError when none does."""
+    for engine in available().values():
+        if engine.accepts(path):
+            return engine
+    raise FlashMoEError(
+        f"{path}: no engine runs such a file; give a GGUF file, a Hugging Face model or a store"
+    )
+
+
 def load(path: str | os.PathLike[str], *, memory: int | str, **options: Any) -> Any:
     """A model whose experts stay on the SSD, by the engine that takes what lies at `path`.
 
-    path: a Hugging Face directory or a packed store (see `engines.transformers.loading.load`).
+    path: a Hugging Face directory or a packed store (see `engines.transformers.loading.load`), or
+        a GGUF file (see `engines.llama.hosts.llama_cpp.load`).
     memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free.
     options: the engine's own. What is returned is what the engine's users know, with
         `.flashmoe`, an `engines.base.Engine`, beside it.
     Raises FlashMoEError when no engine takes the path, and as the engine does.
     """
-    for engine in available().values():
-        if engine.accepts(path):
-            return engine.load(path, memory=memory, **options)
-    raise FlashMoEError(f"{path}: no engine runs such a file; give a Hugging Face model or a store")
+    return engine_for(path).load(path, memory=memory, **options)

@@ -35,6 +35,18 @@ def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
     assert (status, out.count("fifo")) == (0, 1)
 
 
+def test_slots_are_what_an_engine_counted(capfd, tmp_path):
+    path = tmp_path / "part.npz"
+    trace.load(flashmoe.demo_routing_path()).first(300).save(path)
+    both = ("--policy", "lru", "--json")
+    by_slots = run(capfd, "simulate", path, "--slots", 16, *both)[1]
+    by_share = run(capfd, "simulate", path, "--capacity", 0.25, *both)[1]
+    for row, other in zip(json.loads(by_slots), json.loads(by_share), strict=True):
+        assert {**row, "policy_seconds": 0} == {**other, "policy_seconds": 0}
+    for slots in (0, 65):
+        assert "a layer has 1 to 64" in refused(capfd, "simulate", path, "--slots", slots)
+
+
 def test_policies_lists_the_registry(capfd):
     status, out, _ = run(capfd, "policies")
     assert status == 0

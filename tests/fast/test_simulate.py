@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,40 @@ def test_with_room_for_all_only_first_uses_miss():
 def test_capacity_out_of_range_is_refused(capacity):
     with pytest.raises(FlashMoEError, match="capacity"):
         simulate.replay(random_trace(), "lru", capacity)
+
+
+def partly_computed(steps: list[tuple[int, int]]) -> Trace:
+    """Forward passes of so many tokens, of which the last layer computes only the last so many."""
+    whole = random_trace()
+    tokens = sum(count for count, _ in steps)
+    computed = np.ones((tokens, whole.n_layers), bool)
+    computed[:, -1] = np.concatenate([np.arange(count) >= count - last for count, last in steps])
+    return Trace(
+        whole.experts[:tokens], np.zeros(tokens, np.int32), whole.n_experts,
+        step=np.repeat(np.arange(len(steps), dtype=np.int32), [count for count, _ in steps]),
+        computed=computed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("as_recorded", [False, True])
+def test_what_a_layer_did_not_compute_is_never_requested(as_recorded):
+    recorded = partly_computed([(5, 1), (4, 0), (1, 1), (3, 3)])
+    filler = recorded.experts.copy()
+    filler[~recorded.computed] = np.arange(recorded.top_k)
+    conditions = Conditions(as_recorded=as_recorded)
+    for policy in policies.available():
+        outcome = simulate.replay(recorded, policy, 0.5, conditions)
+        other = simulate.replay(replace(recorded, experts=filler), policy, 0.5, conditions)
+        np.testing.assert_array_equal(outcome.counted, other.counted)
+    last = recorded.experts[recorded.computed[:, -1], -1]
+    wanted = [len(np.unique(rows)) for rows in (last[:1], last[1:2], last[2:])]
+    requests = outcome.counted[-1, 0, 0]
+    assert requests == (sum(wanted) if as_recorded else last.size)
+
+
+def test_a_layer_that_computed_nothing_has_no_request():
+    recorded = partly_computed([(5, 0), (4, 0)])
+    for policy in policies.available():
+        outcome = simulate.replay(recorded, policy, 0.5, Conditions(as_recorded=True))
+        assert outcome.counted[-1].tolist() == [[0, 0]]
+        assert outcome.requests > 0

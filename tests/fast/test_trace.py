@@ -26,6 +26,7 @@ def small() -> Trace:
         weights=rng.random((10, 3, 2)).astype(np.float16),
         step=np.array([0, 0, 0, 1, 2, 3, 3, 4, 5, 6], dtype=np.int32),
         guesses=experts[:, 1:, ::-1].astype(np.uint8),
+        computed=rng.random((10, 3)) < 0.7,
         info={"model": "m", "names": ["a", "b"]},
     )
 
@@ -33,7 +34,7 @@ def small() -> Trace:
 def test_round_trip(tmp_path):
     small().save(tmp_path / "t.npz")
     back = trace.load(tmp_path / "t.npz")
-    for name in ("experts", "sequence", "weights", "step", "guesses"):
+    for name in ("experts", "sequence", "weights", "step", "guesses", "computed"):
         np.testing.assert_array_equal(getattr(back, name), getattr(small(), name))
     assert (back.n_experts, back.info["names"], back.probabilities) == (6, ["a", "b"], None)
     assert [run for _, run in back.sequences()] == [slice(0, 5), slice(5, 10)]
@@ -46,12 +47,21 @@ def test_a_sequence_by_its_name():
     np.testing.assert_array_equal(part.experts, small().experts[5:])
     np.testing.assert_array_equal(part.weights, small().weights[5:])
     np.testing.assert_array_equal(part.step, small().step[5:])
+    np.testing.assert_array_equal(part.computed, small().computed[5:])
     with pytest.raises(FlashMoEError, match="no sequence called 'c'"):
         small().named("c")
     np.testing.assert_array_equal(small().without("b").guesses, small().guesses[:5])
     assert len(small().without("c").experts) == 10
     assert len(part.without("b").experts) == 5  # there is nothing else
     np.testing.assert_array_equal(small().first(3).step, [0, 0, 0])
+
+
+def test_uses_are_of_what_was_computed():
+    part = small()
+    uses = part.uses()
+    assert uses.sum() == part.computed.sum() * part.top_k
+    rows = part.experts[part.computed[:, 1], 1]
+    np.testing.assert_array_equal(uses[1], np.bincount(rows.ravel(), minlength=6))
 
 
 def damaged(**changes):
@@ -74,6 +84,9 @@ def damaged(**changes):
         (damaged(guesses=small().experts), "'guesses' must have shape"),
         (damaged(guesses=small().guesses + 3), "'guesses' must be experts of a layer"),
         (damaged(guesses=small().guesses.astype(np.float32)), "'guesses' must be experts"),
+        (damaged(computed=np.ones((10, 2), bool)), "'computed' must have shape"),
+        (damaged(computed=np.ones((10, 3), np.uint8)), "'computed' must be true or false"),
+        (damaged(computed=np.zeros((10, 3), bool)), "true somewhere"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, arrays, complaint):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.tiny_gguf import EXPERTS
+from flashmoe import trace
+from flashmoe.cache import simulate
+from harness.tiny_gguf import EXPERTS, LAYERS, TOP_K
 
 TESTS = Path(__file__).parents[1]
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
@@ -92,3 +94,23 @@ def test_a_budget_below_a_layers_experts_is_one_sentence(gguf_files):
     )  # fmt: skip
     assert done.returncode != 0
     assert "memory=100KiB is too small: a prompt may need all experts of a layer" in done.stderr
+
+
+@pytest.mark.parametrize(("policy", "n_parallel"), [("lru", 1), ("learned", 3)])
+def test_a_recorded_run_replayed_gives_the_same_hits(gguf_files, tmp_path, policy, n_parallel):
+    """Prompts of several ubatches, of which the last layer computes one token, or none."""
+    path = tmp_path / "trace.npz"
+    memory = str(gguf_files("qwen3_moe").stat().st_size * 3 // 4)
+    job = dict(record=str(path), policy=policy, n_parallel=n_parallel, n_ubatch=32)
+    stats = run(gguf_files("qwen3_moe"), memory, **job)["stats"]
+    recorded = trace.load(path)
+    assert (recorded.n_layers, recorded.top_k, recorded.n_experts) == (LAYERS, TOP_K, EXPERTS)
+    assert recorded.computed[:, :-1].all()
+    last = [recorded.computed[step, -1] for step in recorded.steps(slice(0, len(recorded.step)))]
+    assert {int(rows.sum()) for rows in last} >= {0, 1}
+    assert max(len(rows) for rows in last) == 32
+    conditions = simulate.Conditions(as_recorded=True)
+    outcome = simulate.replay(recorded, policy, 1.0, conditions, stats["slots_per_layer"])
+    assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
+    assert recorded.info["slots"] == stats["slots_per_layer"] < EXPERTS
+    assert recorded.info["hits"] == stats["hits"] > 0

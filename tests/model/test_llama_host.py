@@ -18,6 +18,14 @@ def test_a_program_that_is_none_of_llama_cpp_is_refused(capfd):
     assert "is not of a llama.cpp in shared libraries" in refused(capfd, "run", "/bin/ls")
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_the_program_begins(capfd, tmp_path):
+    for path, said in (
+        (tmp_path / "t.txt", "must end in .npz"),
+        (tmp_path / "n" / "t.npz", "be w"),
+    ):
+        assert said in refused(capfd, "run", "--record", path, "llama-server")
+
+
 def test_a_library_that_is_none_is_refused(tmp_path):
     own = tmp_path / "llama-server"
     own.write_text("#!/bin/sh\n")

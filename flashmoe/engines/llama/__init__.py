@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashMoEError
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llama.session import LlamaSession
 
 
 def accepts(path: str | os.PathLike[str]) -> bool:
@@ -13,6 +19,44 @@ def accepts(path: str | os.PathLike[str]) -> bool:
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
-    raise FlashMoEError(
-        f"{path} runs in a program of llama.cpp: flashmoe run --memory 4GiB llama-server -m {path}"
-    )
+    """As `hosts.llama_cpp.load`: a `llama_cpp.Llama`, or an `ik_llama_cpp.IkLlama`."""
+    with _installed(path):
+        from flashmoe.engines.llama.hosts import llama_cpp
+    return llama_cpp.load(Path(path), **options)
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    prompts: Sequence[str],
+    *,
+    device: str = "cpu",
+    prefetch: bool = True,
+    **options: Any,
+) -> LlamaSession:
+    """As `session.LlamaSession`. Nothing is read ahead here, whatever `prefetch` says."""
+    if device != "cpu":
+        raise FlashMoEError(f"device {device!r}: a GGUF file's experts are computed on the CPU")
+    with _installed(path):
+        from flashmoe.engines.llama.session import LlamaSession
+    return LlamaSession(Path(path), prompts, **options)
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:
+    """As `file_check.check`, by whichever library of llama.cpp is installed."""
+    with _installed(path):
+        from flashmoe.engines.llama import tensor_library
+        from flashmoe.engines.llama.file_check import check
+    return check(tensor_library.find(), Path(path), progress)
+
+
+@contextmanager
+def _installed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Imports within raise FlashMoEError where a package is missing; so does a missing file."""
+    if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises without permission)
+        raise FlashMoEError(f"{path}: no such file")
+    try:
+        yield
+    except ImportError as error:
+        raise FlashMoEError(
+            f"{error.name} is not installed: pip install 'flashmoe-ssd[llama]'"
+        ) from None

@@ -16,7 +16,7 @@ from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, Hooks
+from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, ON, PYTHON, Hooks
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.redirect import redirect
@@ -64,18 +64,22 @@ class Attachment:
         memory: int | str,
         policy: str,
         warm: Path | None = None,
+        record: bool = False,
         tell: Callable[[str], object] = _print,
     ) -> None:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
         memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
-        when an earlier run ended, if it is there. tell: gets what the user should know.
+        when an earlier run ended, if it is there. record: every event, for `engine.trace`. tell:
+        gets what the user should know.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
         self.memory = memory
         self.policy = policy
         self.warm = warm
+        self.record = record
+        self.failure = ""  # of the last request that failed; whoever asks empties it
         self.tell = tell
         self.engine: LlamaEngine | None = None
         self.ggml = GGML(str(ggml_library))
@@ -87,6 +91,7 @@ class Attachment:
         self._layers: dict[int, int] = {}  # the cache's number of a layer, by the file's
         self._events_seen: set[int] = set()  # numbers of layers
         self._checked: set[str] = set()  # tensors whose products were looked at
+        self._library = library
         missing = set(NEEDED) - redirect(library, self.hooks.addresses)
         if missing:
             raise FlashMoEError(
@@ -188,7 +193,8 @@ class Attachment:
         except BaseException as error:
             self.hooks.switches[FAILED] = 1
             self._events_seen.clear()  # the products of this graph will not be looked at
-            self.tell(f"this request fails: {error}")
+            self.failure = str(error) or repr(error)
+            self.tell(f"this request fails: {self.failure}")
             return False  # what follows is not computed, and `hooks` makes the whole call fail
 
     def _ids(self, tensor: int) -> np.ndarray:
@@ -208,19 +214,25 @@ class Attachment:
     def _make_ready(self, number: int, choice: int) -> None:
         rows = self._ids(choice)
         if self.engine is None:
-            self._start()
-        if self.engine is None or not len(rows) or number not in self._layers:
+            self.start()
+        if self.engine is None or number not in self._layers:
             return  # a layer without tensors of ours was read with the dense part
+        if not len(rows):  # no output is wanted of this ubatch: its last layer computes nothing
+            self._events_seen.add(number)
+            return
         if self.hooks.switches[CHECKING]:
             self._end_checking(number)
         self._events_seen.add(number)
-        self.engine.experts.check_unchanged()
         layer = self._layers[number]
+        self.engine.note(layer, rows)
         likely = partial(self.lookahead.likely, layer, choice, rows)
         self.engine.at_once.make_ready(layer, rows, likely)
 
-    def _start(self) -> None:
-        """At the first event the program has all its memory: `auto` knows what is left."""
+    def start(self) -> None:
+        """Make the engine: at the first event, or when the program has all its memory.
+
+        `auto` knows then what is left. Raises FlashMoEError where the budget is too small.
+        """
         if not self._files:
             raise FlashMoEError(
                 "this program computes with experts that it did not map from a GGUF file: leave "
@@ -230,6 +242,8 @@ class Attachment:
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.lookahead = Lookahead(self.ggml, len(self._layers))
         self.engine = LlamaEngine(experts, self.memory, self.policy)
+        if self.record:
+            self.engine.record()
         if self.warm and self.warm.exists():
             self.engine.restore(self.warm)
         stats, first = self.engine.snapshot(), experts.manifest.layers[0]
@@ -239,26 +253,42 @@ class Attachment:
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
 
+    def detach(self) -> None:
+        """End everything, when the program's model is gone: what is imported is the library's own.
+
+        The memory that stood for the model's files is freed.
+        """
+        redirect(self._library, self.hooks.originals)
+        self.hooks.switches[[ON, PYTHON]] = 0  # another model may know our callback still
+        if self.engine:
+            self.engine.close()
+        for file, _ in self._files:
+            file.free()
+        self._files.clear()
+
     def _check_product(self, tensor: int) -> None:
-        """Raises FlashMoEError for a product by experts other than those we make ready."""
+        """Raises FlashMoEError for a product by experts other than those we make ready.
+
+        ik_llama.cpp multiplies by `up` and `gate` in one node, whose ids come after the input.
+        """
         ggml = self.ggml
-        weights = ggml.source_of(tensor, 0)
-        name = ggml.name_of(weights) if weights else ""
-        if name not in self._tensors or name in self._checked:
-            return
-        address, number = self._tensors[name]
-        if ggml.data_of(weights) != address:
-            raise FlashMoEError(
-                f"the program made a copy of {name} before its experts were read: leave out "
-                "options that move experts, such as --no-mmap, or -ngl without --cpu-moe"
-            )
-        ids = ggml.source_of(tensor, 2)
-        if number not in self._events_seen or not ids or ggml.name_of(ids) != f"{CHOICE}{number}":
-            raise FlashMoEError(
-                f"the program multiplies by {name} in a way that FlashMoE does not know: report "
-                "the model and the version of llama.cpp"
-            )
-        self._checked.add(name)
+        sources = [source for n in range(4) if (source := ggml.source_of(tensor, n))]
+        names = [ggml.name_of(source) for source in sources]
+        for source, name in zip(sources, names, strict=True):
+            if name not in self._tensors or name in self._checked:
+                continue
+            address, number = self._tensors[name]
+            if ggml.data_of(source) != address:
+                raise FlashMoEError(
+                    f"the program made a copy of {name} before its experts were read: leave out "
+                    "options that move experts, such as --no-mmap, or -ngl without --cpu-moe"
+                )
+            if number not in self._events_seen or f"{CHOICE}{number}" not in names[2:4]:
+                raise FlashMoEError(
+                    f"the program multiplies by {name} in a way that FlashMoE does not know: "
+                    "report the model and the version of llama.cpp"
+                )
+            self._checked.add(name)
 
     def _end_checking(self, number: int) -> None:
         """When a layer comes again, all its products were seen once; of all layers: enough."""

@@ -6,14 +6,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.llama.recorder import Recorder
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
+from flashmoe.trace import Trace
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # The program has its caches and buffers by then; some are not touched yet.
@@ -39,6 +43,7 @@ class LlamaEngine(Engine):
             check_reads=False,
             whole_events=True,
         )
+        self._recorder: Recorder | None = None
         self.at_once = AtOnce(self.residency, experts)
 
     def _budget_bytes(self, memory: int | str) -> int:
@@ -61,6 +66,43 @@ class LlamaEngine(Engine):
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
         warm_start.restore(self.residency, path)
         self.at_once.take_stock()
+
+    def note(self, layer: int, rows: np.ndarray) -> None:
+        """An event begins: `rows` [tokens, top_k] are what the layer chose.
+
+        Raises FlashMoEError when the engine was closed, OSError when a file changed.
+        """
+        self._check_open()
+        self.experts.check_unchanged()
+        if self._recorder:
+            self._recorder.note(layer, rows)
+
+    def record(self) -> Recorder:
+        """Record which experts are chosen, from now on and from nothing."""
+        self._recorder = Recorder(self.manifest)
+        return self._recorder
+
+    def trace(self, **info: object) -> Trace:
+        """What was recorded, and how to replay it to the same hits (see docs/llama.md).
+
+        info: what else to say of it in the file. Raises FlashMoEError where nothing was recorded.
+        """
+        if self._recorder is None:
+            raise FlashMoEError("no trace: call record() before what is to be recorded")
+        stats = self.snapshot()
+        counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
+        counts |= {"requests": stats.requests, "hits": stats.hits}
+        return self._recorder.trace({"model": self.path.name} | counts | info)
+
+    def close(self) -> None:
+        """Free slots, threads and descriptors; not during generation. The model fails afterwards.
+
+        What is not of experts stays until the model itself is gone.
+        """
+        with self.lock:
+            super().close()
+            for file in self.experts.files:
+                file.drop_experts()
 
     def resize(self, memory: int | str) -> None:
         super().resize(memory)

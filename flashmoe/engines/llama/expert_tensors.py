@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flashmoe.engines.llama.ggml import GGML, _GGUFParameters
-from flashmoe.errors import FlashMoEError, reading
+from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.gguf_head import GGUFHead, read_head
+from flashmoe.errors import FlashMoEError
 
 _NAME = re.compile(r"blk\.(\d{1,9})\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names the parts of a split file
-_STRING, _ARRAY = 8, 9  # types of settings
-_INTEGERS = {
-    0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16,
-    4: ctypes.c_uint32, 5: ctypes.c_int32, 10: ctypes.c_uint64, 11: ctypes.c_int64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,20 +46,11 @@ def contents_of(ggml: GGML, path: Path) -> GGUFContents | None:
 
     Raises FlashMoEError for experts that are laid out in a way that is not understood.
     """
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            return None
-    with _opened(ggml, path) as context:
-        if not context:
-            return None
-        architecture = _text(ggml.library, context, "general.architecture")
-        return GGUFContents(
-            architecture,
-            _number(ggml.library, context, f"{architecture}.expert_used_count"),
-            tuple(_tensors(ggml.library, context, path)),
-            _number(ggml.library, context, "split.no"),
-            max(_number(ggml.library, context, "split.count"), 1),
-        )
+    head = read_head(ggml, path)
+    if head is None:
+        return None
+    tensors = expert_tensors(path, head)
+    return GGUFContents(head.architecture, head.top_k, tensors, head.part, head.parts)
 
 
 def parts_of(ggml: GGML, path: Path) -> list[Path]:
@@ -76,8 +58,7 @@ def parts_of(ggml: GGML, path: Path) -> list[Path]:
 
     Raises FlashMoEError where it is no file that llama.cpp reads, or the parts are not all there.
     """
-    with reading(path):
-        contents = contents_of(ggml, path)
+    contents = contents_of(ggml, path)
     if contents is None:
         raise FlashMoEError(f"{path} is no GGUF file that llama.cpp can read: fetch it again")
     if contents.parts == 1:
@@ -100,53 +81,16 @@ def parts_of(ggml: GGML, path: Path) -> list[Path]:
     return parts
 
 
-@contextmanager
-def _opened(ggml: GGML, path: Path) -> Iterator[int | None]:
-    lib = ggml.library
-    context = lib.gguf_init_from_file(os.fsencode(path), _GGUFParameters(True, None))
-    try:
-        yield context
-    finally:
-        if context:
-            lib.gguf_free(context)
-
-
-def _tensors(lib: Any, context: int, path: Path) -> Iterator[ExpertTensor]:
-    data_offset = lib.gguf_get_data_offset(context)
-    for number in range(lib.gguf_get_n_tensors(context)):
-        name = lib.gguf_get_tensor_name(context, number).decode(errors="replace")
-        if match := _NAME.fullmatch(name):
-            shape = lib.gguf_get_tensor_ne(context, number)
-            size = int(lib.gguf_get_tensor_size(context, number))
-            offset = data_offset + int(lib.gguf_get_tensor_offset(context, number))
-            n_experts = int(shape[2])
-            if n_experts < 1 or size < n_experts or size % n_experts or shape[3] != 1:
-                raise FlashMoEError(f"{path}: {name} cannot be divided into its experts")
-            yield ExpertTensor(name, int(match[1]), match[2], offset, size, n_experts)
-
-
-def _text(lib: Any, context: int, key: str) -> str:
-    """A setting's text; empty where it has none. (To ask for a wrong type ends the process.)"""
-    number = lib.gguf_find_key(context, key.encode())
-    if number < 0 or lib.gguf_get_kv_type(context, number) != _STRING:
-        return ""
-    text: bytes = lib.gguf_get_val_str(context, number)
-    return text.decode(errors="replace")
-
-
-def _number(lib: Any, context: int, key: str) -> int:
-    """A setting's number, the largest where it has one for each layer; 0 where it has none."""
-    number = lib.gguf_find_key(context, key.encode())
-    if number < 0:
-        return 0
-    kind, count = lib.gguf_get_kv_type(context, number), 1
-    if kind == _ARRAY:
-        kind, count = lib.gguf_get_arr_type(context, number), lib.gguf_get_arr_n(context, number)
-        if kind not in _INTEGERS or not count:
-            return 0
-        address = lib.gguf_get_arr_data(context, number)
-    elif kind in _INTEGERS:
-        address = lib.gguf_get_val_data(context, number)
-    else:
-        return 0
-    return max(map(int, (_INTEGERS[kind] * count).from_address(address)))
+def expert_tensors(path: Path, head: GGUFHead) -> tuple[ExpertTensor, ...]:
+    """Those of a file that hold experts. Raises FlashMoEError where one does not divide."""
+    tensors = []
+    for place in head.tensors:
+        if match := _NAME.fullmatch(place.name):
+            n_experts, size = place.shape[2], place.size_bytes
+            if n_experts < 1 or size < n_experts or size % n_experts or place.shape[3] != 1:
+                raise FlashMoEError(f"{path}: {place.name} cannot be divided into its experts")
+            layer, kind = int(match[1]), match[2]
+            tensors.append(
+                ExpertTensor(place.name, layer, kind, place.offset_bytes, size, n_experts)
+            )
+    return tuple(tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ class _InitParameters(ctypes.Structure):
     _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-class _GGUFParameters(ctypes.Structure):
+class GGUFParameters(ctypes.Structure):
     _fields_ = [("no_alloc", c_bool), ("context", c_void_p)]
 
 
@@ -30,16 +30,19 @@ _SIGNATURES = {
     "ggml_mul_mat_id": (c_void_p, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "ggml_set_name": (c_void_p, [c_void_p, c_char_p]),
     "ggml_get_data": (c_void_p, [c_void_p]),
+    "ggml_get_tensor": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_nbytes": (c_size_t, [c_void_p]),
+    "ggml_type_size": (c_size_t, [c_int]),
+    "ggml_validate_row_data": (c_bool, [c_int, c_void_p, c_size_t]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
-    "gguf_init_from_file": (c_void_p, [c_char_p, _GGUFParameters]),
+    "gguf_init_from_file": (c_void_p, [c_char_p, GGUFParameters]),
     "gguf_free": (None, [c_void_p]),
     "gguf_get_data_offset": (c_size_t, [c_void_p]),
     "gguf_get_n_tensors": (c_int64, [c_void_p]),
     "gguf_get_tensor_name": (c_char_p, [c_void_p, c_int64]),
     "gguf_get_tensor_offset": (c_size_t, [c_void_p, c_int64]),
-    "gguf_get_tensor_size": (c_size_t, [c_void_p, c_int64]),
-    "gguf_get_tensor_ne": (POINTER(c_int64), [c_void_p, c_int64]),
+    "gguf_get_tensor_type": (c_int, [c_void_p, c_int64]),
     "gguf_find_key": (c_int64, [c_void_p, c_char_p]),
     "gguf_get_kv_type": (c_int, [c_void_p, c_int64]),
     "gguf_get_arr_type": (c_int, [c_void_p, c_int64]),

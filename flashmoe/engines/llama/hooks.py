@@ -72,6 +72,7 @@ class Hooks:
             _Prepare(lambda descriptor: prepare(descriptor)),
             _Decide(lambda: decide()),
         )
+        self._ggml = ggml
         self._compiled = _compile(self, ggml, *self._python)
 
     def add_file(self, device: int, inode: int, base: int, size_bytes: int) -> None:
@@ -84,6 +85,17 @@ class Hooks:
     def addresses(self) -> dict[str, int]:
         """By the name of the import that each replaces."""
         return {name: function.address for name, function in self._compiled.items()}
+
+    @property
+    def originals(self) -> dict[str, int]:
+        """What the same imports are without us."""
+        libraries = (ctypes.CDLL(None), self._ggml.library)
+        return {
+            name: ctypes.cast(getattr(library, name), c_void_p).value or 0
+            for name in self._compiled
+            for library in libraries
+            if hasattr(library, name)
+        }
 
 
 def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) -> dict[str, Any]:

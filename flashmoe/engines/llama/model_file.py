@@ -28,6 +28,7 @@ _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
 ]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -105,8 +106,20 @@ class ModelFile:
 
     def drop(self, start: int, end: int) -> None:
         """Give back the memory of these pages; they read as zeros from now on."""
-        if end > start:
+        if end > start and self.base:
             _libc.madvise(self.base + start, end - start, mmap.MADV_DONTNEED)
+
+    def drop_experts(self) -> None:
+        """Give back the memory of all experts."""
+        for tensor in self.tensors:
+            self.drop(*inner_pages(tensor.offset_bytes, tensor.size_bytes))
+
+    def free(self) -> None:
+        """Close the file and give back all its memory: nothing uses the model any more."""
+        self.close()
+        if self.base:
+            _libc.munmap(self.base, self.size_bytes)
+            self.base = 0
 
     def check_unchanged(self) -> None:
         """Raises OSError when the file is another one than when it was opened."""

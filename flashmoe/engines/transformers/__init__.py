@@ -7,6 +7,7 @@ engine       what takes over its experts modules
 checkpoints  models on disk
 model        a model without its experts
 experts      the arithmetic of experts
+session      prompts, and the model that continues them
 prompting    prompts as token ids
 recorder     which experts a model chooses
 """
@@ -14,7 +15,12 @@ recorder     which experts a model chooses
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe.engines.transformers.session import TransformersSession
 
 
 def accepts(path: str | os.PathLike[str]) -> bool:
@@ -30,3 +36,21 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     from flashmoe.engines.transformers import loading
 
     return loading.load(path, **options)
+
+
+def open_session(
+    path: str | os.PathLike[str], prompts: Sequence[str], **options: Any
+) -> TransformersSession:
+    """As `session.TransformersSession`."""
+    from flashmoe.engines.transformers.session import TransformersSession
+
+    return TransformersSession(Path(path), prompts, **options)
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:
+    """As `reading.verify.verify`, of a store."""
+    from flashmoe.reading.verify import verify as verify_store
+
+    manifest = verify_store(Path(path), progress)
+    count = sum(layer.n_experts for layer in manifest.layers)
+    return f"all {count} experts are as they were packed"

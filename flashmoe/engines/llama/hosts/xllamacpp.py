@@ -19,17 +19,20 @@ def serve(
     memory: int | str,
     policy: str = "learned",
     warm: Path | None = None,
+    record: bool = False,
     **parameters: Any,
 ) -> tuple[Any, Attachment]:
     """A running `xllamacpp.Server` of this model, and what streams its experts.
 
-    memory, policy, warm: see `Attachment`. parameters: attributes of xllamacpp's CommonParams,
-        such as n_ctx and n_parallel.
+    memory, policy, warm, record: see `Attachment`. parameters: attributes of xllamacpp's
+        CommonParams, such as n_ctx and n_parallel.
     A model without experts runs as without FlashMoE. Raises FlashMoEError when the file cannot be
     read, or its experts not be streamed.
     """
     library = Path(xllamacpp.xllamacpp.__file__).resolve()
-    attachment = Attachment(library, library, memory=memory, policy=policy, warm=warm)
+    attachment = Attachment(
+        library, library, memory=memory, policy=policy, warm=warm, record=record
+    )
     # all parts of a split file, because the constructor maps them where we cannot be asked
     with reading(model):
         streams = [attachment.add_file(part) for part in parts_of(attachment.ggml, model)]

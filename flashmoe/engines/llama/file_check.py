@@ -1,0 +1,115 @@
+"""Reads a GGUF file once and checks what can be checked without a model."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, read_all
+from flashmoe.engines.llama.expert_tensors import expert_tensors
+from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.gguf_head import GGUFHead, TensorPlace, read_head
+from flashmoe.engines.llama.model_file import outer_pages
+from flashmoe.errors import FlashMoEError
+
+_READERS, _STEP_BYTES = 4, 8 << 20
+
+
+class _Piece(NamedTuple):
+    """Whole blocks of a tensor, or bytes between tensors (place: None)."""
+
+    place: TensorPlace | None
+    start: int
+    end: int
+
+
+def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str:
+    """Read all of `path` past the page cache, and let the library look at each tensor's numbers.
+
+    Checks that the library reads the head, that all tensors lie in the file and share no byte, and
+    that experts divide. GGUF has no checksums: a flipped bit that leaves a number is not seen. Of
+    a split file this is one part. progress: called with bytes done and bytes in all.
+    Raises FlashMoEError for the first damage.
+    """
+    head = read_head(ggml, path)
+    if head is None:
+        raise FlashMoEError(f"{path} is no GGUF file, or its head is damaged: fetch it again")
+    experts = expert_tensors(path, head)
+    size = path.stat().st_size
+    _check_places(path, head, size)
+    descriptor, direct = open_direct(path, os.O_RDONLY)
+    local = threading.local()
+
+    def check_piece(piece: _Piece) -> int:
+        if not hasattr(local, "memory"):
+            local.memory = aligned_memory(_STEP_BYTES + 2 * os.sysconf("SC_PAGE_SIZE"))
+        first, last = outer_pages(piece.start, piece.end - piece.start)
+        view = memoryview(local.memory)[: last - first]
+        try:
+            read_all(descriptor, view, piece.end - first, first)
+        except EOFError:
+            raise FlashMoEError(f"{path} became shorter while it was read") from None
+        except OSError as error:
+            raise FlashMoEError(
+                f"{path}: bytes {piece.start} to {piece.end} cannot be read ({error})"
+            ) from None
+        if not direct:
+            drop_page_cache(descriptor, first, last - first)
+        if piece.place:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(local.memory))
+            begin, count = address + piece.start - first, piece.end - piece.start
+            if not ggml.library.ggml_validate_row_data(piece.place.kind, begin, count):
+                raise FlashMoEError(
+                    f"{path}: {piece.place.name} holds what are no numbers: fetch the file again"
+                )
+        return piece.end - piece.start
+
+    done, threads = 0, ThreadPoolExecutor(_READERS)
+    try:
+        for count in threads.map(check_piece, _pieces(ggml, head, size)):
+            done += count
+            progress(done, size)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        drop_page_cache(descriptor)  # the library has read the head through it
+        os.close(descriptor)
+    return (
+        f"all {len(head.tensors)} tensors, {len(experts)} of them experts', lie in the file and "
+        "hold numbers"
+    )
+
+
+def _check_places(path: Path, head: GGUFHead, size: int) -> None:
+    end = 0
+    for place in sorted(head.tensors, key=lambda place: place.offset_bytes):
+        if place.offset_bytes < end:
+            raise FlashMoEError(f"{path}: {place.name} lies over another tensor: fetch it again")
+        end = place.offset_bytes + place.size_bytes
+        if end > size:
+            raise FlashMoEError(
+                f"{path} was cut short: {place.name} should end at byte {end}, the file at {size}: "
+                "fetch it again"
+            )
+
+
+def _pieces(ggml: GGML, head: GGUFHead, size: int) -> Iterator[_Piece]:
+    """The whole file, in order."""
+    end = 0
+    for place in sorted(head.tensors, key=lambda place: place.offset_bytes):
+        yield from _steps(None, end, place.offset_bytes, 1)
+        end = place.offset_bytes + place.size_bytes
+        yield from _steps(
+            place, place.offset_bytes, end, int(ggml.library.ggml_type_size(place.kind))
+        )
+    yield from _steps(None, end, size, 1)
+
+
+def _steps(place: TensorPlace | None, start: int, end: int, block_bytes: int) -> Iterator[_Piece]:
+    step = _STEP_BYTES // block_bytes * block_bytes
+    for first in range(start, end, step):
+        yield _Piece(place, first, min(first + step, end))

@@ -1,0 +1,104 @@
+"""The commands on a GGUF file: generate, record and verify."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from command_line import refused, run
+
+from flashmoe import trace
+
+needs_llama_cpp = pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python")
+
+
+def test_verify_says_what_is_right(capfd, gguf_files):
+    for family, scheme in (("olmoe", "int4"), ("qwen3_moe", "int8"), ("olmoe", "none")):
+        status, out, _ = run(capfd, "verify", gguf_files(family, scheme))
+        assert (status, "12 of them experts', lie in the file" in out) == (0, True)
+
+
+def damaged(content: bytes, *, what: str) -> bytes:
+    changed = bytearray(content)
+    if what == "cut":
+        return content[:-100]
+    if what == "an infinite scale":  # of a block of 32 weights: a float16, and 16 bytes
+        changed[-18 * 7 : -18 * 7 + 2] = b"\x00\x7c"
+    elif what == "the head":
+        changed[24:32] = b"\xff" * 8
+    elif what == "another file":
+        changed[:4] = b"GGML"
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("cut", "was cut short"), ("an infinite scale", "blk.3.ffn_down_exps.weight holds what"),
+        ("the head", "its head is damaged"), ("another file", "is no GGUF file"),
+    ],
+)  # fmt: skip
+def test_verify_names_the_damage(capfd, gguf_files, tmp_path, what, said):
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damaged(gguf_files().read_bytes(), what=what))
+    assert said in refused(capfd, "verify", path)
+
+
+def test_a_file_that_is_not_there_is_one_sentence(capfd, tmp_path):
+    path = tmp_path / "none.gguf"
+    (tmp_path / "p.txt").write_text("x")
+    assert "no such file" in refused(capfd, "verify", path)
+    assert "no such file" in refused(capfd, "generate", path, "--prompt", "x")
+    record = ("record", path, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "t.npz")
+    assert "no such file" in refused(capfd, *record)
+
+
+def test_what_a_gguf_file_cannot_do_is_one_sentence(capfd, gguf_files):
+    options = ("--prompt", "x", "--device", "cuda")
+    assert "computed on the CPU" in refused(capfd, "generate", gguf_files(), *options)
+
+
+@needs_llama_cpp
+def test_generate_streams_and_begins_where_it_ended(capfd, gguf_files, tmp_path):
+    size = gguf_files().stat().st_size
+    command = (
+        "generate", gguf_files(), "--prompt", "hello world", "--memory", size * 3 // 4,
+        "--policy", "lru", "--max-new-tokens", 9, "--warm", tmp_path / "kept.npz",
+    )  # fmt: skip
+    status, out, _ = run(capfd, *command, "--json")
+    cold = json.loads(out)
+    assert (status, cold["new_tokens"]) == (0, 9)
+    assert cold["token_ids"][:11] == list(b"hello world")
+    assert len(cold["token_ids"]) == 20 and cold["text"].startswith("hello world")
+    status, out, err = run(capfd, *command)
+    assert (status, out.rstrip("\n"), "9 tokens" in err) == (0, cold["text"], True)
+    warm = json.loads(run(capfd, *command, "--json")[1])
+    assert warm["token_ids"] == cold["token_ids"]
+    assert warm["stats"]["misses"] < cold["stats"]["misses"]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("new_tokens", [0, 5])
+def test_record_then_simulate_gives_the_engines_hits(capfd, gguf_files, tmp_path, new_tokens):
+    prompts, out = tmp_path / "p.txt", tmp_path / "t.npz"
+    prompts.write_text("hello world\nhello there, all of you\n")
+    memory = gguf_files().stat().st_size // 2
+    record = (
+        "record", gguf_files(), "--prompts", prompts, "--out", out, "--memory", memory,
+        "--max-new-tokens", new_tokens, "--policy", "lru",
+    )  # fmt: skip
+    status, said, _ = run(capfd, *record)
+    recorded = trace.load(out)
+    assert (status, recorded.names()) == (0, ["0", "1"])
+    more = max(0, new_tokens - 1)  # the last token is not computed
+    lengths = [run.stop - run.start for _, run in recorded.sequences()]
+    assert lengths == [11 + more, 23 + more]
+    status, rows, _ = run(
+        capfd, "simulate", out, "--policy", "lru", "--slots", recorded.info["slots"],
+        "--as-recorded", "--warm", "--json",
+    )  # fmt: skip
+    (row,) = json.loads(rows)
+    assert f"{row['hits']} hits of {row['requests']}" in said
+    assert row["slots"] < 16 and row["hits"] > 0
+    assert "leave out --probabilities" in refused(capfd, *record, "--probabilities")
