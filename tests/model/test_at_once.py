@@ -35,7 +35,7 @@ class Memory(Backend, Places):
         layers = tuple(LayerSpec(f"{n}", EXPERTS, 0, EXTENT_BYTES, ()) for n in range(LAYERS))
         self.manifest = Manifest("", "", TOP_K, "", "", 0, layers)
         self.content: dict[Expert, Expert] = {}
-        self.edge_bytes = 0
+        self.edge_bytes, self.files = 0, []
         self.broken: set[Expert] = set()
         self.lock = threading.Lock()
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny_gguf import EXPERTS
+from harness.tiny_gguf import EXPERTS
 
 import flashmoe
 from flashmoe import engines
