@@ -65,6 +65,13 @@ def test_what_cannot_be_streamed_is_one_sentence(gguf_files):
 
 
 @needs_llama_cpp
+def test_an_automatic_budget_leaves_room_for_scores(gguf_files):
+    made = run("automatic", gguf_files())
+    (memory_bytes, _), (less_bytes, scores_bytes) = made["last"], made["all"]
+    assert memory_bytes - less_bytes == scores_bytes == 1024 * 512 * 4
+
+
+@needs_llama_cpp
 def test_a_failed_read_is_a_sentence_and_the_model_goes_on(gguf_files):
     result = run("failure", gguf_files())
     assert "MoE layer" in result["said"] and "the read failed" in result["said"]

@@ -76,6 +76,7 @@ class Attachment:
         self._library = library
         missing = set(NEEDED) - redirect(library, self.hooks.addresses)
         if missing:
+            self.detach()
             raise FlashMoEError(
                 f"{library} does not import {min(missing)}: it is no llama.cpp of 2026, or was not "
                 "built of shared libraries"
@@ -178,10 +179,11 @@ class Attachment:
         self.engine.note(self._layers[number], rows)
         self.engine.at_once.make_ready(self._layers[number], rows)
 
-    def start(self) -> None:
+    def start(self, beside_bytes: int = 0) -> None:
         """Make the engine: at the first event, or when the program has all its memory.
 
-        `auto` knows then what is left. Raises FlashMoEError where the budget is too small.
+        `auto` knows then what is left; beside_bytes: what the program has but not touched yet.
+        Raises FlashMoEError where the budget is too small.
         """
         if not self._files:
             raise FlashMoEError(
@@ -190,7 +192,7 @@ class Attachment:
             )
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
-        self.engine = LlamaEngine(experts, self.memory, self.policy)
+        self.engine = LlamaEngine(experts, self.memory, self.policy, beside_bytes)
         if self.record:
             self.engine.record()
         if self.warm and self.warm.exists():

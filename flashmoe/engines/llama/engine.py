@@ -25,8 +25,12 @@ RESERVE_BYTES = 256 << 20
 class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
-    def __init__(self, experts: GGUFExperts, memory: int | str, policy: str) -> None:
+    def __init__(
+        self, experts: GGUFExperts, memory: int | str, policy: str, beside_bytes: int = 0
+    ) -> None:
         """memory: "auto" gives what is free now, less a reserve: the program has all else by then.
+
+        beside_bytes: what it is still to touch of that, beyond the reserve.
 
         Raises FlashMoEError where the budget is too small.
         """
@@ -35,7 +39,7 @@ class LlamaEngine(Engine):
         automatic = memory == "auto"
         super().__init__(
             experts,
-            free_memory.budget_bytes(0, cpu, least, reserve_bytes=RESERVE_BYTES)
+            free_memory.budget_bytes(beside_bytes, cpu, least, reserve_bytes=RESERVE_BYTES)
             if automatic
             else parse_bytes(memory),
             policy,
@@ -45,6 +49,7 @@ class LlamaEngine(Engine):
             check_reads=False,
             whole_events=True,
         )
+        self.beside_bytes = beside_bytes
         self.experts = experts
         self._recorder: Recorder | None = None
         self.at_once = AtOnce(self.residency, experts.extent, experts.drop)
