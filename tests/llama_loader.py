@@ -28,7 +28,7 @@ def tokens_of(model: Any, package: str = "llama_cpp") -> list[int]:
     return [token for token, _ in zip(made, range(12), strict=False)]
 
 
-def load(path: Path, share: float = 0.75, **options: Any) -> Any:
+def load(path: Path, share: float = 0.5, **options: Any) -> Any:
     memory = int(path.stat().st_size * share)
     return flashmoe.load(path, memory=memory, policy="lru", **(OPTIONS | options))
 
@@ -56,7 +56,7 @@ def tokens(path: Path) -> dict[str, Any]:
     import llama_cpp
 
     result: dict[str, Any] = {"plain": plain_tokens(path), "made": [], "slots": []}
-    for share in (0.5, 0.75, 2.0):
+    for share in (0.4, 0.6, 2.0):
         model = load(path, share)
         assert isinstance(model, llama_cpp.Llama)
         result["slots"].append(model.flashmoe.stats()["slots_per_layer"])
