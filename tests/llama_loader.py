@@ -28,7 +28,7 @@ def tokens_of(model: Any, package: str = "llama_cpp") -> list[int]:
     return [token for token, _ in zip(made, range(12), strict=False)]
 
 
-def load(path: Path, share: float = 0.75, **options: Any) -> Any:
+def load(path: Path, share: float = 0.5, **options: Any) -> Any:
     memory = int(path.stat().st_size * share)
     return flashmoe.load(path, memory=memory, policy="lru", **(OPTIONS | options))
 
@@ -56,7 +56,7 @@ def tokens(path: Path) -> dict[str, Any]:
     import llama_cpp
 
     result: dict[str, Any] = {"plain": plain_tokens(path), "made": [], "slots": []}
-    for share in (0.5, 0.75, 2.0):
+    for share in (0.4, 0.6, 2.0):
         model = load(path, share)
         assert isinstance(model, llama_cpp.Llama)
         result["slots"].append(model.flashmoe.stats()["slots_per_layer"])
@@ -105,7 +105,7 @@ def refusals(path: Path) -> dict[str, Any]:
         "unknown": refusal(load, path, prefetch=False),
         "package": refusal(load, path, package="other"),
         "small": refusal(load, path, 0.01),
-        "smaller": refusal(load, path, 0.2),
+        "smaller": refusal(load, path, 0.145),
         "context": refusal(load, path, type_v=2),  # which needs flash attention
     }
     damaged = path.with_name("damaged.gguf")
@@ -114,6 +114,19 @@ def refusals(path: Path) -> dict[str, Any]:
     result["none"] = refusal(flashmoe.load, path.with_name("none.gguf"), memory="1GiB")
     result["after"] = tokens_of(load(path))
     return result
+
+
+def automatic(path: Path) -> dict[str, Any]:
+    """All but what the model is still to touch: its scores, if it keeps those of all tokens."""
+    from flashmoe.memory import free_memory
+
+    free_memory.available_bytes = lambda: 1 << 30
+    made = {}
+    for name, options in (("last", {}), ("all", {"logits_all": True})):
+        model = flashmoe.load(path, memory="auto", **(OPTIONS | options))
+        made[name] = [model.flashmoe.snapshot().memory_bytes, model.scores.nbytes]
+        model.close()
+    return made
 
 
 def failure(path: Path) -> dict[str, Any]:

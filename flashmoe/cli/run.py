@@ -68,6 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
             print(json.dumps(engine.stats()), file=sys.stderr)
         if engine and arguments.record:
             engine.trace(source="flashmoe run").save(arguments.record)
+        elif arguments.record:
+            print(
+                f"flashmoe: {arguments.record} is not written: no expert was asked for",
+                file=sys.stderr,
+            )
     sys.stdout.flush()
     sys.stderr.flush()
     # not sys.exit: the program's own threads and buffers end as they would without us

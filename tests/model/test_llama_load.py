@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from harness.tiny_gguf import EXPERTS
 
 import flashmoe
 from flashmoe import engines
+from harness.tiny_gguf import EXPERTS
 
 TESTS = Path(__file__).parents[1]
 needs_llama_cpp = pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python")
@@ -62,6 +62,13 @@ def test_what_cannot_be_streamed_is_one_sentence(gguf_files):
     assert "cut short" in result["cut"] or "no GGUF" in result["cut"]
     assert "no such file" in result["none"]
     assert len(result["after"]) == 12
+
+
+@needs_llama_cpp
+def test_an_automatic_budget_leaves_room_for_scores(gguf_files):
+    made = run("automatic", gguf_files())
+    (memory_bytes, _), (less_bytes, scores_bytes) = made["last"], made["all"]
+    assert memory_bytes - less_bytes == scores_bytes == 1024 * 512 * 4
 
 
 @needs_llama_cpp

@@ -94,6 +94,7 @@ class Attachment:
         self._library = library
         missing = set(NEEDED) - redirect(library, self.hooks.addresses)
         if missing:
+            self.detach()
             raise FlashMoEError(
                 f"{library} does not import {min(missing)}: it is no llama.cpp of 2026, or was not "
                 "built of shared libraries"
@@ -146,7 +147,7 @@ class Attachment:
 
     def _decide(self) -> None:
         """Stand aside where all experts fit: then the program may lay out the weights itself."""
-        if self.hooks.switches[ASIDE]:
+        if self.hooks.switches[ASIDE] or self.record:
             return
         try:
             total_bytes = file_bytes = 0
@@ -228,10 +229,11 @@ class Attachment:
         likely = partial(self.lookahead.likely, layer, choice, rows)
         self.engine.at_once.make_ready(layer, rows, likely)
 
-    def start(self) -> None:
+    def start(self, beside_bytes: int = 0) -> None:
         """Make the engine: at the first event, or when the program has all its memory.
 
-        `auto` knows then what is left. Raises FlashMoEError where the budget is too small.
+        `auto` knows then what is left; beside_bytes: what the program has but not touched yet.
+        Raises FlashMoEError where the budget is too small.
         """
         if not self._files:
             raise FlashMoEError(
@@ -241,7 +243,7 @@ class Attachment:
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.lookahead = Lookahead(self.ggml, len(self._layers))
-        self.engine = LlamaEngine(experts, self.memory, self.policy)
+        self.engine = LlamaEngine(experts, self.memory, self.policy, beside_bytes)
         if self.record:
             self.engine.record()
         if self.warm and self.warm.exists():

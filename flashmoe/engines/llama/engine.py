@@ -27,12 +27,17 @@ RESERVE_BYTES = 256 << 20
 class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
-    def __init__(self, experts: GGUFExperts, memory: int | str, policy: str) -> None:
+    def __init__(
+        self, experts: GGUFExperts, memory: int | str, policy: str, beside_bytes: int = 0
+    ) -> None:
         """memory: "auto" gives what is free now, less a reserve: the program has all else by then.
+
+        beside_bytes: what it is still to touch of that, beyond the reserve.
 
         Raises FlashMoEError where the budget is too small.
         """
         self.experts = experts
+        self.beside_bytes = beside_bytes
         super().__init__(
             experts,
             self._budget_bytes(memory),
@@ -53,7 +58,7 @@ class LlamaEngine(Engine):
         if memory == "auto":
             present = self.at_once.filled.bytes if hasattr(self, "at_once") else 0
             memory_bytes = free_memory.budget_bytes(
-                0, "cpu", least, present, reserve_bytes=RESERVE_BYTES
+                self.beside_bytes, "cpu", least, present, reserve_bytes=RESERVE_BYTES
             )
         elif (memory_bytes := parse_bytes(memory)) < least:
             raise FlashMoEError(

@@ -125,7 +125,8 @@ def _streamed(package: str) -> Any:
             self._attachment: Attachment | None = attachment
             try:
                 super().__init__(path, **arguments)
-                attachment.start()
+                scored = arguments.get("logits_all") or arguments.get("draft_model")
+                attachment.start(self.scores.nbytes if scored else 0)  # else they stay empty
             except (ValueError, RuntimeError) as error:  # a file that the package cannot load
                 raise FlashMoEError(said[-1] if said else f"{path}: {error}") from None
             finally:
