@@ -15,25 +15,38 @@ from typing import Any
 import llama_server
 
 
+def measure(attachment: Any, server: Any, prompts: list[str]) -> dict[str, Any]:
+    """Answers, and what the model takes of memory after them."""
+    answers = [llama_server.ask(server.listening_address, prompt) for prompt in prompts]
+    result: dict[str, Any] = {"answers": answers}
+    if attachment:
+        files = attachment.engine.experts.files
+        result["stats"] = attachment.engine.stats()
+        result["rss_bytes"] = sum(
+            llama_server.resident_bytes(file.base, file.base + file.size_bytes) for file in files
+        )
+    return result
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     from flashmoe.engines.llama.hosts import xllamacpp as host
 
-    def answers(server: Any) -> list[dict[str, Any]]:
-        return [llama_server.ask(server.listening_address, prompt) for prompt in job["prompts"]]
-
     parameters = llama_server.PARAMETERS | {"n_parallel": 1}
-    plain = answers(llama_server.serve_plain(job["model"], **parameters))
+    plain = measure(None, llama_server.serve_plain(job["model"], **parameters), job["prompts"])
     first, *others = job["budgets"]
     server, attachment = host.serve(
         Path(job["model"]), memory=first, policy=job["policy"], **parameters
     )
-    rounds = [{"answers": answers(server), "stats": attachment.engine.stats()}]
+    rounds = [measure(attachment, server, job["prompts"])]
     for budget in others:
         attachment.engine.resize(budget)
-        rounds.append({"answers": answers(server), "stats": attachment.engine.stats()})
+        rounds.append(measure(attachment, server, job["prompts"]))
     manifest = attachment.engine.experts.manifest
     layers = [[layer.n_experts, layer.extent_bytes] for layer in manifest.layers]
-    return {"plain": plain, "rounds": rounds, "layers": layers, "top_k": manifest.top_k}
+    return {
+        "plain": plain["answers"], "rounds": rounds, "layers": layers, "top_k": manifest.top_k,
+        "dense_bytes": manifest.dense_bytes,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -65,13 +65,15 @@ def test_tokens_and_probabilities_are_llama_cpps_own(tmp_path, layout):
     size = sum(part.stat().st_size for part in parts)
     prompts = [*PROMPTS, LONG] if layout == "split" else PROMPTS
     policy = "learned" if layout == "split" else "lru"
+    budgets = [int(size * share) for share in SHARES]
     found = run(
         "llama_budgets.py", model=str(parts[0]), prompts=prompts, policy=policy,
-        budgets=[str(int(size * share)) for share in SHARES],
+        budgets=[str(budget) for budget in budgets],
     )  # fmt: skip
     assert [len(answer["tokens"]) for answer in found["plain"]] == [12] * len(prompts)
-    for one in found["rounds"]:
+    for one, budget in zip(found["rounds"], budgets, strict=True):
         assert one["answers"] == found["plain"]
+        assert one["rss_bytes"] <= found["dense_bytes"] + budget
     slots = [one["stats"]["slots_per_layer"] for one in found["rounds"]]
     count = source.description.layers[0].n_experts
     assert 0 < slots[0] < slots[1] < slots[2] == count
