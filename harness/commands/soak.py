@@ -1,4 +1,4 @@
-"""Load, generate, resize and close the demo model for hours: does anything grow?"""
+"""Load, ask, resize and close models for hours, of both engines: does anything grow?"""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ def run(arguments: argparse.Namespace) -> Path:
     from harness.progress import say
     from harness.report import report
     from harness.reproduce import folder_for
+    from harness.torture import llama_soak
     from harness.torture.soak import soak
 
     folder = folder_for("quick")
-    report.write(folder, "soak", soak(arguments.seconds, say))
+    half = arguments.seconds / 2  # an engine
+    report.write(folder, "soak", soak(half, say))
+    report.write(folder, "soak-llama", llama_soak.soak(half, say))
     report.record(folder, "soak", arguments.command_line, seed=0)
     return folder

@@ -51,6 +51,11 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
 SPECIAL_COLUMNS = {
     "quant-quality": ("quant", "kind", "expert_bytes", "tokens", "perplexity", "change",
                       "same_as_held"),
+    "faults-llama-reads": (
+        "fault", "injected", "requests", "right", "refused", "wrong", "hangs", "other",
+    ),
+    "faults-llama-files": ("file", "requests", "right", "refused", "wrong", "hangs", "other"),
+    "faults-llama-kills": ("kills", "kept", "right", "wrong", "hangs", "other"),
     "faults-kills": ("before", "kills", "steps", "no store", "whole store", "damaged"),
 }  # fmt: skip
 DIGESTS = {"hit_rates": digests.hit_rates, "policy_cost": digests.policy_cost}

@@ -77,6 +77,7 @@ def folders() -> list[Path]:
 
 # Tables that the run of another one writes as well.
 _WRITTEN_WITH = {
+    "soak-llama": "soak",
     "reader": "ssd",
     "gap_by_layer": "hit_rates",
     "policy_cost": "hit_rates",

@@ -42,7 +42,7 @@ HANGS_AFTER_SECONDS = 60.0
 STEPS = ("pwrite", "fsync", "replace", "unlink", "posix_fallocate", "mkdir")
 
 
-class _Faults:
+class Faults:
     """In place of os.preadv: now and then, by a seed, something else than the drive's bytes."""
 
     def __init__(self, kind: str, seed: int) -> None:
@@ -91,7 +91,7 @@ def reads(faults: int, seed: int = 0) -> list[dict[str, Any]]:
             injected = runs = 0
             while injected < faults:
                 runs += 1
-                injector = _Faults(kind, seed + runs)
+                injector = Faults(kind, seed + runs)
                 model = _load(store)
                 outcome = _outcome(model, ids, expected, injector)
                 outcomes[outcome] += 1
@@ -125,7 +125,7 @@ def _generate(model: transformers.PreTrainedModel, ids: torch.Tensor) -> list[in
 
 
 def _outcome(
-    model: transformers.PreTrainedModel, ids: torch.Tensor, expected: list[int], faults: _Faults
+    model: transformers.PreTrainedModel, ids: torch.Tensor, expected: list[int], faults: Faults
 ) -> str:
     """Generate with faults, then once more without: a model outlives a failed read."""
     outcomes: list[str] = []

@@ -53,14 +53,22 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
                 }
             )
     settled = [row for row in samples if row["seconds"] >= SETTLED_AFTER * seconds] or samples
+    check_growth(settled, MOST_GROWTH_BYTES, seconds)
+    say(f"{rounds} rounds, {tokens} tokens, {settled[-1]['rss_bytes'] / 2**20:.0f} MiB resident")
+    return samples[:: -max(1, len(samples) // ROWS)][::-1]
+
+
+def check_growth(settled: list[dict[str, Any]], growth_bytes: int, seconds: float) -> None:
+    """Raises FlashMoEError where the later half of the samples has more than the earlier one.
+
+    growth_bytes: of resident memory, which is allowed.
+    """
     half = len(settled) // 2
-    for what, allowed in (("rss_bytes", MOST_GROWTH_BYTES), ("descriptors", 0), ("threads", 0)):
+    for what, allowed in (("rss_bytes", growth_bytes), ("descriptors", 0), ("threads", 0)):
         early = max(row[what] for row in settled[: max(1, half)])
         late = max(row[what] for row in settled[half:])
         if late > early + allowed:
             raise FlashMoEError(f"soak: {what} grew from {early} to {late} in {seconds:.0f} s")
-    say(f"{rounds} rounds, {tokens} tokens, {settled[-1]['rss_bytes'] / 2**20:.0f} MiB resident")
-    return samples[:: -max(1, len(samples) // ROWS)][::-1]
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.torture import faults
+from harness.torture import faults, llama_faults
 
 
 def test_no_fault_of_the_drive_gives_a_wrong_token():
@@ -20,3 +20,23 @@ def test_no_kill_while_packing_damages_a_store():
     assert nothing["damaged"] == store["damaged"] == 0
     assert nothing["no store"] > 0
     assert store["whole store"] == 40  # what was there before is there still, or the new one is
+
+
+def test_no_fault_of_the_drive_gives_llama_cpps_server_a_wrong_token():
+    """Each failure is one sentence and that request's end; the next one is right."""
+    for row in llama_faults.reads(6):
+        assert row["wrong"] == row["hangs"] == 0 and not row["other"], row
+        assert row["injected"] >= 6
+        assert (row["refused"] == 0) == (row["fault"] in llama_faults.HARMLESS), row
+
+
+def test_a_gguf_file_that_changes_under_its_server_is_refused_until_it_is_as_it_was():
+    for row in llama_faults.changes(2):
+        harmless = row["file"] in llama_faults.HARMLESS
+        assert row["right" if harmless else "refused"] == 2, row
+
+
+def test_a_killed_server_leaves_its_file_and_what_it_kept_whole():
+    (row,) = llama_faults.kills(3)
+    assert row["right"] == 3, row
+    assert row["kept"] > 0
