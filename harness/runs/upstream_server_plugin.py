@@ -5,6 +5,7 @@ Environment: FLASHMOE_TESTED_MODEL, the GGUF file that every text model's preset
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -23,8 +24,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before the suite's conftest imports `utils`."""
     sys.modules.setdefault("wget", ModuleType("wget"))  # only for downloads, of which none is made
     sys.path.insert(0, str(early_config.rootpath))
-    import utils  # the suite's own
-
+    utils: Any = importlib.import_module("utils")  # the suite's own
     start = utils.ServerProcess.start
 
     def start_with_ours(server: Any, *arguments: Any, **options: Any) -> Any:

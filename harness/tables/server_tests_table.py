@@ -28,7 +28,7 @@ def server_tests_table(
 ) -> None:
     """Run the suite twice and write what became of each test.
 
-    model, memory: a GGUF file with experts and the budget; None: a tiny one and a quarter of its experts.
+    model, memory: a GGUF file with experts, and the budget; None: a tiny one, a quarter resident.
     Raises FlashMoEError, after the table is written, where a test ends otherwise with FlashMoE.
     """
     tests = upstream_server_tests.suite(program)

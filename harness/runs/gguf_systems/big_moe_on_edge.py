@@ -31,7 +31,10 @@ def _run(work: Work) -> dict[str, Any]:
 
 
 def figures(output: str) -> dict[str, Any]:
-    """Of what `--progress` prints: a line a token, then a summary."""
+    """Of what `--progress` prints, a line a token.
+
+    It prints text only: tokens that a byte stands for are not among `token_ids`.
+    """
     tokens = [
         json.loads(line.removeprefix(_PROGRESS))
         for line in output.splitlines()
