@@ -1,4 +1,4 @@
-"""Measure llama-server with FlashMoE under it and without, on the same GGUF file."""
+"""Measure llama-server with FlashMoE under it and without, and rivals, on the same GGUF file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stores", type=Path, help="keep the GGUF file in this directory")
     parser.add_argument("--caps", type=amount, nargs="+", help="shares of the file's size")
     parser.add_argument("--rounds", type=count, default=1)
+    parser.add_argument("--systems", nargs="+", default=[], help="by the names of a table's rows")
     parser.add_argument("--quant", default="int4", help="int4: Q4_0, int8: Q8_0, none: bf16")
 
 
@@ -33,5 +34,6 @@ def run(arguments: argparse.Namespace) -> Path:
         rounds=arguments.rounds,
         scheme=arguments.quant,
         stores=arguments.stores,
+        systems=arguments.systems,
     )
     return folder

@@ -32,6 +32,7 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
               "share_of_roofline", "flashmoe_speedup", "tokens_differing"),
     "servers": ("cap_share", "system", "outcome", "slots_per_layer", "hit_rate",
                 "tokens_per_second", "prompt_seconds", "flashmoe_speedup"),
+    "server_tests": ("test", "plain", "flashmoe", "same"),
     "quant": ("cap_share", "quant", "slots", "hit_rate", "bytes_per_token", "tokens_per_second",
               "share_of_roofline", "over_bf16"),
     "timeline": None,

@@ -1,4 +1,4 @@
-"""llama-server with FlashMoE under it and without, on one GGUF file, under real caps."""
+"""llama-server with FlashMoE and without, and rivals, on one GGUF file, under real caps."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from flashmoe import trace
 from flashmoe.engines.transformers.checkpoints.named_models import config_of
+from flashmoe.errors import FlashMoEError
 from harness.progress import say
 from harness.report import report
-from harness.runs import gguf_file
+from harness.runs import gguf_file, gguf_systems, ssd
+from harness.runs.gguf_systems import System, Work
+from harness.runs.gguf_systems.llama_server import PLAIN
 from harness.runs.job import FIRST_TOKEN
 from harness.runs.page_cache import drop_all
 from harness.runs.self_routing_weights import SteeredWeights
-from harness.runs.server_run import ServerRun, silent
 from harness.tables import full_scale
 
 CAPS = (0.5, 0.75)  # shares of the file
 PROMPT_TOKENS, NEW_TOKENS = 160, 48
-# What a run without FlashMoE is given: with its default, repacking, it is killed by the caps.
-PLAIN, DEFAULT, OURS = "llama-server --no-repack", "llama-server", "flashmoe run llama-server"
+Run = dict[str, Any]
 
 
 def server_table(
@@ -36,8 +38,14 @@ def server_table(
     rounds: int = 1,
     scheme: str = "int4",
     stores: Path | None = None,
+    systems: Sequence[str] = (),
 ) -> None:
-    """Write the file (given back but for `stores`), run all in turn, report."""
+    """Write the file (given back but for `stores`), run all in turn, report.
+
+    systems: names of `gguf_systems.available()`; none: all that are installed.
+    Raises FlashMoEError for a system that is unknown or not installed.
+    """
+    chosen = _chosen(systems)
     routing = full_scale.shipped_routing(name)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(PROMPT_TOKENS + NEW_TOKENS)
@@ -48,41 +56,90 @@ def server_table(
             partial = model.with_suffix(".partial")
             gguf_file.write(SteeredWeights(config_of(name), 0, prefix), partial, scheme)
             partial.rename(model)
+        runs = measure(model, program, chosen, caps, rounds)
         size = model.stat().st_size
-        runs: list[dict[str, Any]] = []
-        for number in range(rounds):
-            for share in (*caps, None):
-                for system in (PLAIN, OURS, DEFAULT):
-                    cap_bytes = int(share * size) if share else None
-                    say(f"round {number + 1} of {rounds}: {system}, cap {share or 'none'}")
-                    outcome = _run(system, program, model, cap_bytes)
-                    say(f"{outcome['outcome']}, {outcome.get('tokens_per_second')} token/s")
-                    about = {"cap_share": share, "cap_bytes": cap_bytes, "system": system}
-                    runs.append(about | outcome)
     title = full_scale.title_of("servers", name, scheme)
-    report.write(folder, title, _rows(runs, size))
+    report.write(folder, title, rows_of(runs, size))
     report.record(folder, title, command, seed=0)
 
 
-def _run(system: str, program: Path, model: Path, cap_bytes: int | None) -> dict[str, Any]:
-    drop_all()
-    threads = str(os.cpu_count())
-    extra = ("--no-repack",) if system == PLAIN else ()
-    prompt = list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS))
-    run = ServerRun(
-        program,
-        model,
-        "auto" if system == OURS else None,
-        prompt,
-        NEW_TOKENS,
-        cap_bytes,
-        silent(("-c", "1024", "-t", threads, *extra)),
-    )
-    return run.measure()
+def _chosen(names: Sequence[str]) -> list[System]:
+    known = gguf_systems.available()
+    for name in names:
+        if name not in known:
+            raise FlashMoEError(f"no system is called {name!r}: choose from {', '.join(known)}")
+        if not known[name].installed():
+            raise FlashMoEError(f"{name} is not here: let {known[name].program} name its program")
+    for system in known.values():
+        if not names and not system.installed():
+            say(f"{system.name} is left out: {system.program} does not name its program")
+    return [known[name] for name in names] or [s for s in known.values() if s.installed()]
 
 
-def _rows(runs: list[dict[str, Any]], size_bytes: int) -> list[dict[str, Any]]:
-    """A row for each cap and system: medians of the rounds with their range."""
+def measure(
+    model: Path,
+    program: Path,
+    systems: Sequence[System],
+    caps: Sequence[float],
+    rounds: int,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+) -> list[Run]:
+    """Every system at every cap and at none, in turn, `rounds` times; the drive asked before each.
+
+    program: llama-server, beside which the build's other programs lie.
+    """
+    dense_bytes, expert_bytes = sizes(model)
+    size = model.stat().st_size
+    prompt = tuple(range(FIRST_TOKEN, FIRST_TOKEN + prompt_tokens))
+    threads = os.cpu_count() or 1
+    runs = []
+    for number in range(rounds):
+        for share in (*caps, None):
+            cap_bytes = int(share * size) if share else None
+            work = Work(program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes)
+            for system in systems:
+                say(f"round {number + 1} of {rounds}: {system.name}, cap {share or 'none'}")
+                drive = _drive(model, expert_bytes) if share else None
+                drop_all()
+                outcome = _run(system, work)
+                say(f"{outcome['outcome']}, {outcome.get('tokens_per_second')} token/s")
+                about = {"cap_share": share, "cap_bytes": cap_bytes, "system": system.name}
+                runs.append(about | {"drive_bytes_per_second": drive} | outcome)
+    return runs
+
+
+def _run(system: System, work: Work) -> Run:
+    """A rival that refuses the file has that for its outcome; llama.cpp must not fail."""
+    try:
+        return system.run(work)
+    except FlashMoEError as error:
+        if not system.program:
+            raise
+        return {"outcome": str(error)}
+
+
+def _drive(model: Path, expert_bytes: int) -> float | None:
+    if ssd.fio_path() is None:
+        return None
+    return ssd.random_read_speed(model, expert_bytes, full_scale.FIO_SECONDS / 2)
+
+
+def sizes(model: Path) -> tuple[int, int]:
+    """Bytes of the file beside experts, and of the largest expert's matrix."""
+    experts = [
+        tensor
+        for tensor in gguf.GGUFReader(model).tensors
+        if "_exps." in tensor.name and tensor.name.endswith(".weight")
+    ]
+    total = sum(int(tensor.n_bytes) for tensor in experts)
+    each = max(int(tensor.n_bytes) // int(tensor.shape[-1]) for tensor in experts)
+    return model.stat().st_size - total, each // 4096 * 4096 or 4096
+
+
+def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
+    """A row for each cap and system: medians of the rounds with their range, and the roofline."""
+    systems = gguf_systems.available()
     plain = [run["token_ids"] for run in runs if run["system"] == PLAIN and "token_ids" in run]
     expected = plain[0] if plain else None
     rows = []
@@ -96,18 +153,51 @@ def _rows(runs: list[dict[str, Any]], size_bytes: int) -> list[dict[str, Any]]:
             "file_bytes": size_bytes,
             "system": key[1],
             "outcome": "ok" if done else same[0]["outcome"],
+            "rounds": len(done),
             "tokens_per_second": np.median(speeds) if done else None,
             "tokens_per_second_min": min(speeds, default=None),
             "tokens_per_second_max": max(speeds, default=None),
         }
-        for name in ("prompt_seconds", "ready_seconds", "peak_memory_bytes", "hit_rate"):
+        for name in (
+            *("prompt_seconds", "ready_seconds", "peak_memory_bytes", "hit_rate"),
+            *("bytes_per_token", "drive_bytes_per_second"),
+        ):
             values = [run[name] for run in done if run.get(name) is not None]
             row[name] = float(np.median(values)) if values else None
         row["slots_per_layer"] = done[0].get("slots_per_layer") if done else None
-        row["same_output"] = all(run["token_ids"] == expected for run in done) if done else None
+        texts = [run["token_ids"] for run in done if "token_ids" in run]
+        row["same_output"] = all(ids == expected for ids in texts) if texts and plain else None
         rows.append(row)
+    compute_seconds = _arithmetic_seconds(rows)
     for row in rows:
-        ours = next(r for r in rows if (r["cap_share"], r["system"]) == (row["cap_share"], OURS))
-        speed, our_speed = row["tokens_per_second"], ours["tokens_per_second"]
+        clock = systems[row["system"]].clock
+        rivals = [
+            r["tokens_per_second"]
+            for r in rows
+            if r["cap_share"] == row["cap_share"]
+            and systems[r["system"]].is_ours
+            and systems[r["system"]].clock == clock
+        ]
+        speed, our_speed = row["tokens_per_second"], rivals[0] if rivals else None
         row["flashmoe_speedup"] = our_speed / speed if speed and our_speed else None
+        row |= _roofline(row, compute_seconds)
     return rows
+
+
+def _arithmetic_seconds(rows: list[Run]) -> float | None:
+    """What a token takes where all fits: the least that any system shows without a cap."""
+    free = [row["tokens_per_second"] for row in rows if row["cap_share"] is None]
+    return min((1 / speed for speed in free if speed), default=None)
+
+
+def _roofline(row: Run, compute_seconds: float | None) -> Run:
+    """The least seconds that a token can take: of the bytes it read at fio's speed, or arithmetic.
+
+    The bytes are those that the system itself had read while it decoded, guesses included.
+    """
+    read, drive = row["bytes_per_token"], row["drive_bytes_per_second"]
+    speed = row["tokens_per_second"]
+    if read is None or not drive or not compute_seconds or not speed:
+        return {"roofline_tokens_per_second": None, "share_of_roofline": None}
+    floor = max(read / drive, compute_seconds)
+    return {"roofline_tokens_per_second": 1 / floor, "share_of_roofline": speed * floor}

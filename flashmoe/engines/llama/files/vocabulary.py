@@ -16,11 +16,11 @@ def add_to(writer: gguf.GGUFWriter, size: int) -> None:
     names |= {byte: chr(256 + number) for number, byte in enumerate(others)}
     tokens = [names[byte] for byte in range(256)][:size]
     tokens += [f"<|{number}|>" for number in range(len(tokens), size)]
-    normal, unused = gguf.TokenType.NORMAL, gguf.TokenType.UNUSED
+    normal, named = gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([normal if number < 256 else unused for number in range(size)])
+    writer.add_token_types([normal if number < 256 else named for number in range(size)])
     writer.add_token_merges([f"{names[101]} {names[32]}"])  # llama.cpp wants at least one
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(size - 1)

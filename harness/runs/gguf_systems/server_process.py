@@ -81,24 +81,40 @@ class ServerRun:
         ready_seconds = time.perf_counter() - started
         body = {
             "prompt": self.prompt, "n_predict": self.new_tokens, "temperature": 0,
-            "cache_prompt": False, "return_tokens": True, "ignore_eos": True,
+            "cache_prompt": False, "return_tokens": True, "ignore_eos": True, "stream": True,
         }  # fmt: skip
         request = urllib.request.Request(
             f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                answer = json.load(response)
+                # it decodes from the first token on
+                tokens, reads, answer = [], [], {}
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        answer = json.loads(line.removeprefix(b"data: "))
+                        tokens += answer.get("tokens", [])
+                        if len(tokens) == 1 or answer.get("stop"):
+                            reads.append(read_bytes(process.pid))
         except OSError:
+            return {"outcome": "failed"}
+        if "timings" not in answer:
             return {"outcome": "failed"}
         times = answer["timings"]
         return {
             "outcome": "ok",
-            "token_ids": answer["tokens"],
+            "token_ids": tokens,
+            "bytes_per_token": (reads[-1] - reads[0]) / max(len(tokens) - 1, 1),
             "ready_seconds": ready_seconds,
             "prompt_seconds": times["prompt_ms"] / 1e3,
             "tokens_per_second": times["predicted_per_second"],
         }
+
+
+def read_bytes(pid: int) -> int:
+    """What a process has had read from drives, page faults included; Linux counts it."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 def _is_up(process: subprocess.Popen[str], address: str) -> bool:

@@ -1,0 +1,56 @@
+"""What can go on with a prompt from a GGUF file under a limit: one file each kind of system.
+
+Each module here but `server_process` has `SYSTEMS`; `available()` lists them all. A program that is
+not llama.cpp's own is named by an environment variable; without it the system is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SERVER, BENCH = "own", "llama-bench"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run: a prompt of token ids, then `new_tokens`, greedily, in a process of its own."""
+
+    programs: Path  # the folder of a llama.cpp build's programs
+    model: Path
+    dense_bytes: int  # of the file, all but experts
+    prompt: tuple[int, ...]
+    new_tokens: int
+    threads: int
+    cap_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class System:
+    """A system by the name that its rows bear.
+
+    run: gives `outcome`, and where that is "ok" tokens_per_second, prompt_seconds and what else is
+        known. clock: speeds are compared with those of the same clock only.
+    """
+
+    name: str
+    run: Callable[[Work], dict[str, Any]]
+    clock: str = SERVER
+    is_ours: bool = False
+    program: str = ""  # the environment variable that names it; "": of the build
+
+    def installed(self) -> bool:
+        return not self.program or Path(os.environ.get(self.program, "")).is_file()
+
+
+def available() -> dict[str, System]:
+    """Every system, installed or not, in the order of the modules' names."""
+    modules = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
+    ]
+    return {system.name: system for module in modules for system in getattr(module, "SYSTEMS", ())}
