@@ -18,7 +18,7 @@ from flashmoe.engines.llama.hosts import xllamacpp as host
 from flashmoe.residency import warm_start
 from harness.torture.faults import Faults
 
-_SETTINGS = {"n_ctx": 2048, "n_parallel": 1, "warmup": False, "n_gpu_layers": 0}
+_SETTINGS: dict[str, Any] = {"n_ctx": 2048, "n_parallel": 1, "warmup": False, "n_gpu_layers": 0}
 
 
 def main(words: list[str]) -> None:

@@ -6,7 +6,7 @@ import gguf
 
 
 def add_to(writer: gguf.GGUFWriter, size: int) -> None:
-    """Describe `size` tokens; those beyond the bytes are never written.
+    """Describe `size` tokens; a prompt names those beyond the bytes as <|1000|>.
 
     GPT-2's way of naming bytes: printable ones stand for themselves, others for 256 and on.
     """
