@@ -23,7 +23,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_program_begins(cap
         (tmp_path / "t.txt", "must end in .npz"),
         (tmp_path / "n" / "t.npz", "be w"),
     ):
-        assert said in refused(capfd, "run", "--record", path, "llama-server")
+        assert said in refused(capfd, "run", "--record", path, "llama-server", "-m", "x.gguf")
 
 
 def test_a_library_that_is_none_is_refused(tmp_path):

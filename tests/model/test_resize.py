@@ -14,7 +14,7 @@ from tiny import budget, generate, prompt
 import flashmoe
 from flashmoe.engines.transformers import engine
 from flashmoe.errors import FlashMoEError
-from flashmoe.memory import arena as arenas
+from flashmoe.memory import host_arena as arenas
 from flashmoe.memory.device_arena import DeviceArena
 from flashmoe.residency import budget as budgets
 from flashmoe.residency import prefetch
