@@ -58,12 +58,16 @@ def ask(address: str, prompt: str) -> dict[str, Any]:
 
 
 def resident_bytes(start: int, end: int) -> int:
-    """Of this process's memory between two addresses: whole pages that are present."""
+    """Of this process's memory between two addresses: whole pages that are present.
+
+    Whoever looks at an empty page gets the kernel's page of zeros, which takes no memory.
+    """
     first, last = start // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
     with open("/proc/self/pagemap", "rb") as file:
         file.seek(8 * first)
         pages = np.frombuffer(file.read(8 * (last - first)), np.uint64)
-    return int(np.count_nonzero(pages >> np.uint64(63))) * mmap.PAGESIZE
+    own = (pages >> np.uint64(63)) & (pages >> np.uint64(56)) & np.uint64(1)  # mapped here alone
+    return int(np.count_nonzero(own)) * mmap.PAGESIZE
 
 
 def fail_reads(after: int) -> Any:

@@ -162,8 +162,17 @@ class AtOnce:
             if pool.slot_of(layer)[expert] >= 0:
                 pool.cache.forget(pool.first_key(layer) + expert)
 
-    def take_stock(self) -> None:
-        """After a restore, a reset or a resize: filled is what is resident, and nothing else."""
+    def take_restored(self) -> None:
+        """Every resident was just read into its place."""
+        for layer in range(len(self.filled.of)):
+            slot_of = self.residency.pools.of(layer).slot_of(layer)
+            self.filled.take(layer, np.flatnonzero(slot_of >= 0).tolist())
+
+    def trim(self) -> None:
+        """After a reset or a resize: empty the places of all that is not resident any more.
+
+        A resident whose room was lent stays absent, and is read when it is needed.
+        """
         with self.residency.lock:
             for key, extent in self._guesses.items():
                 self.residency.reader.cancel(extent)
@@ -174,5 +183,4 @@ class AtOnce:
                 slot_of = self.residency.pools.of(layer).slot_of(layer)
                 for expert in [expert for expert in filled if slot_of[expert] < 0]:
                     self.filled.empty(layer, expert)
-                self.filled.take(layer, np.flatnonzero(slot_of >= 0).tolist())
             self.filled.limit_bytes = self.residency.pools.memory_bytes

@@ -68,10 +68,11 @@ def small_experts_are_guessed(monkeypatch):
 steps = st.lists(  # of each step: how many tokens, a seed for what they choose, and wrong guesses
     st.tuples(st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans()), max_size=12
 )
+budgets = st.integers(EXPERTS, EXPERTS * LAYERS + 2)  # in extents
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps, st.integers(EXPERTS, EXPERTS * LAYERS + 2), st.sampled_from(["lru", "learned"]))
+@given(steps, budgets, st.sampled_from(["lru", "learned"]))
 def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
     memory = Memory()
     engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
@@ -94,6 +95,25 @@ def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
         assert engine.snapshot().resident_bytes <= engine.snapshot().memory_bytes
         engine.reset()
         assert memory.content == {}
+    finally:
+        engine.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps, budgets, budgets)
+def test_what_was_lent_is_read_again_after_a_resize(steps, before, after):
+    memory = Memory()
+    engine = LlamaEngine(memory, before * EXTENT_BYTES, "lru")
+    try:
+        for number, (tokens, seed, _) in enumerate(steps):
+            choice = np.random.default_rng(seed).random((LAYERS, tokens, EXPERTS)).argsort(2)
+            for layer, rows in enumerate(choice[:, :, :TOP_K]):
+                engine.at_once.make_ready(layer, rows)
+                assert set(memory.content) >= {(layer, expert) for expert in rows.ravel().tolist()}
+            if number % 2 == 0:
+                engine.resize(after * EXTENT_BYTES)
+                assert len(memory.content) <= after
+                before, after = after, before
     finally:
         engine.close()
 

@@ -73,8 +73,7 @@ def test_tokens_and_probabilities_are_llama_cpps_own(tmp_path, layout):
     assert [len(answer["tokens"]) for answer in found["plain"]] == [12] * len(prompts)
     for one, budget in zip(found["rounds"], budgets, strict=True):
         assert one["answers"] == found["plain"]
-        # up to 1 MiB more was seen after a resize; why is not known yet
-        assert one["rss_bytes"] <= found["dense_bytes"] + budget + (1 << 20)
+        assert one["rss_bytes"] <= found["dense_bytes"] + budget
     slots = [one["stats"]["slots_per_layer"] for one in found["rounds"]]
     count = source.description.layers[0].n_experts
     assert 0 < slots[0] < slots[1] < slots[2] == count

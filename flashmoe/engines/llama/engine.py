@@ -44,7 +44,7 @@ class LlamaEngine(Engine):
             policy,
             partial(PlacedArena, experts),
             device="cpu",
-            prefetch=False,  # a race with reads ahead gave a wrong answer, not yet found
+            prefetch=True,
             check_reads=False,
             whole_events=True,
         )
@@ -70,7 +70,7 @@ class LlamaEngine(Engine):
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
         warm_start.restore(self.residency, path)
-        self.at_once.take_stock()
+        self.at_once.take_restored()
 
     def note(self, layer: int, rows: np.ndarray) -> None:
         """An event begins: `rows` [tokens, top_k] are what the layer chose.
@@ -111,11 +111,11 @@ class LlamaEngine(Engine):
 
     def resize(self, memory: int | str) -> None:
         super().resize(memory)
-        self.at_once.take_stock()
+        self.at_once.trim()
 
     def reset(self) -> None:
         super().reset()
-        self.at_once.take_stock()
+        self.at_once.trim()
 
     def snapshot(self) -> Stats:
         """resident_bytes: what is in memory, be it resident or a prompt's, or guessed."""
