@@ -12,8 +12,6 @@ import json
 import mmap
 import os
 import sys
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 import xllamacpp
 
 from flashmoe.residency import prefetch, warm_start
+from harness.runs import llama_client
 
 PARAMETERS = {"n_ctx": 2048, "n_gpu_layers": 0, "warmup": False, "fit_params": False}
 
@@ -37,24 +36,8 @@ def serve_plain(model: str, **parameters: Any) -> Any:
 
 def ask(address: str, prompt: str) -> dict[str, Any]:
     """Greedy tokens with their likeliest rivals, or the status of the failure."""
-    body = {
-        "prompt": prompt, "n_predict": 12, "temperature": 0, "n_probs": 3, "ignore_eos": True,
-        "cache_prompt": False, "return_tokens": True,
-        # of a character in several bytes the server does not tell each one's rivals
-        "logit_bias": [[byte, False] for byte in range(128, 256)],
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        answer = json.load(urllib.request.urlopen(request, timeout=120))
-    except urllib.error.HTTPError as error:
-        return {"status": error.code}
-    rivals = [
-        [(rival["id"], rival["logprob"]) for rival in token["top_logprobs"]]
-        for token in answer.get("completion_probabilities", [])
-    ]
-    return {"tokens": answer["tokens"], "rivals": rivals}
+    # of a character in several bytes the server does not tell each one's rivals
+    return llama_client.ask(address, prompt, logit_bias=[[b, False] for b in range(128, 256)])
 
 
 def resident_bytes(start: int, end: int) -> int:
@@ -116,6 +99,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         if "record" in job:
             attachment.engine.trace(source="a test").save(job["record"])
         result["stats"] = attachment.engine.stats()
+        result["layers_to_guess"] = attachment.lookahead.layers
         result["dense_bytes"] = backend.manifest.dense_bytes
         result["rss_bytes"] = sum(resident_bytes(f.base, f.base + f.size_bytes) for f in files)
         result["mapped"] = job["model"] in Path("/proc/self/maps").read_text()

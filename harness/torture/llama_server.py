@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from flashmoe.errors import FlashMoEError
+from harness.runs import llama_client
 
 START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 120.0, 60.0, 60.0
-TOKENS = 12
 # One thread and one size of step, so that two runs multiply alike; repacked weights do not.
 ALIKE = ("-t", "1", "-ub", "128", "--no-warmup", "--no-repack", "-ngl", "0")
 
@@ -47,9 +44,7 @@ class Server:
 
         Raises FlashMoEError with its last words when it does not come up.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = llama_client.free_port()
         self.address = f"http://127.0.0.1:{port}"
         self.log = log
         with open(log, "wb") as errors:
@@ -65,13 +60,8 @@ class Server:
             raise
 
     def _wait(self) -> None:
-        until = time.monotonic() + START_SECONDS
-        while self.process.poll() is None and time.monotonic() < until:
-            try:
-                self.get("/health")
-                return
-            except OSError:
-                time.sleep(0.02)
+        if llama_client.is_up(self.process, self.address, START_SECONDS):
+            return
         words = self.words().strip().splitlines()[-1:] or [f"status {self.process.poll()}"]
         raise FlashMoEError(f"the server did not come up: {words[0]}")
 
@@ -90,29 +80,11 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer, or {"status": N} of a refusal; raises OSError where there is none."""
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            return {"status": error.code}
+        return llama_client.post(self.address, path, body, ANSWER_SECONDS)
 
     def ask(self, prompt: str, **options: Any) -> dict[str, Any]:
         """Greedy tokens with their likeliest rivals, or the status of the failure."""
-        body = {
-            "prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": 3,
-            "ignore_eos": True, "cache_prompt": False, "return_tokens": True,
-        }  # fmt: skip
-        answer = self.post("/completion", body | options)
-        if "status" in answer:
-            return {"status": answer["status"]}
-        rivals = [
-            [(rival["id"], rival["logprob"]) for rival in token["top_logprobs"]]
-            for token in answer.get("completion_probabilities", [])
-        ]
-        return {"tokens": answer["tokens"], "rivals": rivals}
+        return llama_client.ask(self.address, prompt, seconds=ANSWER_SECONDS, **options)
 
     def ask_all(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
         """All at once."""

@@ -6,21 +6,13 @@ from functools import partial
 from typing import Any
 
 from harness.runs.gguf_systems import System, Work
-from harness.runs.gguf_systems.server_process import ServerRun, silent
+from harness.runs.gguf_systems.server_process import measure
 
 PLAIN, OURS = "llama-server --no-repack", "flashmoe run llama-server"
 
 
 def _run(work: Work, *arguments: str, memory: str | None = None) -> dict[str, Any]:
-    return ServerRun(
-        work.programs / "llama-server",
-        work.model,
-        memory,
-        list(work.prompt),
-        work.new_tokens,
-        work.cap_bytes,
-        silent(("-c", "1024", "-t", str(work.threads), *arguments)),
-    ).measure()
+    return measure(work, work.programs / "llama-server", *arguments, memory=memory)
 
 
 SYSTEMS = (

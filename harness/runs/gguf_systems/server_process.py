@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashmoe.errors import FlashMoEError
+from harness.runs import llama_client
+from harness.runs.gguf_systems import Work
 from harness.runs.memory_cap import memory_cap
 
 START_SECONDS, ANSWER_SECONDS = 120, 600
@@ -46,7 +45,7 @@ class ServerRun:
 
         Raises FlashMoEError with the program's last words when it fails otherwise.
         """
-        port = _free_port()
+        port = llama_client.free_port()
         with memory_cap(self.cap_bytes) as cap:
             started = time.perf_counter()
             process = subprocess.Popen(
@@ -75,7 +74,7 @@ class ServerRun:
 
     def _ask(self, process: subprocess.Popen[str], port: int, started: float) -> dict[str, Any]:
         address = f"http://127.0.0.1:{port}"
-        if not _is_up(process, f"{address}/health"):
+        if not llama_client.is_up(process, address, START_SECONDS):
             late = process.poll() is None
             return {"outcome": f"not ready in {START_SECONDS} s" if late else "failed"}
         ready_seconds = time.perf_counter() - started
@@ -83,9 +82,7 @@ class ServerRun:
             "prompt": self.prompt, "n_predict": self.new_tokens, "temperature": 0,
             "cache_prompt": False, "return_tokens": True, "ignore_eos": True, "stream": True,
         }  # fmt: skip
-        request = urllib.request.Request(
-            f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        request = llama_client.request(address, "/completion", body)
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
                 # it decodes from the first token on
@@ -117,23 +114,6 @@ def read_bytes(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
-def _is_up(process: subprocess.Popen[str], address: str) -> bool:
-    until = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.05)
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _stats(errors: str) -> dict[str, Any]:
     """What `flashmoe run --stats` said at its end, if it ran."""
     for line in reversed(errors.splitlines()):
@@ -144,6 +124,17 @@ def _stats(errors: str) -> dict[str, Any]:
     return {}
 
 
-def silent(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Arguments that make two runs of a server comparable: one slot, no warm-up."""
-    return ("-np", "1", "--no-warmup", "-ngl", "0", *arguments)
+def measure(
+    work: Work, program: Path, *arguments: str, memory: str | None = None
+) -> dict[str, Any]:
+    """One run of `program` that others can be compared with: one slot, no warm-up."""
+    same = ("-np", "1", "--no-warmup", "-ngl", "0", "-c", "1024", "-t", str(work.threads))
+    return ServerRun(
+        program,
+        work.model,
+        memory,
+        list(work.prompt),
+        work.new_tokens,
+        work.cap_bytes,
+        (*same, *arguments),
+    ).measure()
