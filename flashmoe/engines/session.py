@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashmoe.engines.base import Engine
+from flashmoe.errors import FlashMoEError
 from flashmoe.residency import warm_start
 from flashmoe.trace import Trace
 
@@ -18,6 +19,16 @@ class Continuation(NamedTuple):
     text: str
     token_ids: list[int]
     new_tokens: int
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises FlashMoEError for a prompt that no tokenizer can take."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise FlashMoEError("the prompt is not valid UTF-8: give it as plain text") from None
+    if not prompt:
+        raise FlashMoEError("the prompt is empty: give at least one character")
 
 
 class Session(ABC):

@@ -33,7 +33,7 @@ def open_session(
     prefetch: bool = True,
     **options: Any,
 ) -> LlamaSession:
-    """As `session.LlamaSession`. Nothing is read ahead here, whatever `prefetch` says."""
+    """As `session.LlamaSession`. What guesses are worth decides, whatever `prefetch` says."""
     if device != "cpu":
         raise FlashMoEError(f"device {device!r}: a GGUF file's experts are computed on the CPU")
     with _installed(path):

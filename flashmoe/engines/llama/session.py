@@ -11,7 +11,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from flashmoe.engines.llama.hosts import llama_cpp as host
-from flashmoe.engines.session import Continuation, Session
+from flashmoe.engines.session import Continuation, Session, check_prompt
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 
@@ -29,8 +29,11 @@ class LlamaSession(Session):
         raw: bool,
         policy: str,
     ) -> None:
-        """memory, policy: see `host.load`. Raises FlashMoEError as it does, and for a prompt that
-        the file's own chat template or vocabulary cannot take."""
+        """memory, policy: see `host.load`.
+
+        Raises FlashMoEError as it does, and for a prompt that the file's own chat template or
+        vocabulary cannot take.
+        """
         self.max_new_tokens = max_new_tokens
         self.token_ids = _tokens(path, prompts, raw=raw)
         longest = max(map(len, self.token_ids))
@@ -123,12 +126,7 @@ def _tokens(path: Path, prompts: Sequence[str], *, raw: bool) -> list[list[int]]
 
 
 def _encode(path: Path, vocabulary: Any, chat: Any, prompt: str) -> list[int]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise FlashMoEError("the prompt is not valid UTF-8: give it as plain text") from None
-    if not prompt:
-        raise FlashMoEError("the prompt is empty: give at least one character")
+    check_prompt(prompt)
     if chat:
         try:
             prompt = chat(messages=[{"role": "user", "content": prompt}]).prompt

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from flashmoe.engines.session import check_prompt
 from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError
@@ -57,12 +58,7 @@ class Prompter:
         Raises FlashMoEError for an empty prompt, one that is no valid text or that the tokenizer
         or its chat template cannot take, and for a tokenizer of another model.
         """
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise FlashMoEError("the prompt is not valid UTF-8: give it as plain text") from None
-        if not prompt:
-            raise FlashMoEError("the prompt is empty: give at least one character")
+        check_prompt(prompt)
         text = self._as_chat(prompt) if self.chats else prompt
         with _refusing(lambda why: f"{self.directory}: its tokenizer cannot encode ({why})"):
             # a chat template writes the special tokens itself

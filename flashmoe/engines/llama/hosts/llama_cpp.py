@@ -46,8 +46,8 @@ def load(
 ) -> Any:
     """A `llama_cpp.Llama` whose experts stay on the SSD; `.flashmoe` is its engine.
 
-    memory, policy, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose class
-        is IkLlama); default: the first of them that is installed. arguments: the class's own.
+    memory, policy, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose
+        class is IkLlama); default: the first that is installed. arguments: the class's own.
     One model at a time. Raises FlashMoEError when no package is installed, another model is open,
     the file has no experts or cannot be streamed, or an argument would read every expert.
     """
