@@ -62,6 +62,7 @@ def test_tokens_and_probabilities_are_llama_cpps_own(gguf_files, plain, family, 
     assert result["rss_bytes"] <= result["dense_bytes"] + memory_bytes
     assert (stats["slots_per_layer"] == EXPERTS) == (slots == "all")
     assert not result["mapped"]
+    assert result["layers_to_guess"] == LAYERS
 
 
 def test_slots_of_the_server_give_what_one_gives(gguf_files, plain):

@@ -19,6 +19,7 @@ from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, ON, PYTHON, Hooks
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
+from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
@@ -27,9 +28,6 @@ from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # Without these there is nothing to stand on; the other imports differ between builds.
 NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_compute_async")
-CHOICE = "ffn_moe_topk-"  # the node with a layer's chosen experts; the layer's number follows
-
-
 # memory="auto" holds all where so many times the file is free: its caches must fit beside it.
 _ASIDE_FILES = 1.25
 
@@ -70,8 +68,8 @@ class Attachment:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
         memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
-        when an earlier run ended, if it is there. record: every event, for `engine.trace`. tell:
-        gets what the user should know.
+        when an earlier run ended, if it is there. record: every event, for `engine.trace`.
+        tell: gets what the user should know.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
@@ -85,12 +83,11 @@ class Attachment:
         self.ggml = GGML(str(ggml_library))
         self.hooks = Hooks(self.ggml, self._observe, self._prepare, self._decide)
         self.hooks.switches[CHECKING] = 1
+        self._known: dict[tuple[int, ...], GGUFContents | None] = {}  # by a file's identity
         self._files: list[tuple[ModelFile, GGUFContents]] = []
         self._has_experts = False  # the model of the last file
-        self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
         self._layers: dict[int, int] = {}  # the cache's number of a layer, by the file's
-        self._events_seen: set[int] = set()  # numbers of layers
-        self._checked: set[str] = set()  # tensors whose products were looked at
+        self._products = ProductCheck(self.ggml)
         self._library = library
         missing = set(NEEDED) - redirect(library, self.hooks.addresses)
         if missing:
@@ -108,9 +105,16 @@ class Attachment:
         finally:
             os.close(descriptor)
 
+    def _contents(self, path: Path, status: os.stat_result) -> GGUFContents | None:
+        """As `contents_of`, which takes long where a vocabulary is large, once a file."""
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if key not in self._known:
+            self._known[key] = contents_of(self.ggml, path)
+        return self._known[key]
+
     def _replace(self, path: Path, status: os.stat_result) -> ModelFile | None:
         """Memory of our own for the pages of a GGUF file with experts."""
-        contents = contents_of(self.ggml, path)
+        contents = self._contents(path, status)
         if contents is None:
             return None
         if contents.part == 0:
@@ -118,7 +122,7 @@ class Attachment:
         if not contents.tensors and not (self._has_experts and contents.parts > 1):
             self.tell(f"{path} has no experts: it is mapped as without FlashMoE")
             return None
-        if any(tensor.name in self._tensors for tensor in contents.tensors):
+        if any(self._products.expects(tensor.name) for tensor in contents.tensors):
             raise FlashMoEError(
                 f"{path}: of two models with experts only one can be streamed: leave this one out"
             )
@@ -126,7 +130,7 @@ class Attachment:
         file = ModelFile(path, contents.tensors)
         self._files.append((file, contents))
         for tensor in contents.tensors:
-            self._tensors[tensor.name] = file.base + tensor.offset_bytes, tensor.layer
+            self._products.expect(tensor.name, file.base + tensor.offset_bytes, tensor.layer)
         self.hooks.add_file(status.st_dev, status.st_ino, file.base, file.size_bytes)
         return file
 
@@ -152,9 +156,10 @@ class Attachment:
         try:
             total_bytes = file_bytes = 0
             for path in _open_files():
-                if contents := contents_of(self.ggml, path):
+                status = path.stat()
+                if contents := self._contents(path, status):
                     total_bytes += sum(tensor.size_bytes for tensor in contents.tensors)
-                    file_bytes += path.stat().st_size
+                    file_bytes += status.st_size
             if not self._files and total_bytes and self._all_fits(total_bytes, file_bytes):
                 self.hooks.switches[ASIDE] = 1
                 self.tell("all experts fit, so the program runs as without FlashMoE")
@@ -186,14 +191,14 @@ class Attachment:
         try:
             name = self.ggml.name_of(tensor)
             if ask:
-                self._check_product(tensor)
+                self._products.look_at(tensor)
                 return name.startswith(CHOICE)
             if name.startswith(CHOICE):
                 self._make_ready(int(name.removeprefix(CHOICE)), tensor)
             return True
         except BaseException as error:
             self.hooks.switches[FAILED] = 1
-            self._events_seen.clear()  # the products of this graph will not be looked at
+            self._products.forget_graph()
             self.failure = str(error) or repr(error)
             self.tell(f"this request fails: {self.failure}")
             return False  # what follows is not computed, and `hooks` makes the whole call fail
@@ -218,13 +223,13 @@ class Attachment:
             self.start()
         if self.engine is None or number not in self._layers:
             return  # a layer without tensors of ours was read with the dense part
+        if len(rows) and self.hooks.switches[CHECKING] and self._products.is_complete(number):
+            self.hooks.switches[CHECKING] = 0
+        self._products.add_ready(number)
         if not len(rows):  # no output is wanted of this ubatch: its last layer computes nothing
-            self._events_seen.add(number)
             return
-        if self.hooks.switches[CHECKING]:
-            self._end_checking(number)
-        self._events_seen.add(number)
         layer = self._layers[number]
+        self.lookahead.learn(layer, choice)
         self.engine.note(layer, rows)
         likely = partial(self.lookahead.likely, layer, choice, rows)
         self.engine.at_once.make_ready(layer, rows, likely)
@@ -242,7 +247,7 @@ class Attachment:
             )
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
-        self.lookahead = Lookahead(self.ggml, len(self._layers))
+        self.lookahead = Lookahead(self.ggml, self._is_ours)
         self.engine = LlamaEngine(experts, self.memory, self.policy, beside_bytes)
         if self.record:
             self.engine.record()
@@ -254,6 +259,9 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+
+    def _is_ours(self, address: int) -> bool:
+        return any(0 <= address - file.base < file.size_bytes for file, _ in self._files)
 
     def detach(self) -> None:
         """End everything, when the program's model is gone: what is imported is the library's own.
@@ -267,39 +275,3 @@ class Attachment:
         for file, _ in self._files:
             file.free()
         self._files.clear()
-
-    def _check_product(self, tensor: int) -> None:
-        """Raises FlashMoEError for a product by experts other than those we make ready.
-
-        ik_llama.cpp multiplies by `up` and `gate` in one node, whose ids come after the input.
-        """
-        ggml = self.ggml
-        sources = [source for n in range(4) if (source := ggml.source_of(tensor, n))]
-        names = [ggml.name_of(source) for source in sources]
-        for source, name in zip(sources, names, strict=True):
-            if name not in self._tensors or name in self._checked:
-                continue
-            address, number = self._tensors[name]
-            if ggml.data_of(source) != address:
-                raise FlashMoEError(
-                    f"the program made a copy of {name} before its experts were read: leave out "
-                    "options that move experts, such as --no-mmap, or -ngl without --cpu-moe"
-                )
-            if number not in self._events_seen or f"{CHOICE}{number}" not in names[2:4]:
-                raise FlashMoEError(
-                    f"the program multiplies by {name} in a way that FlashMoE does not know: "
-                    "report the model and the version of llama.cpp"
-                )
-            self._checked.add(name)
-
-    def _end_checking(self, number: int) -> None:
-        """When a layer comes again, all its products were seen once; of all layers: enough."""
-        if number not in self._events_seen:
-            return
-        for name, (_, layer) in self._tensors.items():
-            if layer in self._events_seen and name not in self._checked:
-                raise FlashMoEError(
-                    f"the program did not multiply by {name} as FlashMoE expects: report the model "
-                    "and the version of llama.cpp"
-                )
-        self.hooks.switches[CHECKING] = 0

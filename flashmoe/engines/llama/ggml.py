@@ -124,14 +124,20 @@ class GGML:
         self.library.ggml_backend_tensor_get(tensor, values.ctypes.data, offset, values.nbytes)
         return values
 
-    def floats(self, tensor: int) -> np.ndarray | None:
-        """All of a contiguous float32 tensor, [rows, elements], copied; None: it is another."""
+    def floats(self, tensor: int, *, copy: bool = True) -> np.ndarray | None:
+        """All of a contiguous float32 tensor, [rows, elements]; None: it is another.
+
+        copy: wherever its memory is; else as the tensor has it, which must be in the host's.
+        """
         rows, elements = self.shape_of(tensor)
         row_bytes = c_size_t.from_address(tensor + self.layout.strides + 8).value
         is_float32 = c_int.from_address(tensor).value == _FLOAT32
         if not is_float32 or row_bytes != 4 * elements:
             return None
-        return self.float_rows(tensor, rows)
+        if copy:
+            return self.float_rows(tensor, rows)
+        values = (ctypes.c_float * (rows * elements)).from_address(self.data_of(tensor))
+        return np.ctypeslib.as_array(values).reshape(rows, elements)
 
     def data_of(self, tensor: int) -> int:
         return c_void_p.from_address(tensor + self.layout.data).value or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,26 @@ class Lookahead:
 
     Residual connections change the hidden state little from one layer to the next, so the guess is
     mostly right (as mixtral-offloading, DAOP and Fate found). The routers are learnt from the
-    graph, so layers are guessed from the second token on.
+    first graph, so layers are guessed from the second one on.
     """
 
-    def __init__(self, ggml: GGML, n_layers: int) -> None:
+    def __init__(self, ggml: GGML, is_ours: Callable[[int], bool]) -> None:
+        """is_ours: does an address lie in memory of ours, in which the model's weights stay?"""
         self._ggml = ggml
-        self._routers: list[_Router | None] = [None] * n_layers
+        self._is_ours = is_ours
+        self._routers: dict[int, _Router | None] = {}  # by layer; None: it cannot be asked
         self._scores: Any = kernel(_scores, Policy)
+
+    @property
+    def layers(self) -> int:
+        """How many layers' routers can be asked by now."""
+        return sum(router is not None for router in self._routers.values())
+
+    def learn(self, layer: int, choice: int) -> None:
+        """Find a layer's router, once. choice: the tensor of its chosen experts."""
+        if layer not in self._routers:
+            product, added = self._find_product(choice)
+            self._routers[layer] = self._router(product, added) if product else None
 
     def likely(self, layer: int, choice: int, rows: np.ndarray) -> list[int]:
         """The experts that `layer` + 1 will probably need, the likeliest first.
@@ -46,23 +60,17 @@ class Lookahead:
         choice: the address of the tensor of `layer`'s chosen experts, which was just computed.
         rows: its content, [tokens, top_k].
         """
-        best = self._by_router(layer, choice, rows.shape[1])
-        if not best and len(used := np.unique(rows)) > used[-1] / 2:
+        below, above = self._routers.get(layer), self._routers.get(layer + 1)
+        if below and above:
+            return self._by_router(below, above, choice, rows.shape[1])
+        used = np.unique(rows)
+        if len(used) > used[-1] / 2:
             return list(range(used[-1] + 1))  # a first prompt that needs most experts of a layer
-        return best
+        return []
 
-    def _by_router(self, layer: int, choice: int, top_k: int) -> list[int]:
-        product, biases = self._find_product(choice)
-        if not product:
-            return []
-        hidden = self._ggml.source_of(product, 1)
-        if self._routers[layer] is None:
-            self._routers[layer] = self._learn(product, hidden, biases)
-        below = self._routers[layer]
-        above = self._routers[layer + 1] if layer + 1 < len(self._routers) else None
-        if below is None or above is None:
-            return []
-        rows = self._ggml.float_rows(hidden, _VOTING_TOKENS)
+    def _by_router(self, below: _Router, above: _Router, choice: int, top_k: int) -> list[int]:
+        product, _ = self._find_product(choice)
+        rows = self._ggml.float_rows(self._ggml.source_of(product, 1), _VOTING_TOKENS)
         scale = above.norm / below.norm
         votes = np.zeros(len(above.weights), np.float32)
         self._scores(above.weights, rows, scale, above.bias, above.share_bias, top_k, votes)
@@ -82,9 +90,10 @@ class Lookahead:
             tensor = source
         return 0, []
 
-    def _learn(self, product: int, hidden: int, added: list[int]) -> _Router | None:
-        ggml = self._ggml
-        weights = ggml.floats(ggml.source_of(product, 0))
+    def _router(self, product: int, added: list[int]) -> _Router | None:
+        ggml, hidden = self._ggml, self._ggml.source_of(product, 1)
+        source = ggml.source_of(product, 0)
+        weights = ggml.floats(source, copy=not self._is_ours(ggml.data_of(source)))
         if weights is None:
             return None
         n_experts, width = weights.shape
