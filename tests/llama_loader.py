@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flashmoe
+from flashmoe.reading.range_work import read_through
 
 PROMPT = "hello world, this is a prompt. " * 8
 OPTIONS = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -140,6 +141,7 @@ def failure(path: Path) -> dict[str, Any]:
         return read(*arguments)
 
     os.preadv = preadv
+    read_through(preadv)
     said = refusal(tokens_of, model)
     broken.clear()
     return {"said": said, "made": tokens_of(model), "plain": plain_tokens_of_another(path, model)}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xllamacpp
 
+from flashmoe.reading.range_work import read_through
 from flashmoe.residency import prefetch, warm_start
 from harness.runs import llama_client
 
@@ -64,6 +65,7 @@ def fail_reads(after: int) -> Any:
         return read(*arguments)
 
     os.preadv = preadv
+    read_through(preadv)
     return lambda: broken.__setitem__(0, False)
 
 

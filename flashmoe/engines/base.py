@@ -8,7 +8,7 @@ from typing import Any
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
-from flashmoe.reading.backend import Backend
+from flashmoe.reading.base import Reader
 from flashmoe.reading.read_queue import Span
 from flashmoe.residency import budget
 from flashmoe.residency.pools import NewArena
@@ -28,31 +28,29 @@ class Engine:
 
     def __init__(
         self,
-        backend: Backend,
+        reader: Reader,
         memory_bytes: int,
         policy: str,
         new_arena: NewArena,
         *,
         device: str,
         prefetch: bool,
-        check_reads: bool,
         whole_events: bool = False,
     ) -> None:
         """Raises FlashMoEError when the budget is too small, or the memory cannot be had."""
-        self.path = backend.path
-        self.manifest = backend.manifest
+        self.path = reader.backend.path
+        self.manifest = reader.manifest
         self.device = device
         self.residency = Residency(
-            backend,
+            reader,
             memory_bytes,
             policy,
             new_arena,
             prefetch=prefetch,
-            check_reads=check_reads,
             whole_events=whole_events,
         )
         self.lock = self.residency.lock
-        self._end_reads = weakref.finalize(self, self.residency.reader.close)  # if it is dropped
+        self._end_reads = weakref.finalize(self, reader.close)  # if it is dropped
         forks.look_after(self)
 
     def resize(self, memory: int | str) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import xxhash
 
-from flashmoe.errors import FlashMoEError
 from flashmoe.memory.arena import SlotMemory
-from flashmoe.reading.backend import Backend
+from flashmoe.reading.backend import Backend, WrongBytesError
+from flashmoe.reading.base import PIECE_BYTES, READERS, Reader
 from flashmoe.reading.read_queue import Read, ReadQueue, Span
 
 if TYPE_CHECKING:  # an engine without torch reads too
@@ -20,16 +20,8 @@ if TYPE_CHECKING:  # an engine without torch reads too
 
     from flashmoe.reading.staging import Staging
 
-READERS = 8  # threads, each with one read in flight
 # Smaller extents go to the threads in groups, since a task costs as much as half of such a read.
 GROUPED_BELOW_BYTES = 1 << 20
-# Larger ones are read in pieces, all threads on one extent after the other, so that each arrives
-# as early as it can (docs/speed.md#reads-in-2-mib-pieces).
-PIECE_BYTES = 2 << 20
-
-
-class _WrongBytes(Exception):
-    """A checksum does not match."""
 
 
 class Extent:
@@ -47,12 +39,14 @@ class Extent:
         self.arrived: Future[None] = Future()
 
 
-class ExtentReader:
+class ExtentReader(Reader):
     """Fills caller-owned memory with experts of one open backend. Thread-safe.
 
     Where the backend knows checksums (xxh3-64), the first read of each extent is checked, or with
     `check_all` every one (docs/speed.md#checksums).
     """
+
+    backend: Backend
 
     def __init__(
         self, backend: Backend, readers: int = READERS, *, check_all: bool = False
@@ -69,11 +63,9 @@ class ExtentReader:
 
     @property
     def busy_seconds(self) -> float:
-        """Time with at least one read in flight, since the last reset."""
         return self._queue.busy_seconds
 
     def record_spans(self, spans: list[Span]) -> None:
-        """Append every read from now on."""
         self._queue.spans = spans
 
     def reset_counts(self) -> None:
@@ -82,12 +74,6 @@ class ExtentReader:
         self._queue.reset_counts()
 
     def submit(self, layer: int, loads: Sequence[tuple[int, SlotMemory]]) -> list[Future[None]]:
-        """Start reading experts of a layer, each into an arena's slot (DRAM: page-aligned).
-
-        Returns a future for each, in order (small extents share some). Its result raises
-        FlashMoEError naming layer and expert when the drive fails, the file ends early, or
-        the bytes are not those that were packed.
-        """
         extent_bytes = self.manifest.layers[layer].extent_bytes
         if extent_bytes >= GROUPED_BELOW_BYTES:
             extents = [self._in_pieces(layer, expert, memory) for expert, memory in loads]
@@ -138,7 +124,7 @@ class ExtentReader:
                     self._check(layer, expert, memory)
                 done += len(memory)
         except BaseException as failure:  # whatever it is, its owner waits for it
-            error = self._error(layer, expert, failure)
+            error = self.backend.failure(layer, expert, failure)
         with self._lock:
             self.bytes_read += done
         _tell(arrived, error)
@@ -149,7 +135,7 @@ class ExtentReader:
             self._fill(extent.layer, extent.expert, start, piece)
             done = len(piece)
         except BaseException as error:  # whatever it is, its owner waits for it
-            extent.error = self._error(extent.layer, extent.expert, error)
+            extent.error = self.backend.failure(extent.layer, extent.expert, error)
         with self._lock:
             self.bytes_read += done
             extent.bytes_read += done
@@ -166,7 +152,7 @@ class ExtentReader:
             if not extent.cancelled and extent.error is None and not self._checked[layer][expert]:
                 self._check(layer, expert, extent.memory)
         except BaseException as error:
-            extent.error = self._error(layer, expert, error)
+            extent.error = self.backend.failure(layer, expert, error)
         _tell(extent.arrived, extent.error)
 
     def _fill(self, layer: int, expert: int, start: int, memory: SlotMemory) -> None:
@@ -186,33 +172,14 @@ class ExtentReader:
         content = memory if on_host else self._staging.bytes_of(cast("torch.Tensor", memory))
         digest = xxhash.xxh3_64_hexdigest(cast(memoryview, content))
         if digest != self.manifest.layers[layer].checksums[expert]:
-            raise _WrongBytes
+            raise WrongBytesError
         self._checked[layer][expert] = not self.check_all
 
-    def _error(self, layer: int, expert: int, error: BaseException) -> BaseException:
-        """A sentence that names layer and expert; what is no fault of the drive as it came."""
-        match error:
-            case _WrongBytes():
-                what = "its bytes are not those that were packed"
-            case EOFError():
-                what = "the file ends before it: it was cut short"
-            case OSError():
-                what = f"the read failed ({error})"
-            case _:
-                return error
-        module = self.manifest.layers[layer].module
-        return FlashMoEError(
-            f"{self.backend.path}: expert {expert} of {module} (MoE layer {layer}): {what}; "
-            f"{self.backend.remedy}"
-        )
-
     def close(self) -> None:
-        """End the threads and close the file, once what was demanded is read."""
         self._queue.close()
         self.backend.close()
 
     def stand_still(self) -> None:
-        """End all reads and begin none until `go_on`, by the same thread (see `util.forks`)."""
         self._queue.stand_still()
 
     def go_on(self, *, in_child: bool) -> None:

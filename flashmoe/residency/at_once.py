@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
 
 import numpy as np
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.reader import Extent
+from flashmoe.reading.range_reader import RangeRead, RangeReader
 from flashmoe.residency.places import Expert, FilledPlaces, Places
 from flashmoe.residency.residency import Residency
 
@@ -25,12 +24,12 @@ class AtOnce:
     places of the next layer while this one is computed.
     """
 
-    def __init__(self, residency: Residency, places: Places) -> None:
+    def __init__(self, residency: Residency, places: Places, reader: RangeReader) -> None:
         self.residency = residency
         self.filled = FilledPlaces(residency.manifest, places, residency.pools.memory_bytes)
-        self._places = places
-        self._guesses: dict[Expert, Extent] = {}  # on their way, or there and not asked for yet
-        self._leaving: dict[Expert, Extent] = {}  # wrong ones, of which a piece may yet be written
+        self._reader = reader
+        self._guesses: dict[Expert, RangeRead] = {}  # on their way, or there and not asked for yet
+        self._leaving: dict[Expert, RangeRead] = {}  # wrong ones, of which bytes may still come
 
     def make_ready(self, layer: int, rows: np.ndarray, likely: Likely | None = None) -> None:
         """Fill the places of every expert that `rows` [tokens, top_k] name.
@@ -44,33 +43,54 @@ class AtOnce:
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
-            pool.cache.serve(event)
             needed = (event.keys - first_key).tolist()
             keep = {(layer, expert) for expert in needed}
             reads = self._end_guesses(layer, needed)
-            filled = self.filled.of[layer]
-            missing = [expert for expert in needed if expert not in filled]
-            self._make_room(layer, missing, keep)
-            reads |= self._start_reads(layer, missing)
-            if likely and residency.prefetcher.pays:
-                self._guess(layer, keep, likely, lend=len(needed) > pool.cache.n_slots)
-            self._wait_for(layer, reads)
+            try:
+                self._start_reads(layer, needed, keep, reads, lend=False)
+                pool.cache.serve(event)  # while the drive is busy
+                self._start_reads(layer, needed, keep, reads, lend=True)
+                if likely and residency.prefetcher.pays:
+                    self._guess(layer, keep, likely, lend=len(needed) > pool.cache.n_slots)
+                self._wait_for(reads)
+            except BaseException:  # a failed read, or Ctrl-C
+                for read in reads.values():
+                    read.settle()
+                self._forget(layer, reads)
+                raise
             self._collect(layer)  # nothing is written to this layer's pages while it computes
-            if any(expert not in filled for expert in needed):
+            if any(expert not in self.filled.of[layer] for expert in needed):
                 raise FlashMoEError(
-                    f"{residency.reader.backend.path}: a read ahead failed, beside experts that "
+                    f"{self._reader.backend.path}: a read ahead failed, beside experts that "
                     f"MoE layer {layer} needs now"
                 )
             residency.timings.total_seconds += residency.timings.since(started, "layer")
 
-    def _make_room(self, layer: int, missing: list[int], keep: set[Expert]) -> None:
-        """There is room for any layer's experts, but for what wrong guesses still take."""
-        done = self.filled.fill(layer, missing, self._victims(layer, keep, lend=True))
-        if len(done) < len(missing):
-            wait([extent.arrived for extent in self._leaving.values()])
+    def _start_reads(
+        self,
+        layer: int,
+        needed: list[int],
+        keep: set[Expert],
+        reads: dict[int, RangeRead],
+        *,
+        lend: bool,
+    ) -> None:
+        """Begin to read what is missing of `needed` into `reads`: what there is room for.
+
+        lend: make room for all. There is room for any layer's experts, but for what wrong guesses
+        still take.
+        """
+        missing = [expert for expert in needed if expert not in self.filled.of[layer]]
+        if not missing:
+            return
+        experts = self.filled.fill(layer, missing, self._victims(layer, keep, lend=lend))
+        rest = missing[len(experts) :]
+        if lend and rest:
+            for leaving in self._leaving.values():
+                leaving.settle()
             self._collect()
-            rest = missing[len(done) :]
-            self.filled.fill(layer, rest, self._victims(layer, keep, lend=True))
+            experts += self.filled.fill(layer, rest, self._victims(layer, keep, lend=True))
+        reads.update((read.expert, read) for read in self._reader.demand(layer, experts))
 
     def _victims(self, layer: int, keep: set[Expert], *, lend: bool) -> Iterator[Expert]:
         """Whose places may be emptied: of experts that are not resident; to `lend`, of any.
@@ -88,11 +108,6 @@ class AtOnce:
                     if may_go and (lender, expert) not in keep:
                         yield lender, expert
 
-    def _start_reads(self, layer: int, experts: list[int]) -> dict[int, Future[None]]:
-        loads = [(expert, self._places.extent(layer, expert)) for expert in experts]
-        futures = self.residency.reader.submit(layer, loads)
-        return dict(zip(experts, futures, strict=True))
-
     def _guess(self, layer: int, keep: set[Expert], likely: Likely, *, lend: bool) -> None:
         """Begin to read what the next layer will probably need, where there is room for it."""
         record = self.residency.prefetcher.record
@@ -104,25 +119,25 @@ class AtOnce:
         missing = [expert for expert in guesses if expert not in filled]
         keep = keep.union((above, expert) for expert in guesses)
         victims = self._victims(layer, keep, lend=lend)
-        for expert in self.filled.fill(above, missing, victims):
-            extent = self._places.extent(above, expert)
-            self._guesses[above, expert] = self.residency.reader.guess(above, expert, extent)
+        for read in self._reader.guess(above, self.filled.fill(above, missing, victims)):
+            self._guesses[above, read.expert] = read
 
-    def _end_guesses(self, layer: int, needed: list[int]) -> dict[int, Future[None]]:
+    def _end_guesses(self, layer: int, needed: list[int]) -> dict[int, RangeRead]:
         """What was guessed and is needed, on its way; what was wrong is cancelled."""
         self._collect(layer)
         reads = {}
-        record, reader = self.residency.prefetcher.record, self.residency.reader
-        for key, extent in self._guesses.items():
+        record = self.residency.prefetcher.record
+        for key, read in self._guesses.items():
             if key[0] == layer and key[1] in needed:
-                if extent.pieces_left < len(extent.reads):
+                if read.has_begun:
                     record.add_right()
-                reads[key[1]] = reader.promote(extent)
-            elif extent.arrived.done() and extent.error is None:
-                record.add_wrong(extent.bytes_read)  # but the layer's next token may need it
+                self._reader.promote(read)
+                reads[key[1]] = read
+            elif read.done() and read.exception() is None:
+                record.add_wrong(read.bytes_read)  # but the layer's next token may need it
             else:
-                reader.cancel(extent)
-                self._leaving[key] = extent
+                self._reader.cancel(read)
+                self._leaving[key] = read
         self._guesses.clear()
         return reads
 
@@ -131,26 +146,23 @@ class AtOnce:
 
         Waits for those of `layer`, of which somebody may read again.
         """
-        for key, extent in list(self._leaving.items()):
+        for key, read in list(self._leaving.items()):
             if key[0] == layer:
-                wait([extent.arrived])
-            if extent.arrived.done():
+                read.settle()
+            if read.done():
                 del self._leaving[key]
                 self.filled.empty(*key)
-                if extent.error:
+                if read.exception():
                     self._forget(key[0], [key[1]])
-                if extent.bytes_read:
-                    self.residency.prefetcher.record.add_wrong(extent.bytes_read)
+                if read.bytes_read:
+                    self.residency.prefetcher.record.add_wrong(read.bytes_read)
 
-    def _wait_for(self, layer: int, reads: dict[int, Future[None]]) -> None:
+    def _wait_for(self, reads: dict[int, RangeRead]) -> None:
         started = time.perf_counter()
-        try:
-            for read in reads.values():
-                read.result()
-        except BaseException:  # a failed read, or Ctrl-C
-            wait(reads.values())
-            self._forget(layer, reads)
-            raise
+        for read in reads.values():
+            read.result()
+        if reads:
+            self._reader.backend.check_unchanged()
         self.residency.timings.wait_seconds += time.perf_counter() - started
 
     def _forget(self, layer: int, experts: Iterable[int]) -> None:
@@ -174,9 +186,9 @@ class AtOnce:
         A resident whose room was lent stays absent, and is read when it is needed.
         """
         with self.residency.lock:
-            for key, extent in self._guesses.items():
-                self.residency.reader.cancel(extent)
-                self._leaving[key] = extent
+            for key, read in self._guesses.items():
+                self._reader.cancel(read)
+                self._leaving[key] = read
             self._guesses.clear()
             for layer, filled in enumerate(self.filled.of):
                 self._collect(layer)

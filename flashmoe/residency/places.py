@@ -14,10 +14,6 @@ class Places(ABC):
     """Each expert's own place, which takes memory once it was filled."""
 
     @abstractmethod
-    def extent(self, layer: int, expert: int) -> range:
-        """The bytes of an expert's extent, to be read into its place."""
-
-    @abstractmethod
     def drop(self, layer: int, expert: int) -> None:
         """Give back the memory of a place; it reads as zeros."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashmoe.memory.arena import Arena
+from flashmoe.reading.base import Reader
 from flashmoe.reading.reader import Extent, ExtentReader
 
 # Smaller experts arrive before the guess is made (docs/speed.md#small-experts).
@@ -63,8 +64,8 @@ class Prefetcher:
     a guess never costs a resident expert its slot. Without spare slots it does nothing.
     """
 
-    def __init__(self, reader: ExtentReader, *, enabled: bool = True) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, *, enabled: bool = True) -> None:
+        self._any_reader = reader
         self.pays = enabled and reader.manifest.layers[0].extent_bytes >= PREFETCH_FROM_BYTES
         self.record = GuessRecord()
         self.spares: Arena | None = None
@@ -94,8 +95,13 @@ class Prefetcher:
         for expert in missing[: len(self._free)]:
             spare = self._free.pop()
             memory = self._arena.memory_for(spare, layer, expert)
-            extent = self.reader.guess(layer, expert, memory)
+            extent = self._reader.guess(layer, expert, memory)
             self._pending[layer, expert] = _PendingGuess(spare, extent)
+
+    @property
+    def _reader(self) -> ExtentReader:
+        assert isinstance(self._any_reader, ExtentReader), "guesses go into slots"
+        return self._any_reader
 
     @property
     def _arena(self) -> Arena:
@@ -111,13 +117,13 @@ class Prefetcher:
             self.record.add_right()
         arena.exchange(slot, self._arena, guess.spare)
         self._free.append(guess.spare)  # it holds the memory of the slot now, which is free
-        return self.reader.promote(guess.extent)
+        return self._reader.promote(guess.extent)
 
     def drop(self, layer: int, needed: Collection[int] = ()) -> None:
         """`layer` knows which experts are `needed`: what else was guessed for it was wrong."""
         for key in [k for k in self._pending if k[0] == layer and k[1] not in needed]:
             guess = self._pending.pop(key)
-            self.reader.cancel(guess.extent)
+            self._reader.cancel(guess.extent)
             self._leaving.append(guess)
 
     def collect(self) -> None:

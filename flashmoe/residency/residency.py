@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, wait
 from functools import partial
 
 import numpy as np
 
 from flashmoe.cache.expert_cache import Wave, is_long
 from flashmoe.quant import Parameters
-from flashmoe.reading.backend import Backend
+from flashmoe.reading.base import Arriving, Reader
 from flashmoe.reading.read_queue import Span
-from flashmoe.reading.reader import ExtentReader
 from flashmoe.residency.pool import Pool
 from flashmoe.residency.pools import NewArena, Pools
 from flashmoe.residency.prefetch import Prefetcher
@@ -34,21 +32,20 @@ class Residency:
 
     def __init__(
         self,
-        backend: Backend,
+        reader: Reader,
         memory_bytes: int,
         policy: str,
         new_arena: NewArena,
         *,
         prefetch: bool,
-        check_reads: bool,
         whole_events: bool = False,
     ) -> None:
-        """Raises FlashMoEError as `Pools` does; the backend stays open then."""
-        self.manifest = backend.manifest
+        """Raises FlashMoEError as `Pools` does; the reader stays open then."""
+        self.reader = reader
+        self.manifest = reader.manifest
         self.lock = threading.RLock()
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
-        self.reader = ExtentReader(backend, check_all=check_reads)
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)
         self.pools = Pools(
             self.manifest,
@@ -99,7 +96,7 @@ class Residency:
         first_key = pool.first_key(layer)
         loads = sorted(wave.loads) if ascending else wave.loads
         missing = dict(loads)  # slot by key, until its bytes are there
-        reads: dict[int, Future[None]] = {}  # by key
+        reads: dict[int, Arriving] = {}  # by key
         try:
             self._start_reads(layer, pool, loads, reads)
             if guess:
@@ -112,13 +109,14 @@ class Residency:
                 yield key - first_key, pool.arena.parameters[slot]
                 self.timings.compute_seconds += self.timings.since(started, "experts")
         except BaseException:  # a failed read, Ctrl-C, or a caller that stops early
-            wait(reads.values())
+            for read in reads.values():
+                read.exception()  # waits for it
             for key in missing:
                 pool.cache.forget(key)
             raise
 
     def _start_reads(
-        self, layer: int, pool: Pool, loads: list[tuple[int, int]], reads: dict[int, Future[None]]
+        self, layer: int, pool: Pool, loads: list[tuple[int, int]], reads: dict[int, Arriving]
     ) -> None:
         """Start reading `loads` (key, slot) into `reads`; first what a guess has begun with."""
         first_key = pool.first_key(layer)
@@ -131,7 +129,7 @@ class Residency:
         futures = self.reader.submit(layer, extents)
         reads.update(zip((key for key, _ in others), futures, strict=True))
 
-    def _wait_for(self, read: Future[None] | None) -> None:
+    def _wait_for(self, read: Arriving | None) -> None:
         if read:
             started = time.perf_counter()
             read.result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.events import LAYERS_BELOW, Event, below
+from flashmoe.events import LAYERS_BELOW, Event
 
 
 class Routing:
@@ -36,7 +36,13 @@ class Routing:
         lowest = layer
         while lowest > max(0, layer - LAYERS_BELOW) and len(self._rows[lowest - 1]) == len(rows):
             lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
-        choices = np.stack(self._rows[lowest : layer + 1], axis=1)
+        # few calls, since every token pays for them at every layer
+        lower = [
+            self._rows[layer - 1 - distance] + distance * n_experts
+            if layer - 1 - distance >= lowest
+            else np.full_like(rows, -1)
+            for distance in range(LAYERS_BELOW)
+        ]
         if layer > LAYERS_BELOW:  # no layer above looks so far down: a prompt's rows take megabytes
             self._rows[layer - LAYERS_BELOW - 1] = self._no_rows
-        return below(choices, layer - lowest, n_experts)
+        return np.concatenate(lower, axis=1)

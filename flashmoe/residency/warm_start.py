@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts import saved_state
+from flashmoe.reading.base import Arriving
 from flashmoe.residency.residency import Residency
 
 FORMAT, VERSION = "flashmoe-warm", 3
@@ -96,15 +96,14 @@ def _cache(residency: Residency, number: int, arrays: dict[str, np.ndarray]) -> 
 
 def _read(residency: Residency, caches: list[ExpertCache]) -> None:
     """Fill each pool's slots with the experts that its cache of `caches` says are there."""
-    reads = []
+    reads: list[Arriving] = []
     for pool, cache in zip(residency.pools.all, caches, strict=True):
         for key in cache.resident:
             layer, expert = pool.layer_and_expert(key)
             slot = int(cache.residency.slot_of[key])
             memory = pool.arena.memory_for(slot, layer, expert)
             reads += residency.reader.submit(layer, [(expert, memory)])
-    wait(reads)
-    for read in reads:
-        if error := read.exception():
-            residency.reset()
-            raise error
+    errors = [error for read in reads if (error := read.exception())]  # waits for all
+    if errors:
+        residency.reset()
+        raise errors[0]

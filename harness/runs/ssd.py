@@ -24,7 +24,8 @@ import xxhash
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache
 from flashmoe.engines.transformers.checkpoints.backends.packed import PackedModel
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.reader import GROUPED_BELOW_BYTES, READERS, ExtentReader
+from flashmoe.reading.base import READERS
+from flashmoe.reading.reader import GROUPED_BELOW_BYTES, ExtentReader
 from flashmoe.store.manifest import Manifest, lay_out
 from harness.progress import Say
 

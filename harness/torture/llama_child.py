@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from flashmoe.engines.llama.hosts import xllamacpp as host
+from flashmoe.reading.range_work import read_through
 from flashmoe.residency import warm_start
 from harness.torture.faults import Faults
 
@@ -47,9 +48,11 @@ def main(words: list[str]) -> None:
         match order:
             case "fault":
                 os.preadv = Faults(values[0], int(values[1]))  # type: ignore[assignment]
+                read_through(os.preadv)
             case "mend":
                 answer["injected"] = getattr(os.preadv, "injected", 0)
                 os.preadv = read
+                read_through(None)
             case "save" if engine and warm:
                 warm_start.save(engine.residency, warm)
             case "resize" if engine:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.engine import LlamaEngine
@@ -203,22 +200,8 @@ class Attachment:
             self.tell(f"this request fails: {self.failure}")
             return False  # what follows is not computed, and `hooks` makes the whole call fail
 
-    def _ids(self, tensor: int) -> np.ndarray:
-        """The chosen experts, [tokens, top_k] int64, wherever the tensor's memory is."""
-        layout = self.ggml.layout
-        shape = (ctypes.c_int64 * 4).from_address(tensor + layout.shape)
-        strides = (ctypes.c_size_t * 4).from_address(tensor + layout.strides)
-        top_k, tokens, stride = shape[0], shape[1], strides[1]
-        if not tokens:  # of a last layer where no output is wanted
-            return np.empty((0, top_k), np.int64)
-        span = stride * (tokens - 1) + 4 * top_k
-        raw = np.empty(span // 4, np.int32)
-        self.ggml.library.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, span)
-        rows = np.lib.stride_tricks.as_strided(raw, (tokens, top_k), (stride, 4))
-        return np.ascontiguousarray(rows, np.int64)
-
     def _make_ready(self, number: int, choice: int) -> None:
-        rows = self._ids(choice)
+        rows = self.ggml.int_rows(choice)
         if self.engine is None:
             self.start()
         if self.engine is None or number not in self._layers:

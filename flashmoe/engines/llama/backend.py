@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from flashmoe.engines.llama.expert_tensors import ExpertTensor, GGUFContents
-from flashmoe.engines.llama.model_file import ModelFile, inner_pages, move, outer_pages
+from flashmoe.engines.llama.model_file import ModelFile, inner_pages, outer_pages
+from flashmoe.engines.llama.moved_pages import move_pages
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.backend import Backend
+from flashmoe.policies.base import Policy
+from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading.base import PIECE_BYTES
+from flashmoe.reading.range_reader import PlacedExperts
 from flashmoe.residency.places import Expert, Places
 from flashmoe.store.manifest import LayerSpec, Manifest, TensorSpec
 
@@ -47,12 +53,11 @@ class _Part(NamedTuple):
         return max(0, last - first) - sum(map(self.inner_bytes, range(self.tensor.n_experts)))
 
 
-class GGUFExperts(Backend, Places):
+class GGUFExperts(PlacedExperts, Places):
     """One model's experts, in one GGUF file or in the parts of a split one.
 
-    An extent is read to where the program expects the expert, so `memory` is a `range` of the
-    extent's bytes: the backend knows the addresses. The manifest's extents are what a place takes
-    for itself; `edge_bytes` is what all places together share with their neighbours.
+    Each is read to where the program expects it. The manifest's extents are what a place takes for
+    itself; `edge_bytes` is what all places together share with their neighbours.
     """
 
     remedy = "fetch the file again if this lasts"
@@ -68,6 +73,12 @@ class GGUFExperts(Backend, Places):
                 by_layer.setdefault(tensor.layer, []).append(_Part(file, tensor))
         self.numbers = sorted(by_layer)  # of the file's layers, by ours
         self._parts = [by_layer[number] for number in self.numbers]
+        self._kinds = sorted({part.tensor.kind for parts in self._parts for part in parts})
+        self._pages: dict[Expert, np.ndarray] = {}
+        self._move_pages: Any = kernel(move_pages, Policy)
+        self.most_ranges = max(
+            len(self.ranges(n, 0, 0)) + len(parts) for n, parts in enumerate(self._parts)
+        )
         self.edge_bytes = sum(part.edge_bytes for parts in self._parts for part in parts)
         self.manifest = Manifest(
             architecture=files[0][1].architecture,
@@ -93,33 +104,31 @@ class GGUFExperts(Backend, Places):
             offset += size
         return LayerSpec(f"blk.{number}", min(counts), 0, offset, tuple(tensors))
 
-    def extent(self, layer: int, expert: int) -> range:
-        ranges = [part.outer(expert) for part in self._parts[layer]]
-        return range(sum(end - start for start, end in ranges))
-
-    def read(self, layer: int, expert: int, start: int, memory: range) -> None:  # type: ignore[override]
-        """Read these bytes of the extent to where the program expects them. Thread-safe."""
-        end = start + len(memory)
-        before = 0
+    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
+        rows = []
         for part in self._parts[layer]:
             first, last = part.outer(expert)
-            size = last - first
-            begin, stop = max(start - before, 0), min(end - before, size)
-            if begin < stop:
-                part.file.read(first + begin, first + stop)
-            before += size
+            for start in range(first, last, PIECE_BYTES):
+                rows.append((*part.file.job(start, min(start + PIECE_BYTES, last)), ticket))
+        return np.array(rows, np.int64).reshape(-1, 7)
 
     def drop(self, layer: int, expert: int) -> None:
         for part in self._parts[layer]:  # the pages that it shares with its neighbours stay
             part.file.drop(*part.inner(expert))
 
     def move(self, source: Expert, target: Expert) -> None:
-        givers = {part.tensor.kind: part for part in self._parts[source[0]]}
-        for part in self._parts[target[0]]:
-            if giver := givers.pop(part.tensor.kind, None):
-                move(giver.file, giver.inner(source[1]), part.file, part.inner(target[1]))
-        for giver in givers.values():
-            giver.file.drop(*giver.inner(source[1]))
+        self._move_pages(self._pages_of(source), self._pages_of(target))
+
+    def _pages_of(self, expert: Expert) -> np.ndarray:
+        """The pages of its own that an expert has of each kind of tensor, as addresses."""
+        pages = self._pages.get(expert)
+        if pages is None:
+            pages = self._pages[expert] = np.zeros((len(self._kinds), 2), np.int64)
+            for part in self._parts[expert[0]]:
+                start, end = part.inner(expert[1])
+                row = self._kinds.index(part.tensor.kind)
+                pages[row] = part.file.base + start, part.file.base + max(start, end)
+        return pages
 
     def check_unchanged(self) -> None:
         for file in self.files:

@@ -15,6 +15,7 @@ from flashmoe.engines.llama.recorder import Recorder
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
+from flashmoe.reading.range_reader import RangeReader
 from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.trace import Trace
@@ -38,18 +39,18 @@ class LlamaEngine(Engine):
         """
         self.experts = experts
         self.beside_bytes = beside_bytes
+        reader = RangeReader(experts)
         super().__init__(
-            experts,
+            reader,
             self._budget_bytes(memory),
             policy,
             partial(PlacedArena, experts),
             device="cpu",
             prefetch=True,
-            check_reads=False,
             whole_events=True,
         )
         self._recorder: Recorder | None = None
-        self.at_once = AtOnce(self.residency, experts)
+        self.at_once = AtOnce(self.residency, experts, reader)
 
     def _budget_bytes(self, memory: int | str) -> int:
         """What is left for whole places: the pages at their ends stay filled."""
@@ -75,10 +76,9 @@ class LlamaEngine(Engine):
     def note(self, layer: int, rows: np.ndarray) -> None:
         """An event begins: `rows` [tokens, top_k] are what the layer chose.
 
-        Raises FlashMoEError when the engine was closed, OSError when a file changed.
+        Raises FlashMoEError when the engine was closed.
         """
         self._check_open()
-        self.experts.check_unchanged()
         if self._recorder:
             self._recorder.note(layer, rows)
 

@@ -75,6 +75,9 @@ class GGML:
             if function is None:
                 raise FlashMoEError(f"{path} has no {name}: FlashMoE needs a newer llama.cpp")
             function.restype, function.argtypes = result, arguments
+        # short calls keep Python's lock: to take it again costs more than they do
+        self._get = ctypes.PyDLL(path).ggml_backend_tensor_get
+        self._get.argtypes = [c_void_p, c_void_p, c_size_t, c_size_t]
         self.layout = self._probe(path)
 
     def _probe(self, path: str) -> TensorLayout:
@@ -121,8 +124,21 @@ class GGML:
         count = min(rows, most)
         values = np.empty((count, elements), np.float32)
         offset = 4 * elements * (rows - count)
-        self.library.ggml_backend_tensor_get(tensor, values.ctypes.data, offset, values.nbytes)
+        self._get(tensor, values.ctypes.data, offset, values.nbytes)
         return values
+
+    def int_rows(self, tensor: int) -> np.ndarray:
+        """All rows of an int32 matrix, wherever its memory is: [rows, elements] int64."""
+        rows, elements = self.shape_of(tensor)
+        if not rows:
+            return np.empty((0, elements), np.int64)
+        stride = c_size_t.from_address(tensor + self.layout.strides + 8).value
+        span = stride * (rows - 1) + 4 * elements
+        raw = np.empty(span // 4, np.int32)
+        self._get(tensor, raw.ctypes.data, 0, span)
+        if rows > 1:
+            raw = np.lib.stride_tricks.as_strided(raw, (rows, elements), (stride, 4))
+        return raw.astype(np.int64).reshape(rows, elements)
 
     def floats(self, tensor: int, *, copy: bool = True) -> np.ndarray | None:
         """All of a contiguous float32 tensor, [rows, elements]; None: it is another.

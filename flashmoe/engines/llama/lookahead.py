@@ -26,6 +26,7 @@ class _Router:
     norm: np.ndarray  # [width] float32, by which its input was multiplied; ones if unknown
     bias: np.ndarray  # [n_experts] float32, added to the scores
     share_bias: np.ndarray  # [n_experts] float32, added to the scores' sigmoids; empty: none
+    steps: int  # from the layer's choice back to the product with its router
 
 
 class Lookahead:
@@ -41,7 +42,8 @@ class Lookahead:
         self._ggml = ggml
         self._is_ours = is_ours
         self._routers: dict[int, _Router | None] = {}  # by layer; None: it cannot be asked
-        self._scores: Any = kernel(_scores, Policy)
+        self._scales: dict[int, np.ndarray] = {}  # by layer: from its norm to that above
+        self._rank: Any = kernel(_rank, Policy)
 
     @property
     def layers(self) -> int:
@@ -62,20 +64,25 @@ class Lookahead:
         """
         below, above = self._routers.get(layer), self._routers.get(layer + 1)
         if below and above:
-            return self._by_router(below, above, choice, rows.shape[1])
+            return self._by_router(layer, below, above, choice, rows.shape[1])
         used = np.unique(rows)
         if len(used) > used[-1] / 2:
             return list(range(used[-1] + 1))  # a first prompt that needs most experts of a layer
         return []
 
-    def _by_router(self, below: _Router, above: _Router, choice: int, top_k: int) -> list[int]:
-        product, _ = self._find_product(choice)
-        rows = self._ggml.float_rows(self._ggml.source_of(product, 1), _VOTING_TOKENS)
-        scale = above.norm / below.norm
-        votes = np.zeros(len(above.weights), np.float32)
-        self._scores(above.weights, rows, scale, above.bias, above.share_bias, top_k, votes)
-        best: list[int] = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)].tolist()
-        return best
+    def _by_router(
+        self, layer: int, below: _Router, above: _Router, choice: int, top_k: int
+    ) -> list[int]:
+        ggml, product = self._ggml, choice
+        for _ in range(below.steps):
+            product = ggml.source_of(product, 0)
+        rows = ggml.float_rows(ggml.source_of(product, 1), _VOTING_TOKENS)
+        if layer not in self._scales:
+            self._scales[layer] = above.norm / below.norm
+        scale = self._scales[layer]
+        experts = self._rank(above.weights, rows, scale, above.bias, above.share_bias, top_k)
+        likely: list[int] = experts.tolist()
+        return likely
 
     def _find_product(self, choice: int) -> tuple[int, list[int]]:
         """The product of a layer's router with its input, and what is added on the way; 0: none."""
@@ -85,8 +92,7 @@ class Lookahead:
                 break
             if self._ggml.name_of(source).endswith("ffn_gate_inp.weight"):
                 return tensor, added
-            if other := self._ggml.source_of(tensor, 1):
-                added.append(other)
+            added.append(self._ggml.source_of(tensor, 1))
             tensor = source
         return 0, []
 
@@ -104,22 +110,26 @@ class Lookahead:
             values = ggml.floats(factor)
             if values is not None and values.shape == (1, width) and values.all():
                 norm = values[0]
-        for tensor in added:
+        for tensor in filter(None, added):
             name, values = ggml.name_of(tensor), ggml.floats(tensor)
             if values is not None and values.shape == (1, n_experts):
                 if name.endswith("exp_probs_b.bias"):
                     share_bias = values[0]
                 elif name.endswith("ffn_gate_inp.bias"):
                     bias = values[0]
-        return _Router(weights, norm, bias, share_bias)
+        return _Router(weights, norm, bias, share_bias, len(added))
 
 
-def _scores(weights, rows, scale, bias, share_bias, top_k, votes):
-    """Add each row's vote: of one row an expert's rank, of several a vote for each of its top_k."""
+def _rank(weights, rows, scale, bias, share_bias, top_k):
+    """The experts that `rows` vote for, most votes first.
+
+    One row gives each expert its rank for votes; of several, each gives one to each of its top_k.
+    """
     n_experts, width = weights.shape
     lanes = np.empty(_LANES, np.float32)
     x = np.empty(width, np.float32)
     scores = np.empty(n_experts, np.float32)
+    votes = np.zeros(n_experts, np.int64)
     for row in rows:
         for i in range(width):
             x[i] = row[i] * scale[i]
@@ -142,3 +152,5 @@ def _scores(weights, rows, scale, bias, share_bias, top_k, votes):
                     best = expert
             scores[best] = -np.inf
             votes[best] += top_k - rank if len(rows) == 1 else 1
+    order = np.argsort(-votes, kind="mergesort")
+    return order[: np.count_nonzero(votes)]

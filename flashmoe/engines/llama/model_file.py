@@ -17,16 +17,11 @@ from flashmoe.util.sizes import format_bytes
 PAGE_BYTES = mmap.PAGESIZE
 _READERS, _STEP_BYTES = 8, 8 << 20
 _MAP_NORESERVE, _MADV_NOHUGEPAGE = 0x4000, 15
-_MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (Linux 5.7)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-]  # fmt: skip
-_libc.mremap.restype = ctypes.c_void_p
-_libc.mremap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -104,6 +99,12 @@ class ModelFile:
         if not self.direct:
             drop_page_cache(self._descriptor, start, length)
 
+    def job(self, start: int, end: int) -> tuple[int, ...]:
+        """What a thread needs to do as `read` does (see `range_work`)."""
+        length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
+        needed = min(end, self.size_bytes) - start
+        return self._descriptor, start, self.base + start, length, needed, not self.direct
+
     def drop(self, start: int, end: int) -> None:
         """Give back the memory of these pages; they read as zeros from now on."""
         if end > start and self.base:
@@ -135,21 +136,6 @@ class ModelFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def move(
-    source: ModelFile, given: tuple[int, int], target: ModelFile, wanted: tuple[int, int]
-) -> None:
-    """The memory of some pages becomes that of others, in as far as these need it.
-
-    Where the kernel cannot do that, or has no more maps, the memory is given back.
-    """
-    size = min(given[1] - given[0], wanted[1] - wanted[0])
-    if size <= 0 or (
-        _libc.mremap(source.base + given[0], size, size, _MOVE, target.base + wanted[0]) == _FAILED
-    ):
-        size = 0
-    source.drop(given[0] + size, given[1])
 
 
 def outer_pages(offset: int, size: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from flashmoe.engines.transformers.experts.streamed_experts import StreamedExper
 from flashmoe.engines.transformers.model import moe_modules, streamed_module
 from flashmoe.memory.device_arena import arena_on
 from flashmoe.reading.backend import Backend
+from flashmoe.reading.reader import ExtentReader
 
 
 class TransformersEngine(Engine):
@@ -39,13 +40,12 @@ class TransformersEngine(Engine):
         the model computes. Raises FlashMoEError as `Engine` does.
         """
         super().__init__(
-            backend,
+            ExtentReader(backend, check_all=check_reads),
             memory_bytes,
             policy,
             partial(arena_on, device),
             device=str(device),
             prefetch=prefetch,
-            check_reads=check_reads,
         )
         self.beside_bytes = most_waiting_bytes(model)
         self.modules = moe_modules.expert_modules(model)

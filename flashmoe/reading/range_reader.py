@@ -1,0 +1,158 @@
+"""Reads experts whose bytes have places of their own in memory, as whole ranges of a file."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from flashmoe.memory.arena import SlotMemory
+from flashmoe.reading.backend import OpenExperts
+from flashmoe.reading.base import READERS, Reader
+from flashmoe.reading.range_queue import RangeQueue
+from flashmoe.reading.range_work import BYTES, ENDED, FAILURE
+from flashmoe.reading.read_queue import Span
+
+
+class PlacedExperts(OpenExperts):
+    """Each expert is a few ranges of a file, which have their own places in memory."""
+
+    most_ranges: int  # of an expert
+
+    @abstractmethod
+    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
+        """The expert's jobs, int64 [ranges, 7], all with this ticket (see `range_work`)."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raises OSError when a file is another one than when it was opened."""
+
+
+class RangeRead:
+    """An expert on its way to its place."""
+
+    def __init__(self, reader: RangeReader, layer: int, expert: int, ticket: int) -> None:
+        self.layer = layer
+        self.expert = expert
+        self.ticket = ticket
+        self._reader = reader
+        self._counts = reader.queue.tickets[ticket]
+        self.cancelled = False
+
+    @property
+    def bytes_read(self) -> int:
+        return int(self._counts[BYTES])
+
+    @property
+    def has_begun(self) -> bool:
+        """At least one of its ranges is there."""
+        return self.bytes_read > 0
+
+    def done(self) -> bool:
+        """Nothing is written to its place any more."""
+        return self._reader.queue.is_done(self.ticket)
+
+    def settle(self) -> None:
+        """Wait until it is done."""
+        self._reader.queue.wait(self.ticket)
+
+    def exception(self) -> BaseException | None:
+        """Why it failed, once it is done; None: it did not."""
+        self.settle()
+        match int(self._counts[FAILURE]):
+            case 0:
+                return None
+            case number if number == ENDED:
+                error: BaseException = EOFError()
+            case number:
+                error = OSError(number, os.strerror(number))
+        return self._reader.backend.failure(self.layer, self.expert, error)
+
+    def result(self) -> None:
+        """Wait for all of its bytes. Raises FlashMoEError naming layer and expert."""
+        if error := self.exception():
+            raise error
+
+
+class RangeReader(Reader):
+    """Fills the places of experts of one open backend. Thread-safe.
+
+    An expert is on its way once at a time.
+    """
+
+    backend: PlacedExperts
+
+    def __init__(self, backend: PlacedExperts, readers: int = READERS) -> None:
+        """The backend is closed with the reader."""
+        self.backend = backend
+        self.manifest = backend.manifest
+        counts = [layer.n_experts for layer in self.manifest.layers]
+        self._first_ticket = np.cumsum([0, *counts]).tolist()
+        self._jobs: dict[int, np.ndarray] = {}  # by ticket
+        self.queue = RangeQueue(readers, self._first_ticket[-1], backend.most_ranges)
+
+    @property
+    def bytes_read(self) -> int:  # type: ignore[override]
+        return self.queue.bytes_read
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.queue.busy_seconds
+
+    def reset_counts(self) -> None:
+        self.queue.reset_counts()
+
+    def record_spans(self, spans: list[Span]) -> None:
+        """Its threads record none."""
+
+    def submit(self, layer: int, loads: Sequence[tuple[int, SlotMemory]]) -> list[RangeRead]:
+        """Each expert goes to its own place, and not to a slot."""
+        return self.demand(layer, [expert for expert, _ in loads])
+
+    def demand(self, layer: int, experts: Sequence[int]) -> list[RangeRead]:
+        """Start reading experts of a layer, in order.
+
+        Raises FlashMoEError where no thread can be started.
+        """
+        reads = [self._read_of(layer, expert) for expert in experts]
+        if reads:
+            self.queue.demand(np.concatenate([self._jobs_of(read) for read in reads]))
+        return reads
+
+    def guess(self, layer: int, experts: Sequence[int]) -> list[RangeRead]:
+        """Start on experts that may be needed, whenever no demand keeps the drive busy."""
+        reads = [self._read_of(layer, expert) for expert in experts]
+        if reads:
+            self.queue.guess(np.concatenate([self._jobs_of(read) for read in reads]))
+        return reads
+
+    def promote(self, read: RangeRead) -> None:
+        """The guess was right: read what is left of it as a demand."""
+        self.queue.promote(read.ticket)
+
+    def cancel(self, read: RangeRead) -> None:
+        """The guess was wrong: read no more of it. Its place is free once it is `done`."""
+        self.queue.cancel(read.ticket)
+
+    def _read_of(self, layer: int, expert: int) -> RangeRead:
+        return RangeRead(self, layer, expert, self._first_ticket[layer] + expert)
+
+    def _jobs_of(self, read: RangeRead) -> np.ndarray:
+        jobs = self._jobs.get(read.ticket)
+        if jobs is None:
+            jobs = self.backend.ranges(read.layer, read.expert, read.ticket)
+            self._jobs[read.ticket] = jobs
+        return jobs
+
+    def close(self) -> None:
+        self.queue.close()
+        self.backend.close()
+
+    def stand_still(self) -> None:
+        self.queue.settle()
+
+    def go_on(self, *, in_child: bool) -> None:
+        if in_child:
+            self.queue.start_over()
