@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,7 @@ from harness.tables.full_scale import MODELS, PROMPT_TOKENS, SHIPPED, TOKENS, WA
 
 def check() -> None:
     """Raises FlashMoEError listing every figure that this code does not reproduce."""
-    wrong = [*_hit_rates(), *_full_scale(), *_engine(), *_provenance()]
+    wrong = [*_hit_rates(), *_full_scale(), *_servers(), *_engine(), *_provenance()]
     if wrong:
         raise FlashMoEError("results do not reproduce:\n  " + "\n  ".join(wrong))
     say("the committed results reproduce")
@@ -108,6 +110,44 @@ def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decode
         counted.append(simulate.replay(part, policy, 1.0, conditions, slots=slots))
     before, after = counted
     return (after.hits - before.hits) / (after.requests - before.requests)
+
+
+def _servers() -> Iterator[str]:
+    """Recorded runs of llama.cpp, replayed: requests and hits are the trace's own, and the row's.
+
+    Tables that were made before runs were recorded name no trace.
+    """
+    say("replaying the recorded runs of llama.cpp")
+    rows: dict[Path, Any] = {}
+    for path in sorted(report.RESULTS.glob("*/servers-*.csv")):
+        table = pd.read_csv(path)
+        if "trace" in table:
+            named = table[table.trace.notna()]
+            rows |= {path.parent / str(row.trace): row for row in named.itertuples()}
+    for path in sorted({*rows, *report.RESULTS.glob("*/trace-servers-*.npz")}):
+        try:
+            wrong = _recorded_run(path, rows.get(path))
+        except FlashMoEError as error:
+            wrong = str(error)
+        if wrong:
+            yield f"{path.relative_to(report.RESULTS)}: {wrong}"
+
+
+def _recorded_run(path: Path, row: Any) -> str | None:
+    """What of a recorded run a replay, or its row in the table, contradicts."""
+    if row is None:
+        return "no row of a table names it"
+    recorded = trace.load(path)
+    said = [recorded.info.get(name) for name in ("slots", "requests", "hits")]
+    if said[0] != row.slots_per_layer:
+        return f"recorded with {said[0]} slots a layer, in the table {row.slots_per_layer:g}"
+    policy, conditions = str(recorded.info.get("policy")), simulate.Conditions(as_recorded=True)
+    fresh = simulate.replay(recorded, policy, 1.0, conditions, slots=row.slots_per_layer)
+    if [fresh.requests, fresh.hits] != said[1:]:
+        return f"recorded {said[2]} hits of {said[1]}, replayed {fresh.hits} of {fresh.requests}"
+    if f"{fresh.hit_rate:.6g}" != f"{row.hit_rate:.6g}":  # written with six digits
+        return f"its row hit {row.hit_rate:.6g}, replayed {fresh.hit_rate:.6g}"
+    return None
 
 
 def _engine() -> Iterator[str]:

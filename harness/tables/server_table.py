@@ -56,10 +56,10 @@ def server_table(
             partial = model.with_suffix(".partial")
             gguf_file.write(SteeredWeights(config_of(name), 0, prefix), partial, scheme)
             partial.rename(model)
-        runs = measure(model, program, chosen, caps, rounds)
-        size = model.stat().st_size
-    title = full_scale.title_of("servers", name, scheme)
-    report.write(folder, title, rows_of(runs, size))
+        runs = measure(model, program, chosen, caps, rounds, work)
+        title = full_scale.title_of("servers", name, scheme)
+        rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
+    report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
 
 
@@ -82,12 +82,15 @@ def measure(
     systems: Sequence[System],
     caps: Sequence[float],
     rounds: int,
+    traces: Path,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> list[Run]:
     """Every system at every cap and at none, in turn, `rounds` times; the drive asked before each.
 
-    program: llama-server, beside which the build's other programs lie.
+    program: llama-server, beside which the build's other programs lie. traces: the folder where
+        runs under a cap below the file's size are recorded: a run that is recorded does not stand
+        aside where all fits, so others would not be the user's own.
     """
     dense_bytes, expert_bytes = sizes(model)
     size = model.stat().st_size
@@ -97,7 +100,10 @@ def measure(
     for number in range(rounds):
         for share in (*caps, None):
             cap_bytes = int(share * size) if share else None
-            work = Work(program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes)
+            recorded = traces / f"{number}-{share}.npz" if share and share < 1 else None
+            work = Work(
+                program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes, recorded
+            )
             for system in systems:
                 say(f"round {number + 1} of {rounds}: {system.name}, cap {share or 'none'}")
                 drive = _drive(model, expert_bytes) if share else None
@@ -138,7 +144,10 @@ def sizes(model: Path) -> tuple[int, int]:
 
 
 def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
-    """A row for each cap and system: medians of the rounds with their range, and the roofline."""
+    """A row for each cap and system: medians of the rounds with their range, and the roofline.
+
+    The hit rate is the first round's, as are the slots and the trace: so a replay gives it exactly.
+    """
     systems = gguf_systems.available()
     plain = [run["token_ids"] for run in runs if run["system"] == PLAIN and "token_ids" in run]
     expected = plain[0] if plain else None
@@ -159,12 +168,13 @@ def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
             "tokens_per_second_max": max(speeds, default=None),
         }
         for name in (
-            *("prompt_seconds", "ready_seconds", "peak_memory_bytes", "hit_rate"),
+            *("prompt_seconds", "ready_seconds", "peak_memory_bytes"),
             *("bytes_per_token", "drive_bytes_per_second"),
         ):
             values = [run[name] for run in done if run.get(name) is not None]
             row[name] = float(np.median(values)) if values else None
-        row["slots_per_layer"] = done[0].get("slots_per_layer") if done else None
+        for name in ("hit_rate", "slots_per_layer", "trace"):
+            row[name] = done[0].get(name) if done else None
         texts = [run["token_ids"] for run in done if "token_ids" in run]
         row["same_output"] = all(ids == expected for ids in texts) if texts and plain else None
         rows.append(row)
@@ -182,6 +192,17 @@ def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
         row["flashmoe_speedup"] = our_speed / speed if speed and our_speed else None
         row |= _roofline(row, compute_seconds)
     return rows
+
+
+def keep_traces(folder: Path, title: str, rows: list[Run]) -> list[Run]:
+    """Write the rows' traces beside the table; rows that name these files."""
+    kept = []
+    for row in rows:
+        name = f"trace-{title}-{row['cap_share']}.npz" if row["trace"] else None
+        if name:
+            trace.load(row["trace"]).save(folder / name)
+        kept.append(row | {"trace": name})
+    return kept
 
 
 def _arithmetic_seconds(rows: list[Run]) -> float | None:

@@ -18,6 +18,8 @@ import gguf
 import numpy as np
 import pytest
 
+from flashmoe import trace
+from harness.runs.gguf_systems import Work, server_process
 from harness.tiny_gguf import EXPERTS
 from harness.torture.llama_server import ALIKE, Server, under_flashmoe
 
@@ -99,6 +101,17 @@ def test_a_server_gives_its_own_tokens_and_counts_at_its_end(serve, plain):
     stats = stats_of(server.words())
     assert stats["slots_per_layer"] < EXPERTS
     assert stats["requests"] > stats["hits"] > 0
+
+
+def test_the_referees_run_is_recorded(model, budget, tmp_path):
+    own = program("llama-server")
+    work = Work(own.parent, model, 0, tuple(range(20, 60)), 8, 1, trace=tmp_path / "trace.npz")
+    run = server_process.measure(work, own, "--no-repack", memory=str(budget))
+    info = trace.load(run["trace"]).info
+    assert info["slots"] == run["slots_per_layer"] < EXPERTS
+    assert info["hits"] / info["requests"] == run["hit_rate"]
+    (tmp_path / "trace.npz").unlink()
+    assert "trace" not in server_process.measure(work, own)  # without FlashMoE
 
 
 def test_four_slots_at_once_give_what_one_gives(serve, plain):

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from flashmoe import trace
+from harness import check
+from harness.report import report
 from harness.runs import gguf_systems, upstream_server_tests
 from harness.runs.gguf_systems import big_moe_on_edge
 from harness.runs.gguf_systems.llama_server import OURS, PLAIN
@@ -53,6 +62,98 @@ def test_a_row_has_the_roofline_of_its_own_bytes():
     assert ours["roofline_tokens_per_second"] == pytest.approx(10)
     assert ours["share_of_roofline"] == pytest.approx(0.8)
     assert plain["flashmoe_speedup"] == pytest.approx(8)
+
+
+def test_runs_under_a_cap_below_the_file_are_recorded(gguf_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_table, "drop_all", lambda: None)
+    monkeypatch.setattr(server_table, "_drive", lambda model, size: None)
+    works = []
+    system = gguf_systems.System("s", lambda work: works.append(work) or {"outcome": "ok"})
+    server_table.measure(gguf_files(), Path("p"), [system], (0.5, 1, 1.5), 2, tmp_path)
+    recorded = [work.trace is not None for work in works]
+    assert recorded == [True, False, False, False] * 2
+    assert len({work.trace for work in works}) == 3
+
+
+@pytest.fixture(scope="module")
+def recorded_run(gguf_files, tmp_path_factory):
+    """What a system gives of a run that was recorded; the server is xllamacpp's."""
+    tests, model = Path(__file__).parents[1], gguf_files("qwen3_moe")
+    path = tmp_path_factory.mktemp("recorded") / "run.npz"
+    job = {
+        "model": str(model), "memory": str(model.stat().st_size // 2), "policy": "learned",
+        "record": str(path), "prompts": ["a", "hello world, a prompt. " * 3, "x1y2z3 " * 60],
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(tests / "llama_server.py"), json.dumps(job)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(tests.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    stats = json.loads(done.stdout.splitlines()[-1])["stats"]
+    return {
+        "system": OURS, "cap_share": 0.5, "cap_bytes": 1, "outcome": "ok", "trace": path,
+        "tokens_per_second": 1.0, "bytes_per_token": 1.0, "drive_bytes_per_second": None,
+        "hit_rate": stats["hit_rate"], "slots_per_layer": stats["slots_per_layer"],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def published(recorded_run, tmp_path, monkeypatch):
+    """A folder of results with this run's table and trace; a later round hit other than it."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    folder = tmp_path / "here"
+    later = recorded_run | {"hit_rate": 0.5, "trace": Path("later.npz")}
+    free = recorded_run | {"cap_share": None, "trace": None}
+    rows = server_table.rows_of([recorded_run, later, free], 1)
+    folder.mkdir()
+    report.write(folder, "servers-m", server_table.keep_traces(folder, "servers-m", rows))
+    return folder
+
+
+def test_the_check_replays_a_recorded_run(published):
+    assert list(check._servers()) == []
+    names = {path.name for path in published.iterdir()}
+    assert names == {f"trace-servers-m-0.5.{kind}" for kind in ("npz", "json")} | {"servers-m.csv"}
+
+
+def change_description(folder: Path, **info: object) -> None:
+    path = folder / "trace-servers-m-0.5.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | info))
+
+
+def change_row(folder: Path, column: str, by: float) -> None:
+    table = pd.read_csv(folder / "servers-m.csv")
+    table.loc[0, column] += by
+    table.to_csv(folder / "servers-m.csv", index=False, float_format="%.6g")
+
+
+def change_routing(folder: Path) -> None:
+    path = folder / "trace-servers-m-0.5.npz"
+    recorded = trace.load(path)
+    replace(recorded, experts=recorded.experts[::-1].copy()).save(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (change_routing, "replayed"),
+        (lambda folder: change_description(folder, hits=1), "recorded 1 hits of "),
+        (lambda folder: change_description(folder, requests=None), " of None, replayed "),
+        (lambda folder: change_description(folder, policy="fifo"), "replayed"),
+        (lambda folder: change_description(folder, policy="no such"), "no such"),
+        (lambda folder: change_description(folder, slots="7"), "recorded with 7 slots"),
+        (lambda folder: change_row(folder, "hit_rate", 1e-5), "its row hit "),
+        (lambda folder: change_row(folder, "slots_per_layer", 1), "slots a layer, in the table"),
+        (lambda folder: (folder / "trace-servers-m-0.5.npz").unlink(), "no such file"),
+        (lambda folder: (folder / "servers-m.csv").unlink(), "no row of a table names it"),
+    ],
+)
+def test_the_check_fails_on_what_is_not_the_recorded_run(published, damage, said):
+    damage(published)
+    (sentence,) = check._servers()
+    assert sentence.startswith("here/trace-servers-m-0.5.npz: ")
+    assert said in sentence
 
 
 def test_outcomes_are_read_from_pytests_own_report(tmp_path):

@@ -28,6 +28,7 @@ class Work:
     new_tokens: int
     threads: int
     cap_bytes: int | None = None
+    trace: Path | None = None  # where what is ours may record the run's routing
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class System:
     """A system by the name that its rows bear.
 
     run: gives `outcome`, and where that is "ok" tokens_per_second, prompt_seconds and what else is
-        known. clock: speeds are compared with those of the same clock only.
+        known, such as `trace`, the file in which it recorded the run. clock: speeds are compared
+        with those of the same clock only.
     """
 
     name: str

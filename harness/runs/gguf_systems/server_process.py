@@ -22,7 +22,10 @@ START_SECONDS, ANSWER_SECONDS = 120, 600
 
 @dataclass(frozen=True)
 class ServerRun:
-    """One server, once. `memory` is FlashMoE's budget; None: the program without FlashMoE."""
+    """One server, once. `memory` is FlashMoE's budget; None: the program without FlashMoE.
+
+    trace: where FlashMoE records the routing.
+    """
 
     program: Path
     model: Path
@@ -31,19 +34,23 @@ class ServerRun:
     new_tokens: int
     cap_bytes: int | None = None
     arguments: tuple[str, ...] = ()
+    trace: Path | None = None
 
     def command(self, port: int) -> list[str]:
         own = [str(self.program), "-m", str(self.model), "--port", str(port), *self.arguments]
         if self.memory is None:
             return own
-        return [sys.executable, "-m", "flashmoe", "run", "--memory", self.memory, "--stats", *own]
+        record = ["--record", str(self.trace)] if self.trace else []
+        ours = [sys.executable, "-m", "flashmoe", "run", "--memory", self.memory, "--stats"]
+        return [*ours, *record, *own]
 
     def measure(self) -> dict[str, Any]:
         """Tokens, the server's own times, and the kernel's peak.
 
         To be killed by the limit, or not to be ready in START_SECONDS, is an outcome.
 
-        Raises FlashMoEError with the program's last words when it fails otherwise.
+        Raises FlashMoEError with the program's last words when it fails otherwise, or wrote no
+        trace.
         """
         port = llama_client.free_port()
         with memory_cap(self.cap_bytes) as cap:
@@ -65,11 +72,15 @@ class ServerRun:
                     process.kill()
                     _, errors = process.communicate()
             answer["peak_memory_bytes"] = cap.peak_bytes() if cap else None
+        last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
         if answer["outcome"] == "failed":
             if process.returncode == -signal.SIGKILL and self.cap_bytes:
                 return answer | {"outcome": "out of memory"}
-            last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
             raise FlashMoEError(f"{self.program.name} failed: {last}")
+        if answer["outcome"] == "ok" and self.memory and self.trace:
+            if not self.trace.exists():
+                raise FlashMoEError(f"{self.program.name} wrote no trace: {last}")
+            answer["trace"] = self.trace
         return answer | _stats(errors)
 
     def _ask(self, process: subprocess.Popen[str], port: int, started: float) -> dict[str, Any]:
@@ -137,4 +148,5 @@ def measure(
         work.new_tokens,
         work.cap_bytes,
         (*same, *arguments),
+        work.trace,
     ).measure()
