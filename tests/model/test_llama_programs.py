@@ -161,7 +161,7 @@ def test_signals_end_it_as_they_end_it_alone(serve, number):
                 server.process.send_signal(number)
                 request.kill()  # else a server alone may wait half a minute for its reader
                 request.communicate()
-            statuses.append(server.stop(number) if not busy else server.process.wait(60))
+            statuses.append(server.stop(number) if not busy else server.process.wait(120))
         assert statuses[0] == statuses[1]
     assert stats_of(server.words())
 
