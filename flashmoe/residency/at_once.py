@@ -115,6 +115,8 @@ class AtOnce:
         if above == len(self.filled.of) or not record.is_worth_a_call():
             return
         filled = self.filled.of[above]
+        if len(filled) == self.residency.manifest.layers[above].n_experts:
+            return
         guesses = likely()
         missing = [expert for expert in guesses if expert not in filled]
         keep = keep.union((above, expert) for expert in guesses)

@@ -11,8 +11,8 @@ from harness.runs.gguf_systems import System, Work, capped_program
 
 PROGRAM = "FLASHMOE_BMOE_CLI"
 _MIB = 1 << 20
-# What it gets beside dense part and cache: for itself, its KV cache and its buffers. Where the limit
-# kills it, it gets more.
+# What it gets beside dense part and cache: for itself, its KV cache and its buffers; more where the
+# limit kills it.
 _BESIDE_BYTES = (320 * _MIB, 640 * _MIB, 1280 * _MIB)
 _PROGRESS = "BMOE_PROGRESS "
 
