@@ -278,6 +278,12 @@ def test_a_budget_below_a_layers_experts_is_one_sentence(model):
     assert "is too small" in refused(*under_flashmoe("100KiB"), *command)
 
 
+def test_a_refused_mapping_is_not_called_a_success(model):
+    command = [program("llama-completion"), "-m", model, *COMPLETION]
+    done = run(*under_flashmoe("100KiB"), *command)
+    assert "mmap failed: Cannot allocate memory" in done.stderr
+
+
 def test_a_file_that_was_cut_short_is_refused(model, budget, tmp_path):
     short = shutil.copy(model, tmp_path / "short.gguf")
     os.truncate(short, model.stat().st_size // 2)
