@@ -63,9 +63,17 @@ def test_the_same_said_by_the_environment_is_refused(capfd, monkeypatch, variabl
     assert f"leave out {next(iter(variables))}" in said
 
 
-@pytest.mark.parametrize("words", [[], ["--port", "80"], ["--spec-default"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--port", "80"], ["--spec-default"], ["-mu", "http://x/y.gguf"], ["-m", ""]]
+)
 def test_a_server_without_a_model_is_a_router_and_refused(capfd, words):
     assert "without one it is a router" in refused(capfd, "run", "/x/llama-server", *words)
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO"])
+def test_a_variable_without_a_value_names_no_model(name):
+    with pytest.raises(FlashMoEError, match="without one it is a router"):
+        flags.check("llama-server", [], {name: ""})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
@@ -271,6 +273,29 @@ def test_too_little_address_space_is_one_sentence(model, budget, tmp_path):
     )  # fmt: skip
     assert "no address space for its 1024.0 GiB" in said
     assert "ulimit -v" in said
+
+
+def test_a_repository_that_lists_models_for_a_router_is_refused(budget, tmp_path):
+    branches = {"branches": [{"name": "main", "targetCommit": "0" * 40}]}
+    files = [{"type": "file", "path": "preset.ini", "size": 9, "oid": "1" * 40}]
+
+    class Repository(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(branches if self.path.endswith("refs") else files).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        try:
+            said = refused(
+                *under_flashmoe(budget), program("llama-server"), "-hf", "a/b",
+                env=os.environ | {"MODEL_ENDPOINT": address, "LLAMA_CACHE": str(tmp_path)},
+            )  # fmt: skip
+        finally:
+            server.shutdown()
+    assert "this one lists models for a router" in said
 
 
 def test_a_budget_below_a_layers_experts_is_one_sentence(model):
