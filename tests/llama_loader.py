@@ -102,7 +102,7 @@ def refusals(path: Path) -> dict[str, Any]:
     result = {
         "mapped": refusal(load, path, use_mmap=False),
         "lora": refusal(load, path, lora_path="x"),
-        "unknown": refusal(load, path, prefetch=False),
+        "unknown": refusal(load, path, device="cuda"),
         "package": refusal(load, path, package="other"),
         "small": refusal(load, path, 0.01),
         "smaller": refusal(load, path, 0.145),

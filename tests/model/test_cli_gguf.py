@@ -11,6 +11,7 @@ from command_line import refused, run
 
 from flashmoe import trace
 from flashmoe.engines.llama.files import writer
+from flashmoe.residency import prefetch
 
 needs_llama_cpp = pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python")
 
@@ -100,6 +101,21 @@ def test_generate_streams_and_begins_where_it_ended(capfd, gguf_files, tmp_path)
     warm = json.loads(run(capfd, *command, "--json")[1])
     assert warm["token_ids"] == cold["token_ids"]
     assert warm["stats"]["misses"] < cold["stats"]["misses"]
+
+
+@needs_llama_cpp
+def test_generate_guesses_no_experts_where_that_is_left_out(capfd, gguf_files, monkeypatch):
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
+    command = (
+        "generate", gguf_files(), "--prompt", "hello world", "--policy", "lru",
+        "--memory", gguf_files().stat().st_size // 2, "--max-new-tokens", 9, "--json",
+    )  # fmt: skip
+    ahead, chosen = (json.loads(run(capfd, *command, *o)[1]) for o in ((), ("--no-prefetch",)))
+    assert ahead["token_ids"] == chosen["token_ids"]
+    guessed = [
+        one["stats"]["prefetch_used"] + one["stats"]["prefetch_wasted"] for one in (ahead, chosen)
+    ]
+    assert guessed[0] > 0 == guessed[1]
 
 
 @needs_llama_cpp

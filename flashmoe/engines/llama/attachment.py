@@ -69,20 +69,23 @@ class Attachment:
         *,
         memory: int | str,
         policy: str,
+        prefetch: bool = True,
         warm: Path | None = None,
         record: bool = False,
         tell: Callable[[str], object] = _print,
     ) -> None:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
-        memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
-        when an earlier run ended, if it is there. record: every event, for `engine.trace`.
+        memory: bytes, a size such as "4GiB", or "auto". prefetch: while a layer is computed, read
+        what the next one is guessed to need, where that pays. warm: a file that says what was
+        resident when an earlier run ended, if it is there. record: every event, for `engine.trace`.
         tell: gets what the user should know.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
         self.memory = memory
         self.policy = policy
+        self.prefetch = prefetch
         self.warm = warm
         self.record = record
         self.failure = ""  # of the last request that failed; whoever asks empties it
@@ -257,7 +260,9 @@ class Attachment:
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.lookahead = Lookahead(self.ggml, self._is_ours)
-        self.engine = LlamaEngine(experts, self.memory, self.policy, beside_bytes)
+        self.engine = LlamaEngine(
+            experts, self.memory, self.policy, beside_bytes, prefetch=self.prefetch
+        )
         if self.record:
             self.engine.record()
         if self.warm and self.warm.exists():

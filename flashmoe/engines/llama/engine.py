@@ -28,7 +28,13 @@ class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
     def __init__(
-        self, experts: GGUFExperts, memory: int | str, policy: str, beside_bytes: int = 0
+        self,
+        experts: GGUFExperts,
+        memory: int | str,
+        policy: str,
+        beside_bytes: int = 0,
+        *,
+        prefetch: bool = True,
     ) -> None:
         """memory: "auto" gives what is free now, less a reserve: the program has all else by then.
 
@@ -44,7 +50,7 @@ class LlamaEngine(Engine):
             policy,
             partial(PlacedArena, experts),
             device="cpu",
-            prefetch=True,
+            prefetch=prefetch,
             check_reads=False,
             whole_events=True,
         )
