@@ -110,7 +110,7 @@ def refusals(path: Path) -> dict[str, Any]:
     }
     damaged = path.with_name("damaged.gguf")
     damaged.write_bytes(path.read_bytes()[:3_000_000])
-    result["cut"] = refusal(load, damaged)
+    result["cut"] = refusal(load, damaged, 1.0)
     result["none"] = refusal(flashmoe.load, path.with_name("none.gguf"), memory="1GiB")
     result["after"] = tokens_of(load(path))
     return result

@@ -18,6 +18,7 @@ from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, ON, PYTHON, Hooks
+from flashmoe.engines.llama.layout import Layout, check_budget
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
@@ -137,7 +138,7 @@ class Attachment:
             raise FlashMoEError(
                 f"{path}: of two models with experts only one can be streamed: leave this one out"
             )
-        self._check_budget(contents)
+        self._check_model(path, contents)
         file = ModelFile(path, contents.tensors)
         self._files.append((file, contents))
         for tensor in contents.tensors:
@@ -145,20 +146,16 @@ class Attachment:
         self.hooks.add_file(status.st_dev, status.st_ino, file.base, file.size_bytes)
         return file
 
-    def _check_budget(self, contents: GGUFContents) -> None:
-        """Raises FlashMoEError, before anything is read, for a budget that is surely too small."""
-        one_layer = max(
-            (
-                sum(t.size_bytes for t in contents.tensors if t.layer == layer)
-                for layer in {tensor.layer for tensor in contents.tensors}
-            ),
-            default=0,
-        )
-        if self.memory != "auto" and parse_bytes(self.memory) < one_layer:
-            raise FlashMoEError(
-                f"memory={self.memory} is too small: a prompt may need all experts of a layer at "
-                f"once, which takes {format_bytes(one_layer)}"
-            )
+    def _check_model(self, path: Path, contents: GGUFContents) -> None:
+        """Raises FlashMoEError for what `start` would refuse, once the model's last file is known.
+
+        That is before anything of this file is read.
+        """
+        known = [*(one for _, one in self._files), contents]
+        if len(known) == contents.parts:
+            layout = Layout(self._files[0][0].path if self._files else path, known)
+            if layout.numbers and self.memory != "auto":
+                check_budget(self.memory, layout.manifest, layout.edge_bytes)
 
     def _decide(self) -> None:
         """Stand aside where all experts fit: then the program may lay out the weights itself."""

@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from flashmoe.engines.llama.expert_tensors import ExpertTensor, GGUFContents
-from flashmoe.engines.llama.model_file import ModelFile, inner_pages, move, outer_pages
-from flashmoe.errors import FlashMoEError
+from flashmoe.engines.llama.expert_tensors import GGUFContents
+from flashmoe.engines.llama.layout import Layout, PlacedTensor
+from flashmoe.engines.llama.model_file import ModelFile, move
 from flashmoe.reading.backend import Backend
 from flashmoe.residency.places import Expert, Places
-from flashmoe.store.manifest import LayerSpec, Manifest, TensorSpec
 
 
 class _Part(NamedTuple):
-    """A tensor, and the file that it lies in."""
+    """A tensor of experts, and the file that it lies in."""
 
     file: ModelFile
-    tensor: ExpertTensor
-
-    def outer(self, expert: int) -> tuple[int, int]:
-        """The pages that hold any of an expert's bytes, within its tensor's whole pages.
-
-        The pages at a tensor's ends were read with the dense part.
-        """
-        tensor = self.tensor
-        first, last = inner_pages(tensor.offset_bytes, tensor.size_bytes)
-        start, end = outer_pages(
-            tensor.offset_bytes + expert * tensor.expert_bytes, tensor.expert_bytes
-        )
-        return max(first, start), min(last, end)
-
-    def inner(self, expert: int) -> tuple[int, int]:
-        """The pages that hold this expert's bytes alone."""
-        offset = self.tensor.offset_bytes + expert * self.tensor.expert_bytes
-        return inner_pages(offset, self.tensor.expert_bytes)
-
-    def inner_bytes(self, expert: int) -> int:
-        start, end = self.inner(expert)
-        return max(0, end - start)
-
-    @property
-    def edge_bytes(self) -> int:
-        """Of pages that neighbours share, which stay filled once one of them was read."""
-        first, last = inner_pages(self.tensor.offset_bytes, self.tensor.size_bytes)
-        return max(0, last - first) - sum(map(self.inner_bytes, range(self.tensor.n_experts)))
+    placed: PlacedTensor
 
 
 class GGUFExperts(Backend, Places):
     """One model's experts, in one GGUF file or in the parts of a split one.
 
     An extent is read to where the program expects the expert, so `memory` is a `range` of the
-    extent's bytes: the backend knows the addresses. The manifest's extents are what a place takes
-    for itself; `edge_bytes` is what all places together share with their neighbours.
+    extent's bytes: the backend knows the addresses. manifest, edge_bytes: as `Layout` has them.
     """
 
     remedy = "fetch the file again if this lasts"
@@ -62,39 +34,16 @@ class GGUFExperts(Backend, Places):
         self.files = [file for file, _ in files]
         self.path = self.files[0].path
         self.direct = all(file.direct for file in self.files)
-        by_layer: dict[int, list[_Part]] = {}
-        for file, contents in files:
-            for tensor in contents.tensors:
-                by_layer.setdefault(tensor.layer, []).append(_Part(file, tensor))
-        self.numbers = sorted(by_layer)  # of the file's layers, by ours
-        self._parts = [by_layer[number] for number in self.numbers]
-        self.edge_bytes = sum(part.edge_bytes for parts in self._parts for part in parts)
-        self.manifest = Manifest(
-            architecture=files[0][1].architecture,
-            config_sha256="",
-            top_k=max(contents.top_k for _, contents in files),
-            experts_file="",
-            dense_file="",
-            dense_bytes=sum(file.dense_bytes for file in self.files),
-            layers=tuple(self._layer(n, p) for n, p in zip(self.numbers, self._parts, strict=True)),
-        )
-
-    def _layer(self, number: int, parts: list[_Part]) -> LayerSpec:
-        counts = {part.tensor.n_experts for part in parts}
-        kinds = [part.tensor.kind for part in parts]
-        if len(counts) != 1 or len(set(kinds)) != len(kinds) or "down" not in kinds:
-            raise FlashMoEError(
-                f"{self.path}: the experts of layer {number} are not laid out as FlashMoE knows it"
-            )
-        tensors, offset = [], 0
-        for part in parts:
-            size = max(part.inner_bytes(expert) for expert in range(min(counts)))
-            tensors.append(TensorSpec(part.tensor.kind, "uint8", (size,), offset))
-            offset += size
-        return LayerSpec(f"blk.{number}", min(counts), 0, offset, tuple(tensors))
+        layout = Layout(self.path, [contents for _, contents in files])
+        self.numbers, self.edge_bytes = layout.numbers, layout.edge_bytes
+        self._parts = [
+            [_Part(self.files[one.file], one) for one in tensors] for tensors in layout.tensors
+        ]
+        dense_bytes = sum(file.dense_bytes for file in self.files)
+        self.manifest = replace(layout.manifest, dense_bytes=dense_bytes)
 
     def extent(self, layer: int, expert: int) -> range:
-        ranges = [part.outer(expert) for part in self._parts[layer]]
+        ranges = [part.placed.outer(expert) for part in self._parts[layer]]
         return range(sum(end - start for start, end in ranges))
 
     def read(self, layer: int, expert: int, start: int, memory: range) -> None:  # type: ignore[override]
@@ -102,7 +51,7 @@ class GGUFExperts(Backend, Places):
         end = start + len(memory)
         before = 0
         for part in self._parts[layer]:
-            first, last = part.outer(expert)
+            first, last = part.placed.outer(expert)
             size = last - first
             begin, stop = max(start - before, 0), min(end - before, size)
             if begin < stop:
@@ -111,15 +60,20 @@ class GGUFExperts(Backend, Places):
 
     def drop(self, layer: int, expert: int) -> None:
         for part in self._parts[layer]:  # the pages that it shares with its neighbours stay
-            part.file.drop(*part.inner(expert))
+            part.file.drop(*part.placed.inner(expert))
 
     def move(self, source: Expert, target: Expert) -> None:
-        givers = {part.tensor.kind: part for part in self._parts[source[0]]}
+        givers = {part.placed.tensor.kind: part for part in self._parts[source[0]]}
         for part in self._parts[target[0]]:
-            if giver := givers.pop(part.tensor.kind, None):
-                move(giver.file, giver.inner(source[1]), part.file, part.inner(target[1]))
+            if giver := givers.pop(part.placed.tensor.kind, None):
+                move(
+                    giver.file,
+                    giver.placed.inner(source[1]),
+                    part.file,
+                    part.placed.inner(target[1]),
+                )
         for giver in givers.values():
-            giver.file.drop(*giver.inner(source[1]))
+            giver.file.drop(*giver.placed.inner(source[1]))
 
     def check_unchanged(self) -> None:
         for file in self.files:
