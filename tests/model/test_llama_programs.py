@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -88,6 +89,24 @@ def test_a_server_gives_its_own_tokens_and_counts_at_its_end(serve, plain):
     stats = json.loads(server.words().splitlines()[-1])
     assert stats["slots_per_layer"] < EXPERTS
     assert stats["requests"] > stats["hits"] > 0
+
+
+def test_a_server_tells_its_counts_while_it_runs(serve, plain):
+    server = serve("-np", "1", options=["--stats-every", "0.1"])  # which has no engine at first
+
+    def lines() -> list[dict]:
+        return [json.loads(line) for line in server.words().splitlines() if line.startswith("{")]
+
+    assert [server.ask(prompt) for prompt in PROMPTS] == plain
+    seen, end = len(lines()), time.monotonic() + 60
+    while len(lines()) < seen + 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert server.stop() == 0
+    told = lines()
+    assert len(told) >= 2
+    assert told[-1]["requests"] > told[-1]["hits"] > 0
+    for key in ("at_seconds", "requests", "bytes_read"):
+        assert [one[key] for one in told] == sorted(one[key] for one in told)
 
 
 def test_four_slots_at_once_give_what_one_gives(serve, plain):
