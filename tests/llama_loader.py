@@ -103,7 +103,7 @@ def refusals(path: Path) -> dict[str, Any]:
     result = {
         "mapped": refusal(load, path, use_mmap=False),
         "lora": refusal(load, path, lora_path="x"),
-        "unknown": refusal(load, path, prefetch=False),
+        "unknown": refusal(load, path, device="cuda"),
         "package": refusal(load, path, package="other"),
         "small": refusal(load, path, 0.01),
         "smaller": refusal(load, path, 0.145),
@@ -111,7 +111,7 @@ def refusals(path: Path) -> dict[str, Any]:
     }
     damaged = path.with_name("damaged.gguf")
     damaged.write_bytes(path.read_bytes()[:3_000_000])
-    result["cut"] = refusal(load, damaged)
+    result["cut"] = refusal(load, damaged, 1.0)
     result["none"] = refusal(flashmoe.load, path.with_name("none.gguf"), memory="1GiB")
     result["after"] = tokens_of(load(path))
     return result

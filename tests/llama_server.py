@@ -2,7 +2,7 @@
 
 model: a GGUF file; memory: a budget, or null for xllamacpp alone; prompts; n_parallel; fail_after:
 from so many reads on, reading fails until the first request has failed; record: a trace's file;
-n_ubatch. Prints a JSON object.
+n_ubatch. Prints a JSON object, `refused` the sentence where the model is not served.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xllamacpp
 
+from flashmoe.errors import FlashMoEError
 from flashmoe.reading.range_work import read_through
 from flashmoe.residency import prefetch, warm_start
 from harness.runs import llama_client
@@ -109,5 +110,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))), flush=True)
+    try:
+        found = main(json.loads(sys.argv[1]))
+    except FlashMoEError as error:
+        found = {"refused": str(error)}
+    print(json.dumps(found), flush=True)
     os._exit(0)  # the server's threads go on

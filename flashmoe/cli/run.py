@@ -6,6 +6,8 @@ import argparse
 import ctypes
 import json
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 from flashmoe.cli import add_memory
@@ -13,6 +15,13 @@ from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
 
 HELP = "run llama-server or another program of llama.cpp"
+
+
+def seconds(text: str) -> float:
+    """The type of --stats-every. Raises ValueError for a time that nobody can wait."""
+    if not 0 < (number := float(text)) <= threading.TIMEOUT_MAX:
+        raise ValueError
+    return number
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--record", type=Path, metavar="TRACE.npz", help="write which experts the model chose"
     )
     parser.add_argument("--stats", action="store_true", help="print the counts at the end, as JSON")
+    parser.add_argument(
+        "--stats-every", type=seconds, metavar="SECONDS",
+        help="print them to stderr while the program runs, each time as one line of JSON",
+    )  # fmt: skip
     parser.add_argument("program", help="llama-server, llama-cli, llama-bench, ... or its path")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
 
@@ -36,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise FlashMoEError(
             f"{error.name} is not installed: pip install 'flashmoe-ssd[run]'"
         ) from None
+    from flashmoe.engines.base import Engine
     from flashmoe.engines.llama.hosts import flags, program
+    from flashmoe.engines.telemetry import StatsLines
     from flashmoe.residency import warm_start
 
     flags.check(Path(arguments.program).name, arguments.arguments)
@@ -45,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.warm, arguments.record)):
         files.check_replaceable(path)
     library = program.find(arguments.program)
-    attachments = []
+    attachments: list[Attachment] = []
 
     def attach(llama: Path, ggml: Path) -> None:
         attachments.append(
@@ -59,7 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
             )
         )
 
-    status = program.run(library, arguments.arguments, attach)
+    def engine_so_far() -> Engine | None:
+        return next((one.engine for one in attachments if one.engine), None)
+
+    every = arguments.stats_every
+    with StatsLines(every, engine_so_far) if every else nullcontext():
+        status = program.run(library, arguments.arguments, attach)
     for attachment in attachments:
         engine = attachment.engine
         if engine and arguments.warm:

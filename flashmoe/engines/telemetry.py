@@ -1,7 +1,9 @@
-"""What an engine did in the last second, from two snapshots of its counts."""
+"""What an engine did in the last second, and its counts every so often."""
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -80,3 +82,35 @@ class Telemetry:
         self.seconds.append(second)
         self._before, self._tokens_before, self._last = stats, tokens, now
         return second
+
+
+class StatsLines:
+    """Writes an engine's counts to stderr while it is used as a context manager.
+
+    Each time one line of JSON: `Engine.stats`, and `at_seconds` since the beginning. Nothing where
+    there is no engine yet.
+    """
+
+    def __init__(self, every_seconds: float, find_engine: Callable[[], Engine | None]) -> None:
+        self._every_seconds = every_seconds
+        self._find_engine = find_engine
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="flashmoe-lines", daemon=True)
+
+    def __enter__(self) -> StatsLines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(1.0)  # not for ever: nobody may be reading what it writes
+
+    def _write(self) -> None:
+        started = time.perf_counter()
+        while not self._ended.wait(self._every_seconds):
+            if engine := self._find_engine():
+                counts = engine.stats()
+                at_seconds = round(time.perf_counter() - started, 3)
+                # whole lines, since the program writes there too
+                sys.stderr.write(json.dumps({"at_seconds": at_seconds} | counts) + "\n")
+                sys.stderr.flush()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 
+import gguf_models
 import pytest
 from command_line import refused, run
 
 from flashmoe import trace
+from flashmoe.engines.llama.files import writer
+from flashmoe.residency import prefetch
 
 needs_llama_cpp = pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python")
 
@@ -36,13 +39,35 @@ def damaged(content: bytes, *, what: str) -> bytes:
     ("what", "said"),
     [
         ("cut", "was cut short"), ("an infinite scale", "blk.3.ffn_down_exps.weight holds what"),
-        ("the head", "its head is damaged"), ("another file", "is no GGUF file"),
+        ("the head", "is no GGUF file that"), ("another file", "is no GGUF file that"),
     ],
 )  # fmt: skip
 def test_verify_names_the_damage(capfd, gguf_files, tmp_path, what, said):
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damaged(gguf_files().read_bytes(), what=what))
     assert said in refused(capfd, "verify", path)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    source = gguf_models.weights("olmoe", num_hidden_layers=2)
+    return writer.write(source, tmp_path / "model.gguf", "q4_0", split_bytes=1 << 20)
+
+
+def test_verify_checks_every_part_of_a_split_file(capfd, parts):
+    status, out, _ = run(capfd, "verify", parts[0])
+    assert (status, f"6 of them experts', lie in its {len(parts)} files" in out) == (0, True)
+    whole = parts[-1].read_bytes()
+    parts[-1].write_bytes(whole[:-100])
+    assert f"{parts[-1]} was cut short" in refused(capfd, "verify", parts[0])
+    parts[-1].write_bytes(b"GGML" + whole[4:])
+    assert f"{parts[-1]} is no GGUF file" in refused(capfd, "verify", parts[0])
+    parts[-1].write_bytes(parts[1].read_bytes())
+    said = refused(capfd, "verify", parts[0])
+    assert f"{parts[-1]} holds part 2 of {len(parts)}, not what its name says" in said
+    parts[-1].unlink()
+    assert f"{parts[-1]} is missing" in refused(capfd, "verify", parts[0])
+    assert "name the first" in refused(capfd, "verify", parts[1])
 
 
 def test_a_file_that_is_not_there_is_one_sentence(capfd, tmp_path):
@@ -76,6 +101,21 @@ def test_generate_streams_and_begins_where_it_ended(capfd, gguf_files, tmp_path)
     warm = json.loads(run(capfd, *command, "--json")[1])
     assert warm["token_ids"] == cold["token_ids"]
     assert warm["stats"]["misses"] < cold["stats"]["misses"]
+
+
+@needs_llama_cpp
+def test_generate_guesses_no_experts_where_that_is_left_out(capfd, gguf_files, monkeypatch):
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
+    command = (
+        "generate", gguf_files(), "--prompt", "hello world", "--policy", "lru",
+        "--memory", gguf_files().stat().st_size // 2, "--max-new-tokens", 9, "--json",
+    )  # fmt: skip
+    ahead, chosen = (json.loads(run(capfd, *command, *o)[1]) for o in ((), ("--no-prefetch",)))
+    assert ahead["token_ids"] == chosen["token_ids"]
+    guessed = [
+        one["stats"]["prefetch_used"] + one["stats"]["prefetch_wasted"] for one in (ahead, chosen)
+    ]
+    assert guessed[0] > 0 == guessed[1]
 
 
 @needs_llama_cpp

@@ -87,14 +87,8 @@ def test_a_run_begins_with_what_the_last_one_ended_with(gguf_files, plain, tmp_p
 
 
 def test_a_budget_below_a_layers_experts_is_one_sentence(gguf_files):
-    job = {"model": str(gguf_files()), "memory": "100KiB", "prompts": ["a"]}
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "llama_server.py"), json.dumps(job)],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "memory=100KiB is too small: a prompt may need all experts of a layer" in done.stderr
+    said = run(gguf_files(), "100KiB")["refused"]
+    assert "memory=100KiB is too small: a prompt may need all experts of a layer" in said
 
 
 @pytest.mark.parametrize(("policy", "n_parallel"), [("lru", 1), ("learned", 3)])

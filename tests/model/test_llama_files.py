@@ -21,6 +21,7 @@ from flashmoe.engines.llama import expert_tensors
 from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.files import writer
 from flashmoe.engines.llama.ggml import GGML
+from flashmoe.engines.llama.layout import Layout, least_bytes
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.errors import FlashMoEError
 
@@ -152,6 +153,20 @@ def test_the_parts_of_a_split_file_are_found(ggml, parts, file):
     assert whole.top_k == gguf_models.TOP_K
 
 
+@pytest.mark.parametrize("layout", ["one file", "parts"])
+def test_a_budget_below_the_least_is_refused_before_the_model_is_loaded(ggml, file, parts, layout):
+    """By a byte: pages that experts share with their neighbours count too."""
+    paths = parts if layout == "parts" else [file]
+    found = Layout(paths[0], [expert_tensors.contents_of(ggml, path) for path in paths])
+    least = least_bytes(found.manifest, found.edge_bytes)
+    assert found.edge_bytes > 0
+    job = dict(model=str(paths[0]), prompts=["abc"])
+    said = run("llama_server.py", memory=str(least - 1), **job)["refused"]
+    assert f"memory={least - 1} is too small" in said and f"({least} bytes) at least" in said
+    (answer,) = run("llama_server.py", memory=str(least), **job)["answers"]
+    assert len(answer["tokens"]) == 12
+
+
 def test_a_missing_part_is_one_sentence(ggml, parts, tmp_path):
     for part in parts:
         shutil.copy(part, tmp_path)
@@ -254,7 +269,8 @@ def test_what_cannot_be_served_is_one_sentence_and_what_has_no_experts_is_served
     cut, dense = tmp_path / "cut.gguf", tmp_path / "dense.gguf"
     cut.write_bytes(file.read_bytes()[:-1_000_000])
     foreign = tmp_path / "foreign.gguf"
-    write_gguf(foreign, "no-such-architecture", {"blk.0.ffn_up_exps.weight": (6, 4, 32)})
+    shapes = {"blk.0.ffn_up_exps.weight": (6, 4, 32), "blk.0.ffn_down_exps.weight": (6, 32, 4)}
+    write_gguf(foreign, "no-such-architecture", shapes)
     source = gguf_models.weights("deepseek_v2", first_k_dense_replace=2, num_hidden_layers=2)
     writer.write(source, dense, "q8_0")
     found = run("llama_refusals.py", models=[str(cut), str(foreign), str(dense)], prompt="abc")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from command_line import refused
+from command_line import refused, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +24,13 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_program_begins(cap
         (tmp_path / "n" / "t.npz", "be w"),
     ):
         assert said in refused(capfd, "run", "--record", path, "llama-server", "-m", "x.gguf")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "often"])
+def test_a_time_that_nobody_can_wait_is_refused(capfd, text):
+    with pytest.raises(SystemExit):
+        run(capfd, "run", "--stats-every", text, "llama-server", "-m", "x.gguf")
+    assert f"--stats-every: invalid seconds value: '{text}'" in capfd.readouterr().err
 
 
 def test_a_library_that_is_none_is_refused(tmp_path):
@@ -63,9 +70,17 @@ def test_the_same_said_by_the_environment_is_refused(capfd, monkeypatch, variabl
     assert f"leave out {next(iter(variables))}" in said
 
 
-@pytest.mark.parametrize("words", [[], ["--port", "80"], ["--spec-default"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--port", "80"], ["--spec-default"], ["-mu", "http://x/y.gguf"], ["-m", ""]]
+)
 def test_a_server_without_a_model_is_a_router_and_refused(capfd, words):
     assert "without one it is a router" in refused(capfd, "run", "/x/llama-server", *words)
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO"])
+def test_a_variable_without_a_value_names_no_model(name):
+    with pytest.raises(FlashMoEError, match="without one it is a router"):
+        flags.check("llama-server", [], {name: ""})
 
 
 @pytest.mark.parametrize(

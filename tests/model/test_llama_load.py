@@ -55,7 +55,7 @@ def test_what_cannot_be_streamed_is_one_sentence(gguf_files):
     result = run("refusals", gguf_files())
     assert "use_mmap=False reads the whole model" in result["mapped"]
     assert "lora_path" in result["lora"]
-    assert "Llama has no argument 'prefetch'" in result["unknown"]
+    assert "Llama has no argument 'device'" in result["unknown"]
     assert "choose one of llama_cpp, ik_llama_cpp" in result["package"]
     assert "too small" in result["small"] and "too small" in result["smaller"]
     assert "Failed to create" in result["context"]

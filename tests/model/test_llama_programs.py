@@ -12,6 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
@@ -112,6 +115,24 @@ def test_the_referees_run_is_recorded(model, budget, tmp_path):
     assert info["hits"] / info["requests"] == run["hit_rate"]
     (tmp_path / "trace.npz").unlink()
     assert "trace" not in server_process.measure(work, own)  # without FlashMoE
+
+
+def test_a_server_tells_its_counts_while_it_runs(serve, plain):
+    server = serve("-np", "1", options=["--stats-every", "0.1"])  # which has no engine at first
+
+    def lines() -> list[dict]:
+        return [json.loads(line) for line in server.words().splitlines() if line.startswith('{"')]
+
+    assert [server.ask(prompt) for prompt in PROMPTS] == plain
+    seen, end = len(lines()), time.monotonic() + 60
+    while len(lines()) < seen + 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert server.stop() == 0
+    told = lines()
+    assert len(told) >= 2
+    assert told[-1]["requests"] > told[-1]["hits"] > 0
+    for key in ("at_seconds", "requests", "bytes_read"):
+        assert [one[key] for one in told] == sorted(one[key] for one in told)
 
 
 def test_four_slots_at_once_give_what_one_gives(serve, plain):
@@ -300,9 +321,38 @@ def test_too_little_address_space_is_one_sentence(model, budget, tmp_path):
     assert "ulimit -v" in said
 
 
+def test_a_repository_that_lists_models_for_a_router_is_refused(budget, tmp_path):
+    branches = {"branches": [{"name": "main", "targetCommit": "0" * 40}]}
+    files = [{"type": "file", "path": "preset.ini", "size": 9, "oid": "1" * 40}]
+
+    class Repository(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(branches if self.path.endswith("refs") else files).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        try:
+            said = refused(
+                *under_flashmoe(budget), program("llama-server"), "-hf", "a/b",
+                env=os.environ | {"MODEL_ENDPOINT": address, "LLAMA_CACHE": str(tmp_path)},
+            )  # fmt: skip
+        finally:
+            server.shutdown()
+    assert "this one lists models for a router" in said
+
+
 def test_a_budget_below_a_layers_experts_is_one_sentence(model):
     command = [program("llama-completion"), "-m", model, *COMPLETION]
     assert "is too small" in refused(*under_flashmoe("100KiB"), *command)
+
+
+def test_a_refused_mapping_is_not_called_a_success(model):
+    command = [program("llama-completion"), "-m", model, *COMPLETION]
+    done = run(*under_flashmoe("100KiB"), *command)
+    assert "mmap failed: Cannot allocate memory" in done.stderr
 
 
 def test_a_file_that_was_cut_short_is_refused(model, budget, tmp_path):

@@ -33,12 +33,12 @@ def open_session(
     prefetch: bool = True,
     **options: Any,
 ) -> LlamaSession:
-    """As `session.LlamaSession`. What guesses are worth decides, whatever `prefetch` says."""
+    """As `session.LlamaSession`."""
     if device != "cpu":
         raise FlashMoEError(f"device {device!r}: a GGUF file's experts are computed on the CPU")
     with _installed(path):
         from flashmoe.engines.llama.session import LlamaSession
-    return LlamaSession(Path(path), prompts, **options)
+    return LlamaSession(Path(path), prompts, prefetch=prefetch, **options)
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, ON, PYTHON, Hooks
+from flashmoe.engines.llama.layout import Layout, check_budget
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
@@ -29,6 +32,13 @@ NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_comp
 _ASIDE_FILES = 1.25
 
 MAP_FAILED = (1 << 64) - 1
+_libc = ctypes.CDLL(None)
+_libc.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
+
+
+def _set_errno(number: int) -> None:
+    """Why the call failed that this thread was asked to answer, as its caller will look it up."""
+    _libc.__errno_location().contents.value = number
 
 
 def _print(line: str) -> None:
@@ -58,20 +68,23 @@ class Attachment:
         *,
         memory: int | str,
         policy: str,
+        prefetch: bool = True,
         warm: Path | None = None,
         record: bool = False,
         tell: Callable[[str], object] = _print,
     ) -> None:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
-        memory: bytes, a size such as "4GiB", or "auto". warm: a file that says what was resident
-        when an earlier run ended, if it is there. record: every event, for `engine.trace`.
+        memory: bytes, a size such as "4GiB", or "auto". prefetch: while a layer is computed, read
+        what the next one is guessed to need, where that pays. warm: a file that says what was
+        resident when an earlier run ended, if it is there. record: every event, for `engine.trace`.
         tell: gets what the user should know.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
         self.memory = memory
         self.policy = policy
+        self.prefetch = prefetch
         self.warm = warm
         self.record = record
         self.failure = ""  # of the last request that failed; whoever asks empties it
@@ -123,7 +136,7 @@ class Attachment:
             raise FlashMoEError(
                 f"{path}: of two models with experts only one can be streamed: leave this one out"
             )
-        self._check_budget(contents)
+        self._check_model(path, contents)
         file = ModelFile(path, contents.tensors)
         self._files.append((file, contents))
         for tensor in contents.tensors:
@@ -131,20 +144,16 @@ class Attachment:
         self.hooks.add_file(status.st_dev, status.st_ino, file.base, file.size_bytes)
         return file
 
-    def _check_budget(self, contents: GGUFContents) -> None:
-        """Raises FlashMoEError, before anything is read, for a budget that is surely too small."""
-        one_layer = max(
-            (
-                sum(t.size_bytes for t in contents.tensors if t.layer == layer)
-                for layer in {tensor.layer for tensor in contents.tensors}
-            ),
-            default=0,
-        )
-        if self.memory != "auto" and parse_bytes(self.memory) < one_layer:
-            raise FlashMoEError(
-                f"memory={self.memory} is too small: a prompt may need all experts of a layer at "
-                f"once, which takes {format_bytes(one_layer)}"
-            )
+    def _check_model(self, path: Path, contents: GGUFContents) -> None:
+        """Raises FlashMoEError for what `start` would refuse, once the model's last file is known.
+
+        That is before anything of this file is read.
+        """
+        known = [*(one for _, one in self._files), contents]
+        if len(known) == contents.parts:
+            layout = Layout(self._files[0][0].path if self._files else path, known)
+            if layout.numbers and self.memory != "auto":
+                check_budget(self.memory, layout.manifest, layout.edge_bytes)
 
     def _decide(self) -> None:
         """Stand aside where all experts fit: then the program may lay out the weights itself."""
@@ -181,6 +190,7 @@ class Attachment:
             return file.base if file else 0
         except BaseException as error:
             self.tell(str(error) or repr(error))
+            _set_errno(errno.ENOMEM)
             return MAP_FAILED
 
     def _observe(self, tensor: int, ask: bool) -> bool:
@@ -231,7 +241,9 @@ class Attachment:
         experts = GGUFExperts(self._files)
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.lookahead = Lookahead(self.ggml, self._is_ours)
-        self.engine = LlamaEngine(experts, self.memory, self.policy, beside_bytes)
+        self.engine = LlamaEngine(
+            experts, self.memory, self.policy, beside_bytes, prefetch=self.prefetch
+        )
         if self.record:
             self.engine.record()
         if self.warm and self.warm.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe.engines.base import Engine
+from flashmoe.engines.llama import layout
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.recorder import Recorder
@@ -16,10 +17,9 @@ from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.reading.range_reader import RangeReader
-from flashmoe.residency import budget, warm_start
+from flashmoe.residency import warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.trace import Trace
-from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # The program has its caches and buffers by then; some are not touched yet.
 RESERVE_BYTES = 256 << 20
@@ -29,7 +29,13 @@ class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
     def __init__(
-        self, experts: GGUFExperts, memory: int | str, policy: str, beside_bytes: int = 0
+        self,
+        experts: GGUFExperts,
+        memory: int | str,
+        policy: str,
+        beside_bytes: int = 0,
+        *,
+        prefetch: bool = True,
     ) -> None:
         """memory: "auto" gives what is free now, less a reserve: the program has all else by then.
 
@@ -42,30 +48,31 @@ class LlamaEngine(Engine):
         reader = RangeReader(experts)
         super().__init__(
             reader,
-            self._budget_bytes(memory),
+            self._places_bytes(memory, 0),
             policy,
             partial(PlacedArena, experts),
             device="cpu",
-            prefetch=True,
+            prefetch=prefetch,
             whole_events=True,
         )
         self._recorder: Recorder | None = None
         self.at_once = AtOnce(self.residency, experts, reader)
 
     def _budget_bytes(self, memory: int | str) -> int:
-        """What is left for whole places: the pages at their ends stay filled."""
-        edge_bytes = self.experts.edge_bytes
-        least = edge_bytes + budget.least_bytes(self.experts.manifest, whole_events=True)
-        if memory == "auto":
-            present = self.at_once.filled.bytes if hasattr(self, "at_once") else 0
-            memory_bytes = free_memory.budget_bytes(
-                self.beside_bytes, "cpu", least, present, reserve_bytes=RESERVE_BYTES
-            )
-        elif (memory_bytes := parse_bytes(memory)) < least:
-            raise FlashMoEError(
-                f"memory={format_bytes(memory_bytes)} is too small: a prompt may need all experts "
-                f"of a layer at once, which takes {format_bytes(least)} ({least} bytes) at least"
-            )
+        return self._places_bytes(memory, self.at_once.filled.bytes)
+
+    def _places_bytes(self, memory: int | str, present_bytes: int) -> int:
+        """What is left of `memory` for whole places: the pages at their ends stay filled.
+
+        present_bytes: what whole places take now.
+        """
+        manifest, edge_bytes = self.experts.manifest, self.experts.edge_bytes
+        if memory != "auto":
+            return layout.check_budget(memory, manifest, edge_bytes) - edge_bytes
+        least = layout.least_bytes(manifest, edge_bytes)
+        memory_bytes = free_memory.budget_bytes(
+            self.beside_bytes, "cpu", least, present_bytes, reserve_bytes=RESERVE_BYTES
+        )
         return memory_bytes - edge_bytes
 
     def restore(self, path: Path) -> None:

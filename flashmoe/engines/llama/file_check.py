@@ -1,4 +1,4 @@
-"""Reads a GGUF file once and checks what can be checked without a model."""
+"""Reads a GGUF file once, with all its parts, and checks what can be checked without a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, read_all
-from flashmoe.engines.llama.expert_tensors import expert_tensors
+from flashmoe.engines.llama.expert_tensors import expert_tensors, parts_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.gguf_head import GGUFHead, TensorPlace, read_head
 from flashmoe.engines.llama.model_file import outer_pages
@@ -33,15 +33,41 @@ def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str
 
     Checks that the library reads the head, that all tensors lie in the file and share no byte, and
     that experts divide. GGUF has no checksums: a flipped bit that leaves a number is not seen. Of
-    a split file this is one part. progress: called with bytes done and bytes in all.
-    Raises FlashMoEError for the first damage.
+    a split file `path` is the first part, and all are checked. progress: called with bytes done
+    and bytes in all.
+    Raises FlashMoEError for the first damage, and as `parts_of`.
     """
+    paths = parts_of(ggml, path)
+    heads = [_head(ggml, part, number, len(paths)) for number, part in enumerate(paths)]
+    sizes = [part.stat().st_size for part in paths]
+    experts = sum(len(expert_tensors(*one)) for one in zip(paths, heads, strict=True))
+    for one in zip(paths, heads, sizes, strict=True):
+        _check_places(*one)
+    before = 0
+    for part, head, size in zip(paths, heads, sizes, strict=True):
+        for done in _check_numbers(ggml, part, head, size):
+            progress(before + done, sum(sizes))
+        before += size
+    tensors = sum(len(head.tensors) for head in heads)
+    where = f"its {len(paths)} files" if len(paths) > 1 else "the file"
+    return f"all {tensors} tensors, {experts} of them experts', lie in {where} and hold numbers"
+
+
+def _head(ggml: GGML, path: Path, number: int, count: int) -> GGUFHead:
+    """Of a model's file with this number. Raises FlashMoEError where it is another."""
     head = read_head(ggml, path)
     if head is None:
-        raise FlashMoEError(f"{path} is no GGUF file, or its head is damaged: fetch it again")
-    experts = expert_tensors(path, head)
-    size = path.stat().st_size
-    _check_places(path, head, size)
+        raise FlashMoEError(f"{path} is no GGUF file that llama.cpp can read: fetch it again")
+    if count > 1 and (head.part, head.parts) != (number, count):
+        raise FlashMoEError(
+            f"{path} holds part {head.part + 1} of {head.parts}, not what its name says: fetch it "
+            "again"
+        )
+    return head
+
+
+def _check_numbers(ggml: GGML, path: Path, head: GGUFHead, size: int) -> Iterator[int]:
+    """Check every byte of a file; bytes done so far, piece by piece."""
     descriptor, direct = open_direct(path, os.O_RDONLY)
     local = threading.local()
 
@@ -73,15 +99,11 @@ def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str
     try:
         for count in threads.map(check_piece, _pieces(ggml, head, size)):
             done += count
-            progress(done, size)
+            yield done
     finally:
         threads.shutdown(cancel_futures=True)
         drop_page_cache(descriptor)  # the library has read the head through it
         os.close(descriptor)
-    return (
-        f"all {len(head.tensors)} tensors, {len(experts)} of them experts', lie in the file and "
-        "hold numbers"
-    )
 
 
 def _check_places(path: Path, head: GGUFHead, size: int) -> None:

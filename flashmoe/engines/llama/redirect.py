@@ -6,6 +6,7 @@ import ctypes
 import mmap
 from pathlib import Path
 
+import numpy as np
 from elftools.elf.elffile import ELFFile
 
 from flashmoe.errors import FlashMoEError
@@ -13,6 +14,9 @@ from flashmoe.errors import FlashMoEError
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+# Rows of the tables of a library of 64 bits.
+_SYMBOL = np.dtype([("name", "<u4"), ("rest", "V20")])
+_RELOCATION = np.dtype([("offset", "<u8"), ("kind", "<u4"), ("symbol", "<u4"), ("addend", "<i8")])
 
 
 def loaded(part: str) -> Path | None:
@@ -50,17 +54,23 @@ def _base_of(library: Path) -> int:
 
 
 def _imports(library: Path) -> list[tuple[str, int]]:
-    """(name, offset of its cell) of every function or object that the library imports."""
+    """(name, offset of its cell) of every function or object that the library imports.
+
+    The tables are read as arrays: they have thousands of rows, of which few name a symbol.
+    """
+    found = []
     with open(library, "rb") as file:
         elf = ELFFile(file)
         symbols = elf.get_section_by_name(".dynsym")
-        sections = [elf.get_section_by_name(name) for name in (".rela.plt", ".rela.dyn")]
-        return [
-            (symbols.get_symbol(entry["r_info_sym"]).name, int(entry["r_offset"]))
-            for section in sections
-            if section is not None
-            for entry in section.iter_relocations()
-        ]
+        first_bytes = np.frombuffer(symbols.data(), _SYMBOL)["name"]
+        names = elf.get_section(symbols["sh_link"]).data()
+        for section in (".rela.plt", ".rela.dyn"):
+            if rows := elf.get_section_by_name(section):
+                table = np.frombuffer(rows.data(), _RELOCATION)
+                for number, offset in table[table["symbol"] > 0][["symbol", "offset"]].tolist():
+                    start = first_bytes[number]
+                    found.append((names[start : names.index(b"\0", start)].decode(), offset))
+    return found
 
 
 def _write(cell: int, address: int) -> None:

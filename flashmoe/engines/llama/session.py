@@ -28,8 +28,9 @@ class LlamaSession(Session):
         max_new_tokens: int,
         raw: bool,
         policy: str,
+        prefetch: bool,
     ) -> None:
-        """memory, policy: see `host.load`.
+        """memory, policy, prefetch: see `host.load`.
 
         Raises FlashMoEError as it does, and for a prompt that the file's own chat template or
         vocabulary cannot take.
@@ -38,7 +39,9 @@ class LlamaSession(Session):
         self.token_ids = _tokens(path, prompts, raw=raw)
         longest = max(map(len, self.token_ids))
         n_ctx = longest + max_new_tokens + 1
-        self.model = host.load(path, memory=memory, policy=policy, n_ctx=n_ctx, verbose=False)
+        self.model = host.load(
+            path, memory=memory, policy=policy, prefetch=prefetch, n_ctx=n_ctx, verbose=False
+        )
         self.engine = self.model.flashmoe
         self._shows_prompt = raw or not _template(self.model)
 

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from flashmoe.errors import FlashMoEError
 
 _READS_ALL = "it reads the whole model into memory"
-_ROUTER = "a router starts copies of the program that FlashMoE is not in"
+ROUTER = "a router starts copies of the program that FlashMoE is not in"
 _COPYING_MODES = {"none", "mlock", "dio"}
 _REFUSED = {
     "--no-mmap": _READS_ALL,
     "-dio": _READS_ALL,
     "--direct-io": _READS_ALL,
     "--check-tensors": "experts are not in memory when it looks at them, so it would check nothing",
-    "--models-dir": _ROUTER,
-    "--models-preset": _ROUTER,
+    "--models-dir": ROUTER,
+    "--models-preset": ROUTER,
 }
 # Which a program reads where the option is not given.
 _VARIABLES = {
@@ -30,9 +30,9 @@ _VARIABLES = {
 }
 _OFF = {"0", "false", "off", "disabled"}
 _SERVER = "llama-server"
-_MODELS = {"-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo"}
-_MODELS |= {"-hf", "-hfr", "--hf-repo"}
-_MODEL_VARIABLES = ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO")
+# Not --model-url: with that alone, llama-server of b11434 begins as a router.
+_MODELS = {"-m", "--model", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"}
+_MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_DOCKER_REPO", "LLAMA_ARG_HF_REPO")
 _PRESETS = ("-default", "-spec")  # endings of options that name a model to fetch
 _NO_PRESET = {"--spec-default"}
 _INFORMS = {"-h", "--help", "--usage", "--version", "--completion-bash", "-cl", "--cache-list"}
@@ -55,8 +55,8 @@ def check(
         _check_option("--no-mmap", "", "LLAMA_ARG_NO_MMAP")
     if program == _SERVER and _is_router(arguments, environment):
         raise FlashMoEError(
-            f"give {_SERVER} its model under FlashMoE (-m FILE or -hf REPOSITORY): without one it "
-            f"is a router, and {_ROUTER}"
+            f"give {_SERVER} its model under FlashMoE (-m FILE, beside -mu too, or -hf "
+            f"REPOSITORY): without one it is a router, and {ROUTER}"
         )
 
 
@@ -79,7 +79,7 @@ def _check_option(name: str, value: str, said: str) -> None:
 
 def _is_router(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Does this server begin without a model of its own?"""
-    names = {name for name, _ in _options(arguments)}
+    names = {name for name, value in _options(arguments) if value or name not in _MODELS}
     if names & (_MODELS | _INFORMS) or any(name.endswith(_PRESETS) for name in names - _NO_PRESET):
         return False
-    return not any(f"LLAMA_ARG_{name}" in environment for name in _MODEL_VARIABLES)
+    return not any(environment.get(name) for name in _MODEL_VARIABLES)

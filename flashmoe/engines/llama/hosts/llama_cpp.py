@@ -40,13 +40,14 @@ def load(
     *,
     memory: int | str,
     policy: str = "learned",
+    prefetch: bool = True,
     warm: Path | None = None,
     package: str | None = None,
     **arguments: Any,
 ) -> Any:
     """A `llama_cpp.Llama` whose experts stay on the SSD; `.flashmoe` is its engine.
 
-    memory, policy, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose
+    memory, policy, prefetch, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose
         class is IkLlama); default: the first that is installed. arguments: the class's own.
     One model at a time. Raises FlashMoEError when no package is installed, another model is open,
     the file has no experts or cannot be streamed, or an argument would read every expert.
@@ -54,7 +55,8 @@ def load(
     name = _choose(package)
     _check(_streamed(name), arguments)
     with _loading:
-        return _load(path, name, arguments, memory=memory, policy=policy, warm=warm)
+        options = {"memory": memory, "policy": policy, "prefetch": prefetch, "warm": warm}
+        return _load(path, name, arguments, **options)
 
 
 def _load(path: Path, name: str, arguments: dict[str, Any], **options: Any) -> Any:

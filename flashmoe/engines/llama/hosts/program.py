@@ -10,8 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flashmoe.engines.llama.redirect import loaded
+from flashmoe.engines.llama.hosts import flags
+from flashmoe.engines.llama.redirect import loaded, redirect
 from flashmoe.errors import FlashMoEError
+
+# Whether what -hf names is a list of models for a router, as llama-server asks its library.
+_IS_PRESET = "_Z36common_models_handler_is_preset_repoRK21common_models_handler"
+_IsPreset = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 
 
 def find(name: str) -> Path:
@@ -54,7 +59,29 @@ def run(
     if llama is None or ggml is None or entry is None:
         raise FlashMoEError(f"{library} is not a program of llama.cpp that FlashMoE knows")
     attach(llama, ggml)
+    _kept = _refuse_presets(library, code)  # until the program ends
     words = [os.fsencode(word) for word in (name, *arguments)]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program's own handlers come later
     sys.stdout.flush()
     return int(entry(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)))
+
+
+def _refuse_presets(library: Path, code: ctypes.CDLL) -> object:
+    """End the program, before it loads anything, where what -hf names makes it a router."""
+    if (found := getattr(code, _IS_PRESET, None)) is None:
+        return None
+    ask = ctypes.cast(found, _IsPreset)
+
+    def answer(handler: int) -> bool:
+        if ask(handler):
+            print(
+                "flashmoe: name a repository of one model by -hf: this one lists models for a "
+                f"router, and {flags.ROUTER}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)
+        return False
+
+    function = _IsPreset(answer)
+    redirect(library.resolve(), {_IS_PRESET: ctypes.cast(function, ctypes.c_void_p).value or 0})
+    return function
