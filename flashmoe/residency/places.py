@@ -43,6 +43,8 @@ class FilledPlaces:
             giver = None
             while self.bytes + extent_bytes > self.limit_bytes:
                 if (victim := next(victims, None)) is None:
+                    if giver is not None:  # too small alone
+                        self._places.drop(*giver)
                     return experts[:number]
                 if giver is None:
                     giver = victim

@@ -83,9 +83,11 @@ class LlamaEngine(Engine):
     def note(self, layer: int, rows: np.ndarray) -> None:
         """An event begins: `rows` [tokens, top_k] are what the layer chose.
 
-        Raises FlashMoEError when the engine was closed.
+        Raises FlashMoEError when the engine was closed, OSError when a file changed.
         """
         self._check_open()
+        if layer == 0:  # what is read later is checked when it was
+            self.experts.check_unchanged()
         if self._recorder:
             self._recorder.note(layer, rows)
 
