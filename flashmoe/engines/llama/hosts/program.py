@@ -14,8 +14,10 @@ from flashmoe.engines.llama.hosts import flags
 from flashmoe.engines.llama.redirect import loaded, redirect
 from flashmoe.errors import FlashMoEError
 
-# Whether what -hf names is a list of models for a router, as llama-server asks its library.
+# Functions of the programs' own library, as C++ names them: whether what -hf names is a list of
+# models for a router, the log, and its flushing.
 _IS_PRESET = "_Z36common_models_handler_is_preset_repoRK21common_models_handler"
+_LOG_AND_FLUSH = "_Z15common_log_mainv", "_Z16common_log_flushP10common_log"
 _IsPreset = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 
 
@@ -63,7 +65,17 @@ def run(
     words = [os.fsencode(word) for word in (name, *arguments)]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the program's own handlers come later
     sys.stdout.flush()
-    return int(entry(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)))
+    status = int(entry(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)))
+    _flush_log(code)
+    return status
+
+
+def _flush_log(code: ctypes.CDLL) -> None:
+    """Let the program's own thread write what it still has to, so that no line of ours is torn."""
+    log, flush = (getattr(code, name, None) for name in _LOG_AND_FLUSH)
+    if log and flush:
+        log.restype, flush.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        flush(log())
 
 
 def _refuse_presets(library: Path, code: ctypes.CDLL) -> object:
