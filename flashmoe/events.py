@@ -24,7 +24,7 @@ class Event(NamedTuple):
     last: np.ndarray  # [n] int64, which token of the event uses the key last
     rows: np.ndarray  # [tokens, top_k] int64, the keys that each token uses
     weights: np.ndarray  # [tokens, top_k] float32, each row sums to 1; [0, 0]: unknown
-    below: np.ndarray  # [tokens, m] int64, each token's experts at lower layers; see `below`
+    below: np.ndarray  # [tokens, m] int64, each token's experts at lower layers; see `told`
 
     @classmethod
     def of_rows(
@@ -105,14 +105,18 @@ def weight_shares(weights: np.ndarray) -> np.ndarray:
 
 
 def below(experts: np.ndarray, layer: int, n_experts: int) -> np.ndarray:
-    """The experts of the layers just below `layer`, of experts [..., layers, top_k].
+    """The experts of the layers just below `layer`, of experts [..., layers, top_k]: see `told`."""
+    lower = [experts[..., layer - 1 - n, :] for n in range(min(layer, LAYERS_BELOW))]
+    return told(lower, experts[..., 0, :], n_experts)
 
-    Returns int64 [..., LAYERS_BELOW * top_k], nearest layer first, each as distance * n_experts +
-    expert, where the nearest layer has distance 0; -1 where there is no such layer.
+
+def told(lower: Sequence[np.ndarray], like: np.ndarray, n_experts: int) -> np.ndarray:
+    """What an event tells of the layers below it, of which `lower` has the choices, nearest first.
+
+    Each is shaped as `like` [..., top_k]. Returns int64 [..., LAYERS_BELOW * top_k], nearest layer
+    first, each as distance * n_experts + expert, where the nearest layer has distance 0; -1 where
+    there is no such layer. In few calls, since every token pays for them at every layer.
     """
-    top_k = experts.shape[-1]
-    lower = np.full((*experts.shape[:-2], LAYERS_BELOW, top_k), -1, np.int64)
-    for distance in range(min(layer, LAYERS_BELOW)):
-        lower[..., distance, :] = experts[..., layer - 1 - distance, :]
-        lower[..., distance, :] += distance * n_experts
-    return lower.reshape(*experts.shape[:-2], LAYERS_BELOW * top_k)
+    parts = [np.add(rows, n * n_experts, dtype=np.int64) for n, rows in enumerate(lower)]
+    parts += [np.full(like.shape, -1, np.int64)] * (LAYERS_BELOW - len(parts))
+    return np.concatenate(parts, axis=-1)

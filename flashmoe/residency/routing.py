@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.events import LAYERS_BELOW, Event
+from flashmoe.events import LAYERS_BELOW, Event, told
 
 
 class Routing:
@@ -31,18 +31,12 @@ class Routing:
         return Event.of_rows(rows, first_key, weights, lower_rows)
 
     def _note(self, layer: int, rows: np.ndarray, n_experts: int) -> np.ndarray:
-        """Take in `rows`; what the layers below chose for the same tokens, as `events.below`."""
+        """Take in `rows`; what the layers below chose for the same tokens, as `events.told`."""
         self._rows[layer] = rows
         lowest = layer
         while lowest > max(0, layer - LAYERS_BELOW) and len(self._rows[lowest - 1]) == len(rows):
             lowest -= 1  # an encoder's layers, below a decoder's, are of other tokens
-        # few calls, since every token pays for them at every layer
-        lower = [
-            self._rows[layer - 1 - distance] + distance * n_experts
-            if layer - 1 - distance >= lowest
-            else np.full_like(rows, -1)
-            for distance in range(LAYERS_BELOW)
-        ]
+        lower = self._rows[lowest:layer][::-1]
         if layer > LAYERS_BELOW:  # no layer above looks so far down: a prompt's rows take megabytes
             self._rows[layer - LAYERS_BELOW - 1] = self._no_rows
-        return np.concatenate(lower, axis=1)
+        return told(lower, rows, n_experts)

@@ -73,7 +73,7 @@ class RoutingHistory(NamedTuple):
     shares: np.ndarray  # [n]: sum of these shares, which fades like faded[SHARE_FADE]
     weighted: np.ndarray  # [1] bool: events tell the router's weights
     events: np.ndarray  # [L, REMEMBERED_EVENTS, top_k] int64: experts, -1 for none
-    lower_events: np.ndarray  # [L, REMEMBERED_EVENTS, LAYERS_BELOW * top_k] int64: see `below`
+    lower_events: np.ndarray  # [L, REMEMBERED_EVENTS, LAYERS_BELOW * top_k] int64: see `told`
     # Scratch of `recall`, by compared event, the current one first.
     mark: np.ndarray  # [COMPARED_EVENTS, E]: rarity of the event's experts, 0 of others
     mark_below: np.ndarray  # [COMPARED_EVENTS - 1, LAYERS_BELOW * E]: 1 for the event's choices
