@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # an engine without torch has slots too
 
 # An extent's bytes: the host's, an accelerator's (uint8 [extent_bytes]), or which of them, where
 # the backend itself knows the place.
-SlotMemory: TypeAlias = "memoryview | torch.Tensor | range"
+SlotMemory: TypeAlias = "memoryview | torch.Tensor"
 
 
 class Slot(NamedTuple):

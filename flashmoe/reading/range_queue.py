@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe.errors import FlashMoEError
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.range_work import (
@@ -24,6 +23,7 @@ from flashmoe.reading.range_work import (
     take_back,
     work,
 )
+from flashmoe.reading.threads import start_missing
 
 _PATIENCE_SECONDS = 0.2  # how long a wait keeps Ctrl-C from Python
 
@@ -88,20 +88,7 @@ class RangeQueue:
 
     def _start_threads(self) -> None:
         """Raises FlashMoEError where not one can be started."""
-        while len(self._threads) < self._n_threads:
-            thread = threading.Thread(
-                target=self._run["work"], args=(self._queue,), name="flashmoe-read", daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError:
-                if self._threads:  # fewer do it too, only slower
-                    return
-                raise FlashMoEError(
-                    "no thread can be started to read experts: this process has as many threads, "
-                    "or as much memory, as it may: raise the limit (`ulimit -u`, `ulimit -v`)"
-                ) from None
-            self._threads.append(thread)
+        start_missing(self._threads, self._n_threads, self._run["work"], self._queue)
 
     def close(self) -> None:
         """Run what was demanded, forget the guesses, end the threads."""

@@ -39,7 +39,6 @@ class RangeRead:
         self.ticket = ticket
         self._reader = reader
         self._counts = reader.queue.tickets[ticket]
-        self.cancelled = False
 
     @property
     def bytes_read(self) -> int:

@@ -154,6 +154,13 @@ def _may_guess(queue):
 
 
 @helper
+def _note_demand(queue, clock):
+    """The drive is busy from now on, if it was not."""
+    if not queue.state[RUNNING] and queue.state[HEAD] == queue.state[TAIL]:
+        queue.times[BUSY_SINCE] = _now(clock)
+
+
+@helper
 def _push(ring, state, tail, jobs):
     for job in jobs:
         ring[state[tail] % len(ring)] = job
@@ -220,8 +227,7 @@ def start(queue, jobs, is_guess):
         _push(queue.guesses, state, GUESS_TAIL, jobs)
         _signal(_at(queue, _WORK))  # who begins a guess wakes the next one
     else:
-        if not state[RUNNING] and state[HEAD] == state[TAIL]:
-            queue.times[BUSY_SINCE] = _now(clock)
+        _note_demand(queue, clock)
         _push(queue.demands, state, TAIL, jobs)
         for _ in range(len(jobs)):
             _signal(_at(queue, _WORK))
@@ -240,8 +246,7 @@ def take_back(queue, number, demand):
             ring[kept % len(ring)] = job
             kept += 1
         elif demand:
-            if not state[RUNNING] and state[HEAD] == state[TAIL]:
-                queue.times[BUSY_SINCE] = _now(clock)
+            _note_demand(queue, clock)
             queue.demands[state[TAIL] % len(queue.demands)] = job
             state[TAIL] += 1
             _signal(_at(queue, _WORK))

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from flashmoe.errors import FlashMoEError
+from flashmoe.reading.threads import start_missing
 
 Read = Callable[[], None]
 Span = tuple[str, float, float]  # what was done, from when, until when; perf_counter's seconds
@@ -109,19 +109,7 @@ class ReadQueue:
     def _check_ready(self) -> None:
         if self._closed:
             raise RuntimeError("this reader was closed")
-        while len(self._threads) < self._n_threads:
-            name = f"flashmoe-read-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                if self._threads:  # fewer do it too, only slower
-                    return
-                raise FlashMoEError(
-                    "no thread can be started to read experts: this process has as many threads, "
-                    "or as much memory, as it may: raise the limit (`ulimit -u`, `ulimit -v`)"
-                ) from None
-            self._threads.append(thread)
+        start_missing(self._threads, self._n_threads, self._work)
 
     def _next(self) -> tuple[Read, bool] | None:
         """What to run now, and whether it is a guess; None: nothing yet."""

@@ -156,8 +156,8 @@ class ExtentReader(Reader):
         _tell(extent.arrived, extent.error)
 
     def _fill(self, layer: int, expert: int, start: int, memory: SlotMemory) -> None:
-        if isinstance(memory, memoryview | range):
-            self.backend.read(layer, expert, start, cast(memoryview, memory))
+        if isinstance(memory, memoryview):
+            self.backend.read(layer, expert, start, memory)
         else:
             self._staging.read(layer, expert, start, memory)
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmoe.memory.arena import Arena, Slot
-from flashmoe.residency.places import Places
 from flashmoe.store.manifest import LayerSpec
 
 
 class PlacedArena(Arena):
     """Counts slots; the bytes lie where the program expects them (see `model_file`)."""
 
-    def __init__(self, places: Places, layer: LayerSpec, n_slots: int) -> None:
+    def __init__(self, layer: LayerSpec, n_slots: int) -> None:
         self.layer = layer
         self.parameters = []
-        self._places = places
         self._n_slots = n_slots
 
     @property
     def n_slots(self) -> int:
         return self._n_slots
 
-    def memory_for(self, slot: int, layer: int, expert: int) -> range:
-        return range(self.extent_bytes)  # its place is known to who reads it
+    def memory_for(self, slot: int, layer: int, expert: int) -> memoryview:
+        return memoryview(b"")  # a `RangeReader` knows the expert's place
 
     def new_slots(self, n_slots: int) -> list[Slot]:
         return []

@@ -32,13 +32,6 @@ NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_comp
 _ASIDE_FILES = 1.25
 
 MAP_FAILED = (1 << 64) - 1
-_libc = ctypes.CDLL(None)
-_libc.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
-
-
-def _set_errno(number: int) -> None:
-    """Why the call failed that this thread was asked to answer, as its caller will look it up."""
-    _libc.__errno_location().contents.value = number
 
 
 def _print(line: str) -> None:
@@ -190,7 +183,7 @@ class Attachment:
             return file.base if file else 0
         except BaseException as error:
             self.tell(str(error) or repr(error))
-            _set_errno(errno.ENOMEM)
+            ctypes.set_errno(errno.ENOMEM)
             return MAP_FAILED
 
     def _observe(self, tensor: int, ask: bool) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ class LlamaEngine(Engine):
             reader,
             self._places_bytes(memory, 0),
             policy,
-            partial(PlacedArena, experts),
+            PlacedArena,
             device="cpu",
             prefetch=prefetch,
             whole_events=True,

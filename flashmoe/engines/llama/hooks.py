@@ -27,7 +27,7 @@ _REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
 _STATUS_BYTES = 256  # more than any `struct stat` has
 
 _Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
-_Prepare = CFUNCTYPE(c_void_p, c_int)
+_Prepare = CFUNCTYPE(c_void_p, c_int, use_errno=True)
 _Decide = CFUNCTYPE(None)
 
 
@@ -60,6 +60,7 @@ class Hooks:
         """observe: (tensor, asked before it is computed) -> shall it be observed, or go on.
 
         prepare: (file descriptor) -> the address to give out for its mapping; 0: the file's own.
+            What it gives ctypes.set_errno, the caller of mmap finds in errno.
         decide: called when a model is about to be loaded, to set ASIDE where it needs no cache.
         """
         self.switches = np.zeros(5, np.int64)
