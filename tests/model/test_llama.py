@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import llama_process
 import pytest
 
 from flashmoe import trace
 from flashmoe.cache import simulate
 from harness.tiny_gguf import EXPERTS, LAYERS, TOP_K
 
-TESTS = Path(__file__).parents[1]
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
 
 
 def run(model: Path, memory: str | None, **job: object) -> dict:
     """What `llama_server.py` prints."""
     job = {"model": str(model), "memory": memory, "prompts": PROMPTS} | job
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "llama_server.py"), json.dumps(job)],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return llama_process.run("llama_server.py", **job)
 
 
 @pytest.fixture(scope="session")

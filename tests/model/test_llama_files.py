@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from llama_process import run
 
 from flashmoe.engines.llama import expert_tensors
 from flashmoe.engines.llama.backend import GGUFExperts
@@ -25,7 +22,6 @@ from flashmoe.engines.llama.layout import Layout, least_bytes
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.errors import FlashMoEError
 
-TESTS = Path(__file__).parents[1]
 SHARES = (0.5, 0.65, 2.0)  # of the bytes of the file; most of it is experts
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 100]
 TEXT = "the same in both"
@@ -44,17 +40,6 @@ FILES = {
     "floats in turn": ("mixtral", "f32,f16,bf16", {}, False),
     "float32": ("granitemoe", "f32", {}, False),
 }  # fmt: skip
-
-
-def run(program: str, **job: object) -> dict:
-    """What a program of tests/ prints, and `stderr`."""
-    done = subprocess.run(
-        [sys.executable, str(TESTS / program), json.dumps(job)],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
 @pytest.mark.parametrize("layout", FILES)

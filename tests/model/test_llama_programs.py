@@ -83,17 +83,13 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, **settings | options)
 
 
-def stats_of(errors: str) -> dict:
-    """What --stats printed; the program's own log may go on after it."""
-    lines = [line for line in errors.splitlines() if line.startswith('{"policy"')]
-    return json.loads(lines[-1])
-
-
-def assert_alike(cached, alone):
-    """What llama-completion wrote: at its end it now and then loses the last of it."""
-    short, long = sorted((cached.stdout, alone.stdout), key=len)
-    assert len(short) > len("hello")  # the prompt
-    assert long.startswith(short)
+def whole(*command) -> subprocess.CompletedProcess:
+    """llama-completion by itself, again where it lost the end of what it had to write."""
+    for _ in range(5):
+        done = run(*command)
+        if done.returncode or done.stdout.endswith("\n\n"):
+            break
+    return done
 
 
 def test_a_server_gives_its_own_tokens_and_counts_at_its_end(serve, plain):
@@ -101,7 +97,7 @@ def test_a_server_gives_its_own_tokens_and_counts_at_its_end(serve, plain):
     assert [server.ask(prompt) for prompt in PROMPTS] == plain
     assert server.get("/health") == {"status": "ok"}
     assert server.stop() == 0
-    stats = stats_of(server.words())
+    stats = json.loads(server.words().splitlines()[-1])
     assert stats["slots_per_layer"] < EXPERTS
     assert stats["requests"] > stats["hits"] > 0
 
@@ -184,7 +180,7 @@ def test_signals_end_it_as_they_end_it_alone(serve, number):
                 request.communicate()
             statuses.append(server.stop(number) if not busy else server.process.wait(120))
         assert statuses[0] == statuses[1]
-    assert stats_of(server.words())
+    assert server.words().splitlines()[-1].startswith('{"policy"')
 
 
 def run_in_background(server: Server, body: dict) -> subprocess.Popen:
@@ -208,9 +204,9 @@ COMPLETION = ("-p", "hello", "-n", "12", "-c", "256", "-no-cnv", "--temp", "0", 
 
 def test_completion_writes_what_it_writes_alone(model, budget):
     command = [program("llama-completion"), "-m", model, *COMPLETION]
-    alone, cached = run(*command), run(*under_flashmoe(budget), *command)
+    alone, cached = whole(*command), run(*under_flashmoe(budget), *command)
     assert alone.returncode == cached.returncode == 0
-    assert_alike(cached, alone)
+    assert cached.stdout == alone.stdout != ""
 
 
 def test_a_bad_argument_is_the_programs_own_matter(model, budget):
@@ -237,7 +233,7 @@ def test_bench_runs_and_its_output_is_its_own(model, budget):
     assert done.returncode == 0, done.stderr[-1000:]
     rows = [(row["n_prompt"], row["n_gen"]) for row in json.loads(done.stdout)]
     assert rows == [(16, 0), (0, 4)] * 2
-    assert stats_of(done.stderr)["requests"] > 0
+    assert json.loads(done.stderr.splitlines()[-1])["requests"] > 0
 
 
 @pytest.mark.parametrize(
@@ -249,21 +245,20 @@ def test_bench_runs_and_its_output_is_its_own(model, budget):
 )  # fmt: skip
 def test_arguments_that_move_or_lock_experts_are_harmless(model, budget, words):
     command = [program("llama-completion"), "-m", model, *COMPLETION]
-    alone, cached = run(*command), run(*under_flashmoe(budget, "--stats"), *command, *words)
+    alone, cached = whole(*command), run(*under_flashmoe(budget, "--stats"), *command, *words)
     assert cached.returncode == 0, cached.stderr[-1000:]
-    assert_alike(cached, alone)
-    assert stats_of(cached.stderr)["resident_bytes"] <= budget
+    assert cached.stdout == alone.stdout
+    assert json.loads(cached.stderr.splitlines()[-1])["resident_bytes"] <= budget
 
 
 def test_an_adapter_of_experts_gives_what_it_gives_alone(model, budget, tmp_path):
     adapter = write_adapter(tmp_path / "adapter.gguf")
     command = [program("llama-completion"), "-m", model, *COMPLETION]
-    bare = run(*command)
+    bare = whole(*command)
     command += ["--lora", adapter]
-    alone, cached = run(*command), run(*under_flashmoe(budget), *command)
+    alone, cached = whole(*command), run(*under_flashmoe(budget), *command)
     assert alone.returncode == cached.returncode == 0, cached.stderr[-1000:]
-    assert_alike(cached, alone)
-    assert not bare.stdout.startswith(alone.stdout.strip())
+    assert cached.stdout == alone.stdout != bare.stdout
 
 
 def write_adapter(path: Path) -> Path:

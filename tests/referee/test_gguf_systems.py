@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import llama_process
 import pandas as pd
 import pytest
 
@@ -78,19 +76,13 @@ def test_runs_under_a_cap_below_the_file_are_recorded(gguf_files, tmp_path, monk
 @pytest.fixture(scope="module")
 def recorded_run(gguf_files, tmp_path_factory):
     """What a system gives of a run that was recorded; the server is xllamacpp's."""
-    tests, model = Path(__file__).parents[1], gguf_files("qwen3_moe")
+    model = gguf_files("qwen3_moe")
     path = tmp_path_factory.mktemp("recorded") / "run.npz"
     job = {
         "model": str(model), "memory": str(model.stat().st_size // 2), "policy": "learned",
         "record": str(path), "prompts": ["a", "hello world, a prompt. " * 3, "x1y2z3 " * 60],
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(tests / "llama_server.py"), json.dumps(job)],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(tests.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    stats = json.loads(done.stdout.splitlines()[-1])["stats"]
+    stats = llama_process.run("llama_server.py", **job)["stats"]
     return {
         "system": OURS, "cap_share": 0.5, "cap_bytes": 1, "outcome": "ok", "trace": path,
         "tokens_per_second": 1.0, "bytes_per_token": 1.0, "drive_bytes_per_second": None,
