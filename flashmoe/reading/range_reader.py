@@ -17,13 +17,14 @@ from flashmoe.reading.read_queue import Span
 
 
 class PlacedExperts(OpenExperts):
-    """Each expert is a few ranges of a file, which have their own places in memory."""
+    """Each expert is a few ranges of a file, which have their own places in memory.
 
-    most_ranges: int  # of an expert
+    Experts are numbered through all layers.
+    """
 
-    @abstractmethod
-    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
-        """The expert's jobs, int64 [ranges, 7], all with this ticket (see `range_work`)."""
+    ranges: np.ndarray  # [experts, most, 7] int64: each one's jobs, see `range_work`
+    n_ranges: np.ndarray  # [experts] int64: how many of them count
+    pages: np.ndarray  # [experts, kinds, 2] int64: addresses, from and to, of pages of its own
 
     @abstractmethod
     def check_unchanged(self) -> None:
@@ -43,11 +44,6 @@ class RangeRead:
     @property
     def bytes_read(self) -> int:
         return int(self._counts[BYTES])
-
-    @property
-    def has_begun(self) -> bool:
-        """At least one of its ranges is there."""
-        return self.bytes_read > 0
 
     def done(self) -> bool:
         """Nothing is written to its place any more."""
@@ -89,8 +85,7 @@ class RangeReader(Reader):
         self.manifest = backend.manifest
         counts = [layer.n_experts for layer in self.manifest.layers]
         self._first_ticket = np.cumsum([0, *counts]).tolist()
-        self._jobs: dict[int, np.ndarray] = {}  # by ticket
-        self.queue = RangeQueue(readers, self._first_ticket[-1], backend.most_ranges)
+        self.queue = RangeQueue(readers, self._first_ticket[-1], backend.ranges.shape[1])
 
     @property
     def bytes_read(self) -> int:  # type: ignore[override]
@@ -107,43 +102,22 @@ class RangeReader(Reader):
         """Its threads record none."""
 
     def submit(self, layer: int, loads: Sequence[tuple[int, SlotMemory]]) -> list[RangeRead]:
-        """Each expert goes to its own place, and not to a slot."""
-        return self.demand(layer, [expert for expert, _ in loads])
-
-    def demand(self, layer: int, experts: Sequence[int]) -> list[RangeRead]:
-        """Start reading experts of a layer, in order.
+        """Each expert goes to its own place, and not to a slot.
 
         Raises FlashMoEError where no thread can be started.
         """
-        reads = [self._read_of(layer, expert) for expert in experts]
-        if reads:
-            self.queue.demand(np.concatenate([self._jobs_of(read) for read in reads]))
+        reads = [self._read_of(layer, expert) for expert, _ in loads]
+        for read in reads:
+            ranges = self.backend.ranges[read.ticket]
+            self.queue.demand(ranges[: self.backend.n_ranges[read.ticket]])
         return reads
 
-    def guess(self, layer: int, experts: Sequence[int]) -> list[RangeRead]:
-        """Start on experts that may be needed, whenever no demand keeps the drive busy."""
-        reads = [self._read_of(layer, expert) for expert in experts]
-        if reads:
-            self.queue.guess(np.concatenate([self._jobs_of(read) for read in reads]))
-        return reads
-
-    def promote(self, read: RangeRead) -> None:
-        """The guess was right: read what is left of it as a demand."""
-        self.queue.promote(read.ticket)
-
-    def cancel(self, read: RangeRead) -> None:
-        """The guess was wrong: read no more of it. Its place is free once it is `done`."""
-        self.queue.cancel(read.ticket)
+    def error_of(self, layer: int, expert: int) -> BaseException | None:
+        """Why its last read failed, once that is done; None: it did not."""
+        return self._read_of(layer, expert).exception()
 
     def _read_of(self, layer: int, expert: int) -> RangeRead:
         return RangeRead(self, layer, expert, self._first_ticket[layer] + expert)
-
-    def _jobs_of(self, read: RangeRead) -> np.ndarray:
-        jobs = self._jobs.get(read.ticket)
-        if jobs is None:
-            jobs = self.backend.ranges(read.layer, read.expert, read.ticket)
-            self._jobs[read.ticket] = jobs
-        return jobs
 
     def close(self) -> None:
         self.queue.close()

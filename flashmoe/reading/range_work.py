@@ -109,6 +109,11 @@ class Queue(NamedTuple):
             _in_place_of_pread,
         )
 
+    def start_over(self) -> None:
+        """As empty as at first, at the same addresses."""
+        for array in self[: Queue._fields.index("instead")]:
+            array.fill(0)
+
 
 @helper
 def _at(queue, offset):
@@ -116,7 +121,7 @@ def _at(queue, offset):
 
 
 @helper
-def _now(clock):
+def seconds_now(clock):
     _clock(_MONOTONIC, clock.ctypes.data)
     return clock[0] + 1e-9 * clock[1]
 
@@ -157,7 +162,7 @@ def _may_guess(queue):
 def _note_demand(queue, clock):
     """The drive is busy from now on, if it was not."""
     if not queue.state[RUNNING] and queue.state[HEAD] == queue.state[TAIL]:
-        queue.times[BUSY_SINCE] = _now(clock)
+        queue.times[BUSY_SINCE] = seconds_now(clock)
 
 
 @helper
@@ -186,7 +191,7 @@ def work(queue):
         else:
             _wait(_at(queue, _WORK), _at(queue, _LOCK))
             continue
-        started = _now(clock)
+        started = seconds_now(clock)
         if not state[RUNNING] and is_guess:
             times[BUSY_SINCE] = started
         state[RUNNING] += 1
@@ -195,7 +200,7 @@ def work(queue):
             _signal(_at(queue, _WORK))
         _unlock(_at(queue, _LOCK))
         count, failure = _read(queue.instead, job)
-        ended = _now(clock)
+        ended = seconds_now(clock)
         _lock(_at(queue, _LOCK))
         shared_seconds = (ended - started) / state[RUNNING]  # with the others in flight
         times[EACH] += (shared_seconds - times[EACH]) / 16
@@ -204,9 +209,9 @@ def work(queue):
         state[READ_BYTES] += count
         ticket = queue.tickets[job[TICKET]]
         ticket[BYTES] += count
-        ticket[LEFT] -= 1
         if failure:
             ticket[FAILURE] = failure
+        ticket[LEFT] -= 1
         if not state[RUNNING] and state[HEAD] == state[TAIL]:
             times[BUSY] += ended - times[BUSY_SINCE]
         if not ticket[LEFT]:
@@ -214,6 +219,7 @@ def work(queue):
     _unlock(_at(queue, _LOCK))
 
 
+@helper
 def start(queue, jobs, is_guess):
     """Add `jobs`; their tickets begin anew."""
     state = queue.state
@@ -234,6 +240,7 @@ def start(queue, jobs, is_guess):
     _unlock(_at(queue, _LOCK))
 
 
+@helper
 def take_back(queue, number, demand):
     """Take out what still waits of a guess: to `demand` it, or for good."""
     state, ring = queue.state, queue.guesses
@@ -256,6 +263,7 @@ def take_back(queue, number, demand):
     _unlock(_at(queue, _LOCK))
 
 
+@helper
 def is_done(queue, number, seconds):
     """Whether a ticket's reads have ended, at the latest after so many seconds."""
     until = np.zeros(2, np.int64)

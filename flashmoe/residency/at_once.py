@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 
+from flashmoe.cache.serving import decide
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.range_reader import RangeRead, RangeReader
-from flashmoe.residency.places import Expert, FilledPlaces, Places
+from flashmoe.events import Event
+from flashmoe.policies.base import Policy
+from flashmoe.policies.parts.by_address import words_of
+from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading.range_reader import RangeReader
+from flashmoe.reading.range_work import FAILURE
+from flashmoe.residency import at_once_work, place_work
+from flashmoe.residency.at_once_work import (
+    BEGIN,
+    FINISH,
+    GUESS,
+    N_GUESSED,
+    N_LEAVING,
+    N_LIKELY,
+    N_NEEDED,
+    READY,
+    SPOILT,
+    TOTAL,
+    Whole,
+)
+from flashmoe.residency.place_work import FILLED, GUESSED, LEAVING, LIMIT_BYTES, NEEDED, Places
 from flashmoe.residency.residency import Residency
 
 Likely = Callable[[], Sequence[int]]  # experts of the next layer, most probable first
@@ -24,163 +45,152 @@ class AtOnce:
     places of the next layer while this one is computed.
     """
 
-    def __init__(self, residency: Residency, places: Places, reader: RangeReader) -> None:
+    def __init__(self, residency: Residency, reader: RangeReader) -> None:
         self.residency = residency
-        self.filled = FilledPlaces(residency.manifest, places, residency.pools.memory_bytes)
         self._reader = reader
-        self._guesses: dict[Expert, RangeRead] = {}  # on their way, or there and not asked for yet
-        self._leaving: dict[Expert, RangeRead] = {}  # wrong ones, of which bytes may still come
+        layers = residency.manifest.layers
+        n_experts = [layer.n_experts for layer in layers]
+        self.places = Places.empty(
+            [layer.extent_bytes for layer in layers], n_experts, reader.backend.pages
+        )
+        self.places.sizes[LIMIT_BYTES] = residency.pools.memory_bytes
+        backend, record = reader.backend, residency.prefetcher.record
+        self.whole = Whole.empty(
+            self.places, reader.queue.shared, backend.ranges, backend.n_ranges, record.array
+        )
+        self.words = words_of(self.whole)
+        self.work = at_once_work.compiled(self.whole)
+        self._empty: Any = kernel(place_work.empty, Policy)
+        self._note: Any = kernel(at_once_work.note_residents, Policy)
+        self.use_caches()
+
+    def use_caches(self) -> None:
+        """Go by the pools' caches, which may be others than before."""
+        pools = self.residency.pools
+        for layer, row in enumerate(self.whole.pools):
+            pool = pools.of(layer)
+            cache = pool.cache
+            first = self.places.first[pool.first_layer]
+            slot_of = cache.residency.slot_of
+            row[:] = first, len(slot_of), cache.n_slots, slot_of.__array_interface__["data"][0]
+            if layer == pool.first_layer:
+                self._note(self.whole, layer)
+        cache = pools.all[0].cache
+        event = Event.of_rows(np.zeros((1, self.residency.manifest.top_k), np.int64))
+        self._decide = decide(cache.decision(event), type(cache.policy))
+        self.whole.decide[0] = self._decide.address
 
     def make_ready(self, layer: int, rows: np.ndarray, likely: Likely | None = None) -> None:
         """Fill the places of every expert that `rows` [tokens, top_k] name.
 
         They stay filled until the next call. likely: what the layer above will probably need.
-        Raises what a failed read raises; then no expert that was to be read counts as resident.
+        Raises what a failed read raises; then that expert does not count as resident.
         """
         residency = self.residency
         with residency.lock:
-            started = time.perf_counter()
+            started = perf_counter()
+            self._reader.queue.start_threads()
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
-            needed = (event.keys - first_key).tolist()
-            keep = {(layer, expert) for expert in needed}
-            reads = self._end_guesses(layer, needed)
-            try:
-                self._start_reads(layer, needed, keep, reads, lend=False)
-                pool.cache.serve(event)  # while the drive is busy
-                self._start_reads(layer, needed, keep, reads, lend=True)
+            self._list(layer, (event.keys - first_key).tolist(), self.whole.needed, N_NEEDED)
+            decision = words_of(pool.cache.decision(event))
+            answer = self._step(BEGIN, layer, decision)
+            if answer == SPOILT:
+                self._forget_spoilt()
+                answer = self._step(BEGIN, layer, decision)
+            if answer == READY:
                 if likely and residency.prefetcher.pays:
-                    self._guess(layer, keep, likely, lend=len(needed) > pool.cache.n_slots)
-                self._wait_for(reads)
-            except BaseException:  # a failed read, or Ctrl-C
-                for read in reads.values():
-                    read.settle()
-                self._forget(layer, reads)
-                raise
-            self._collect(layer)  # nothing is written to this layer's pages while it computes
-            if any(expert not in self.filled.of[layer] for expert in needed):
-                raise FlashMoEError(
-                    f"{self._reader.backend.path}: a read ahead failed, beside experts that "
-                    f"MoE layer {layer} needs now"
-                )
-            residency.timings.total_seconds += residency.timings.since(started, "layer")
+                    self._guess(layer, likely)
+                answer = self._step(FINISH, layer)
+            self.settle(layer, answer)
+            self.whole.seconds[TOTAL] += perf_counter() - started
 
-    def _start_reads(
-        self,
-        layer: int,
-        needed: list[int],
-        keep: set[Expert],
-        reads: dict[int, RangeRead],
-        *,
-        lend: bool,
-    ) -> None:
-        """Begin to read what is missing of `needed` into `reads`: what there is room for.
+    def settle(self, layer: int, answer: int) -> None:
+        """What is left to be done of an event for which `work` gave such an answer.
 
-        lend: make room for all. There is room for any layer's experts, but for what wrong guesses
-        still take.
+        Raises FlashMoEError where the layer cannot be computed.
         """
-        missing = [expert for expert in needed if expert not in self.filled.of[layer]]
-        if not missing:
+        if answer == SPOILT:
+            self._forget_spoilt()
+            answer = self._step(FINISH, layer)
+        if answer == READY:
             return
-        experts = self.filled.fill(layer, missing, self._victims(layer, keep, lend=lend))
-        rest = missing[len(experts) :]
-        if lend and rest:
-            for leaving in self._leaving.values():
-                leaving.settle()
-            self._collect()
-            experts += self.filled.fill(layer, rest, self._victims(layer, keep, lend=True))
-        reads.update((read.expert, read) for read in self._reader.demand(layer, experts))
+        needed = self.whole.needed[: self.whole.counts[N_NEEDED]]
+        first = int(self.places.first[layer])
+        self.places.marks[needed] &= ~np.uint8(NEEDED)
+        errors = {}
+        for number in needed.tolist():
+            self._reader.queue.wait(number)
+            if self.places.marks[number] & FILLED:
+                errors[number - first] = self._reader.error_of(layer, number - first)
+        failed = {expert: error for expert, error in errors.items() if error}
+        self._forget(layer, failed)
+        self._forget_spoilt()
+        for error in failed.values():
+            raise error
+        raise FlashMoEError(
+            f"{self._reader.backend.path}: a read ahead failed, beside experts that MoE layer "
+            f"{layer} needs now"
+        )
 
-    def _victims(self, layer: int, keep: set[Expert], *, lend: bool) -> Iterator[Expert]:
-        """Whose places may be emptied: of experts that are not resident; to `lend`, of any.
+    def _step(self, step: int, layer: int, decision: np.ndarray | None = None) -> int:
+        address = 0 if decision is None else decision.ctypes.data
+        answer: int = self.work(self.words.ctypes.data, step, layer, address)
+        return answer
 
-        This layer and those just passed come first, since they are wanted again last.
-        """
-        keep = keep.union(self._guesses, self._leaving)  # something is written to these
-        n_layers = len(self.residency.manifest.layers)
-        for residents_too in (False, True) if lend else (False,):
-            for back in range(n_layers):
-                lender = (layer - back) % n_layers
-                slot_of = self.residency.pools.of(lender).slot_of(lender).tolist()
-                for expert in list(self.filled.of[lender]):
-                    may_go = residents_too or slot_of[expert] < 0
-                    if may_go and (lender, expert) not in keep:
-                        yield lender, expert
+    def _list(self, layer: int, experts: Sequence[int], into: np.ndarray, count: int) -> None:
+        into[: len(experts)] = experts
+        into[: len(experts)] += self.places.first[layer]
+        self.whole.counts[count] = len(experts)
 
-    def _guess(self, layer: int, keep: set[Expert], likely: Likely, *, lend: bool) -> None:
+    def _guess(self, layer: int, likely: Likely) -> None:
         """Begin to read what the next layer will probably need, where there is room for it."""
-        record = self.residency.prefetcher.record
         above = layer + 1
-        if above == len(self.filled.of) or not record.is_worth_a_call():
+        if above == len(self.places.extent_bytes):
             return
-        filled = self.filled.of[above]
-        if len(filled) == self.residency.manifest.layers[above].n_experts:
+        if not self.residency.prefetcher.record.is_worth_a_call():
             return
-        guesses = likely()
-        missing = [expert for expert in guesses if expert not in filled]
-        keep = keep.union((above, expert) for expert in guesses)
-        victims = self._victims(layer, keep, lend=lend)
-        for read in self._reader.guess(above, self.filled.fill(above, missing, victims)):
-            self._guesses[above, read.expert] = read
+        first, end = self.places.first[above : above + 2]
+        if not (self.places.marks[first:end] & FILLED).all():
+            self._list(above, likely(), self.whole.likely, N_LIKELY)
+            self._step(GUESS, layer)
 
-    def _end_guesses(self, layer: int, needed: list[int]) -> dict[int, RangeRead]:
-        """What was guessed and is needed, on its way; what was wrong is cancelled."""
-        self._collect(layer)
-        reads = {}
-        record = self.residency.prefetcher.record
-        for key, read in self._guesses.items():
-            if key[0] == layer and key[1] in needed:
-                if read.has_begun:
-                    record.add_right()
-                self._reader.promote(read)
-                reads[key[1]] = read
-            elif read.done() and read.exception() is None:
-                record.add_wrong(read.bytes_read)  # but the layer's next token may need it
-            else:
-                self._reader.cancel(read)
-                self._leaving[key] = read
-        self._guesses.clear()
-        return reads
-
-    def _collect(self, layer: int | None = None) -> None:
-        """Empty the places of wrong guesses that nothing is written to any more.
-
-        Waits for those of `layer`, of which somebody may read again.
-        """
-        for key, read in list(self._leaving.items()):
-            if key[0] == layer:
-                read.settle()
-            if read.done():
-                del self._leaving[key]
-                self.filled.empty(*key)
-                if read.exception():
-                    self._forget(key[0], [key[1]])
-                if read.bytes_read:
-                    self.residency.prefetcher.record.add_wrong(read.bytes_read)
-
-    def _wait_for(self, reads: dict[int, RangeRead]) -> None:
-        started = time.perf_counter()
-        for read in reads.values():
-            read.result()
-        if reads:
-            self._reader.backend.check_unchanged()
-        self.residency.timings.wait_seconds += time.perf_counter() - started
+    def _forget_spoilt(self) -> None:
+        """Wrong guesses that failed: empty their places."""
+        counts, first = self.whole.counts, self.places.first
+        leaving = self.whole.leaving[: counts[N_LEAVING]].tolist()
+        kept = []
+        for number in leaving:
+            if not self._reader.queue.is_done(number):
+                kept.append(number)
+                continue
+            self.places.marks[number] &= ~np.uint8(LEAVING)
+            layer = int(np.searchsorted(first, number, "right")) - 1
+            self._empty(self.places, layer, number)
+            if self._reader.queue.tickets[number, FAILURE]:
+                self._forget(layer, [number - int(first[layer])])
+        self.whole.leaving[: len(kept)] = kept
+        counts[N_LEAVING] = len(kept)
 
     def _forget(self, layer: int, experts: Iterable[int]) -> None:
         """Empty the places that a failed read may have spoilt: its own, and its neighbours'."""
         pool = self.residency.pools.of(layer)
         spoilt = {expert + step for expert in experts for step in (-1, 0, 1)}
         for expert in sorted(spoilt.intersection(range(pool.n_experts))):
-            self.filled.empty(layer, expert)
+            self._empty(self.places, layer, int(self.places.first[layer]) + expert)
             if pool.slot_of(layer)[expert] >= 0:
                 pool.cache.forget(pool.first_key(layer) + expert)
+        self._note(self.whole, layer)
 
     def take_restored(self) -> None:
         """Every resident was just read into its place."""
-        for layer in range(len(self.filled.of)):
+        self.use_caches()
+        take = kernel(place_work.take, Policy)
+        for layer in range(len(self.places.extent_bytes)):
             slot_of = self.residency.pools.of(layer).slot_of(layer)
-            self.filled.take(layer, np.flatnonzero(slot_of >= 0).tolist())
+            for expert in np.flatnonzero(slot_of >= 0).tolist():
+                take(self.places, layer, int(self.places.first[layer]) + expert)
 
     def trim(self) -> None:
         """After a reset or a resize: empty the places of all that is not resident any more.
@@ -188,13 +198,19 @@ class AtOnce:
         A resident whose room was lent stays absent, and is read when it is needed.
         """
         with self.residency.lock:
-            for key, read in self._guesses.items():
-                self._reader.cancel(read)
-                self._leaving[key] = read
-            self._guesses.clear()
-            for layer, filled in enumerate(self.filled.of):
-                self._collect(layer)
-                slot_of = self.residency.pools.of(layer).slot_of(layer)
-                for expert in [expert for expert in filled if slot_of[expert] < 0]:
-                    self.filled.empty(layer, expert)
-            self.filled.limit_bytes = self.residency.pools.memory_bytes
+            self.use_caches()
+            places, counts = self.places, self.whole.counts
+            for number in self.whole.guessed[: counts[N_GUESSED]].tolist():
+                self._reader.queue.cancel(number)
+                places.marks[number] ^= GUESSED | LEAVING
+                self.whole.leaving[counts[N_LEAVING]] = number
+                counts[N_LEAVING] += 1
+            counts[N_GUESSED] = 0
+            for number in self.whole.leaving[: counts[N_LEAVING]].tolist():
+                self._reader.queue.wait(number)
+            self._forget_spoilt()
+            for layer in range(len(places.extent_bytes)):
+                first = int(places.first[layer])
+                for expert in np.flatnonzero(self.residency.pools.of(layer).slot_of(layer) < 0):
+                    self._empty(places, layer, first + int(expert))
+            places.sizes[LIMIT_BYTES] = self.residency.pools.memory_bytes

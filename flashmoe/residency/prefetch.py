@@ -11,42 +11,10 @@ import numpy as np
 from flashmoe.memory.arena import Arena
 from flashmoe.reading.base import Reader
 from flashmoe.reading.reader import Extent, ExtentReader
+from flashmoe.residency.guess_record import GuessRecord
 
 # Smaller experts arrive before the guess is made (docs/speed.md#small-experts).
 PREFETCH_FROM_BYTES = 1 << 20
-# Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
-# guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).
-RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
-
-
-class GuessRecord:
-    """What guesses were worth, and so whether the next one is."""
-
-    def __init__(self) -> None:
-        self._right = 1.0  # the recent share of guesses begun that were needed
-        self._calls = 0
-        self.reset_counts()
-
-    def is_worth_a_call(self) -> bool:
-        """Shall a layer be guessed? Each question counts as a call."""
-        self._calls += 1
-        return self._right >= RIGHT_ENOUGH or not self._calls % PROBE_EVERY
-
-    def add_right(self) -> None:
-        """A miss was needed that a guess had begun to read."""
-        self.used += 1
-        self._right += (1 - self._right) / RECENT_GUESSES
-
-    def add_wrong(self, bytes_read: int) -> None:
-        """A guess had been begun in vain."""
-        self.wasted += 1
-        self.wasted_bytes += bytes_read
-        self._right -= self._right / RECENT_GUESSES
-
-    def reset_counts(self) -> None:
-        self.used = 0  # misses that a guess had begun to read
-        self.wasted = 0  # guesses begun in vain
-        self.wasted_bytes = 0
 
 
 @dataclass(eq=False)

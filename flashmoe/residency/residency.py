@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import numpy as np
 
-from flashmoe.cache.expert_cache import Wave, is_long
+from flashmoe.cache.expert_cache import Wave
+from flashmoe.cache.serving import is_long
 from flashmoe.quant import Parameters
 from flashmoe.reading.base import Arriving, Reader
 from flashmoe.reading.read_queue import Span
@@ -18,6 +18,7 @@ from flashmoe.residency.pools import NewArena, Pools
 from flashmoe.residency.prefetch import Prefetcher
 from flashmoe.residency.routing import Routing
 from flashmoe.residency.timings import Timings
+from flashmoe.util.native_lock import NativeLock
 
 Likely = Callable[[], Sequence[int] | None]  # experts of the next layer, most probable first
 
@@ -43,7 +44,7 @@ class Residency:
         """Raises FlashMoEError as `Pools` does; the reader stays open then."""
         self.reader = reader
         self.manifest = reader.manifest
-        self.lock = threading.RLock()
+        self.lock = NativeLock()
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)

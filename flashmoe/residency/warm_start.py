@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.serving import TOKENS
 from flashmoe.disk import plain_npz
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts import saved_state
@@ -89,7 +90,7 @@ def _cache(residency: Residency, number: int, arrays: dict[str, np.ndarray]) -> 
         raise ValueError("another policy's state")
     saved_state.take(then.policy, state)
     then.fill_with(keys)
-    then.tokens = tokens
+    then.residency.counts[TOKENS] = tokens
     cache, _ = then.resized(pools.new_policy(number, policy_now.n_slots))
     return cache
 

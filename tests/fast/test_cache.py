@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe import policies
-from flashmoe.cache.expert_cache import LONG_CHOICES, ExpertCache
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.serving import LONG_CHOICES
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 

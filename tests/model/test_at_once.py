@@ -2,82 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placed_memory import EXPERTS, EXTENT_BYTES, LAYERS, TOP_K, Memory
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.range_reader import PlacedExperts
-from flashmoe.reading.range_work import read_through
 from flashmoe.residency import prefetch
-from flashmoe.residency.places import Expert, Places
 from flashmoe.residency.routing import Routing
-from flashmoe.store.manifest import LayerSpec, Manifest
-
-EXTENT_BYTES, EXPERTS, LAYERS, TOP_K = 4096, 8, 3, 2
-
-
-class Memory(PlacedExperts, Places):
-    """A file of experts, and a program's memory with a place for each."""
-
-    remedy = "none"
-    path = Path("memory")
-    direct = False
-    most_ranges = 1
-
-    def __init__(self) -> None:
-        layers = tuple(LayerSpec(f"{n}", EXPERTS, 0, EXTENT_BYTES, ()) for n in range(LAYERS))
-        self.manifest = Manifest("", "", TOP_K, "", "", 0, layers)
-        self.places = np.zeros((LAYERS, EXPERTS, EXTENT_BYTES), np.uint8)
-        self.descriptor = os.memfd_create("experts")
-        for number in range(LAYERS * EXPERTS):
-            os.write(self.descriptor, bytes([number + 1]) * EXTENT_BYTES)
-        self.edge_bytes, self.files = 0, []
-        self.broken: set[Expert] = set()
-        read_through(self._read)
-
-    def _read(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if divmod(offset // EXTENT_BYTES, EXPERTS) in self.broken:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return os.preadv(descriptor, buffers, offset)
-
-    @property
-    def content(self) -> dict[Expert, Expert]:
-        """Of each place, whose bytes lie in it, if anyone's."""
-        found = {}
-        for layer, expert in np.ndindex(LAYERS, EXPERTS):
-            if self.places[layer, expert].any():
-                (number,) = np.unique(self.places[layer, expert])
-                found[layer, expert] = divmod(int(number) - 1, EXPERTS)
-        return found
-
-    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
-        offset = (layer * EXPERTS + expert) * EXTENT_BYTES
-        address = self.places[layer, expert].ctypes.data
-        return np.array(
-            [(self.descriptor, offset, address, EXTENT_BYTES, EXTENT_BYTES, 1, ticket)], np.int64
-        )
-
-    def check_unchanged(self) -> None:
-        pass
-
-    def drop(self, layer: int, expert: int) -> None:
-        self.places[layer, expert] = 0
-
-    def move(self, source: Expert, target: Expert) -> None:
-        self.places[target] = self.places[source]
-        self.places[source] = 0
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-        read_through(None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.range_reader import PlacedExperts, RangeReader
-from flashmoe.reading.range_work import read_through
+from flashmoe.policies.base import Policy
+from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading.range_reader import PlacedExperts, RangeRead, RangeReader
+from flashmoe.reading.range_work import read_through, start, take_back
 from flashmoe.store.manifest import LayerSpec, Manifest
 
 EXPERTS, LAYERS, RANGES, RANGE_BYTES = 4, 2, 3, 100
@@ -25,7 +27,6 @@ class Experts(PlacedExperts):
     remedy = "fetch it again"
     path = Path("a file")
     direct = True
-    most_ranges = RANGES
 
     def __init__(self) -> None:
         layers = tuple(LayerSpec(f"blk.{n}", EXPERTS, 0, 0, ()) for n in range(LAYERS))
@@ -35,14 +36,15 @@ class Experts(PlacedExperts):
         self.memory = np.zeros(shape, np.uint8)
         self.descriptor = os.memfd_create("experts")
         os.write(self.descriptor, self.content.tobytes())
-
-    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
-        offsets = [(n * LAYERS * EXPERTS + ticket) * RANGE_BYTES for n in range(RANGES)]
-        base = self.memory.ctypes.data
-        size = RANGE_BYTES
-        return np.array(
-            [(self.descriptor, offset, base + offset, size, size, 0, ticket) for offset in offsets]
-        )
+        count = LAYERS * EXPERTS
+        offsets = np.arange(RANGES * count).reshape(RANGES, count).T * RANGE_BYTES
+        self.pages = np.zeros((count, 1, 2), np.int64)
+        self.n_ranges = np.full(count, RANGES)
+        self.ranges = np.zeros((count, RANGES, 7), np.int64)
+        address, size = self.memory.ctypes.data + offsets, RANGE_BYTES
+        columns = self.descriptor, offsets, address, size, size, 0, np.arange(count)[:, None]
+        for column, values in enumerate(columns):
+            self.ranges[:, :, column] = values
 
     def check_unchanged(self) -> None:
         pass
@@ -53,6 +55,22 @@ class Experts(PlacedExperts):
     def is_there(self, layer: int, expert: int) -> bool:
         row = layer * EXPERTS + expert
         return bool((self.memory[:, row] == self.content[:, row]).all())
+
+
+def demand(reader: RangeReader, layer: int, expert: int) -> RangeRead:
+    return reader.submit(layer, [(expert, memoryview(b""))])[0]
+
+
+def guess(reader: RangeReader, layer: int, expert: int) -> RangeRead:
+    """As machine code does that fills places."""
+    reader.queue.start_threads()
+    number = layer * EXPERTS + expert
+    kernel(start, Policy)(reader.queue.shared, reader.backend.ranges[number], True)
+    return RangeRead(reader, layer, expert, number)
+
+
+def take(read: RangeRead, reader: RangeReader, *, needed: bool) -> None:
+    kernel(take_back, Policy)(reader.queue.shared, read.ticket, needed)
 
 
 @pytest.fixture
@@ -73,13 +91,11 @@ def test_what_is_demanded_comes_and_nothing_else(experts, guesses, then, short):
     if short:  # a drive may give less than it was asked for
         read_through(lambda fd, buffers, at: os.preadv(fd, [buffers[0][:33]], at))
     try:
-        guessed = [read for at in experts[:guesses] for read in reader.guess(at[0], [at[1]])]
-        demanded = [read for at in experts[guesses:] for read in reader.demand(at[0], [at[1]])]
+        guessed = [guess(reader, *at) for at in experts[:guesses]]
+        demanded = [demand(reader, *at) for at in experts[guesses:]]
         for read in guessed:
-            if then == "promote":
-                reader.promote(read)
-            elif then == "cancel":
-                reader.cancel(read)
+            if then != "leave":
+                take(read, reader, needed=then == "promote")
         for read in guessed + demanded:
             assert read.exception() is None
             assert read.done()
@@ -101,11 +117,11 @@ def test_demands_go_before_guesses_that_wait(reader):
         return os.preadv(descriptor, buffers, offset)
 
     read_through(slow)
-    first = reader.demand(0, [0])
-    guess = reader.guess(1, [1])
-    second = reader.demand(0, [2])
+    first = demand(reader, 0, 0)
+    guessed = guess(reader, 1, 1)
+    second = demand(reader, 0, 2)
     may_go.set()
-    for read in first + guess + second:
+    for read in (first, guessed, second):
         read.result()
     assert set(order[-RANGES:]) == {EXPERTS + 1}
 
@@ -115,33 +131,33 @@ def test_a_failed_read_names_its_expert(reader):
         raise OSError(5, os.strerror(5))
 
     read_through(broken)
-    (read,) = reader.demand(1, [3])
+    read = demand(reader, 1, 3)
     with pytest.raises(FlashMoEError, match=r"a file: expert 3 of blk\.1 .*Input/output error"):
         read.result()
     read_through(None)
-    (read,) = reader.demand(1, [3])
+    read = demand(reader, 1, 3)
     read.result()
     assert reader.backend.is_there(1, 3)
 
 
 def test_a_file_that_ends_early_is_told_from_a_broken_drive(reader):
     os.truncate(reader.backend.descriptor, RANGE_BYTES)
-    (read,) = reader.demand(0, [0])
+    read = demand(reader, 0, 0)
     with pytest.raises(FlashMoEError, match="cut short"):
         read.result()
 
 
 def test_it_reads_on_in_a_forked_child(reader):
-    (read,) = reader.demand(0, [0])
+    read = demand(reader, 0, 0)
     read.result()
     reader.stand_still()
     child = os.fork()
     if child == 0:
         reader.go_on(in_child=True)
-        (read,) = reader.demand(1, [1])
+        read = demand(reader, 1, 1)
         os._exit(0 if read.exception() is None and reader.backend.is_there(1, 1) else 1)
     reader.go_on(in_child=False)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    (read,) = reader.demand(0, [1])
+    read = demand(reader, 0, 1)
     read.result()
     assert reader.backend.is_there(0, 1)

@@ -11,11 +11,23 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from flashmoe.engines.llama import decode_event
 from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.llama.decoder import Decoder
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.engines.llama.expert_tensors import GGUFContents, contents_of
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.hooks import ASIDE, CHECKING, FAILED, ON, PYTHON, Hooks
+from flashmoe.engines.llama.hooks import (
+    ANSWER,
+    ASIDE,
+    CHECKING,
+    DECODE,
+    FAILED,
+    ON,
+    PYTHON,
+    TABLE,
+    Hooks,
+)
 from flashmoe.engines.llama.layout import Layout, check_budget
 from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
@@ -24,6 +36,7 @@ from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.residency import rehearsal
+from flashmoe.residency.at_once_work import READY
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
 # Without these there is nothing to stand on; the other imports differ between builds.
@@ -75,6 +88,7 @@ class Attachment:
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
+        decode_event.rehearse()
         self.memory = memory
         self.policy = policy
         self.prefetch = prefetch
@@ -204,6 +218,10 @@ class Attachment:
             return False  # what follows is not computed, and `hooks` makes the whole call fail
 
     def _make_ready(self, number: int, choice: int) -> None:
+        answer = int(self.hooks.switches[ANSWER])
+        if self.engine and answer not in (READY, decode_event.PYTHON):
+            self.engine.end(self._layers[number], answer)
+            return
         rows = self.ggml.int_rows(choice)
         if self.engine is None:
             self.start()
@@ -219,6 +237,20 @@ class Attachment:
         self.engine.note(layer, rows)
         likely = partial(self.lookahead.likely, layer, choice, rows)
         self.engine.at_once.make_ready(layer, rows, likely)
+        self._arm(self.engine)
+
+    def _arm(self, engine: LlamaEngine) -> None:
+        """Leave single tokens to machine code, once every layer was looked at."""
+        if self.hooks.switches[CHECKING] or not self.lookahead.has_learnt(len(self._layers)):
+            return
+        with engine.lock:
+            if engine.decoder is None:
+                engine.decoder = Decoder(engine, self.ggml, self.lookahead)
+                engine.decoder.log(self.record)
+            if not engine.decoder.armed:
+                engine.decoder.arm()
+                decode = engine.decoder.code.address, engine.decoder.words.ctypes.data
+                self.hooks.switches[[DECODE, TABLE]] = decode
 
     def start(self, beside_bytes: int = 0) -> None:
         """Make the engine: at the first event, or when the program has all its memory.
@@ -257,7 +289,7 @@ class Attachment:
         The memory that stood for the model's files is freed.
         """
         redirect(self._library, self.hooks.originals)
-        self.hooks.switches[[ON, PYTHON]] = 0  # another model may know our callback still
+        self.hooks.switches[[ON, PYTHON, DECODE]] = 0  # another model may know our callback still
         if self.engine:
             self.engine.close()
         for file, _ in self._files:

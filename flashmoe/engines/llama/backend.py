@@ -11,12 +11,8 @@ import numpy as np
 from flashmoe.engines.llama.expert_tensors import GGUFContents
 from flashmoe.engines.llama.layout import Layout, PlacedTensor
 from flashmoe.engines.llama.model_file import ModelFile
-from flashmoe.engines.llama.moved_pages import move_pages
-from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.base import PIECE_BYTES
 from flashmoe.reading.range_reader import PlacedExperts
-from flashmoe.residency.places import Expert, Places
 
 
 class _Part(NamedTuple):
@@ -26,7 +22,7 @@ class _Part(NamedTuple):
     placed: PlacedTensor
 
 
-class GGUFExperts(PlacedExperts, Places):
+class GGUFExperts(PlacedExperts):
     """One model's experts, in one GGUF file or in the parts of a split one.
 
     Each is read to where the program expects it. manifest, edge_bytes: as `Layout` has them.
@@ -47,38 +43,34 @@ class GGUFExperts(PlacedExperts, Places):
         dense_bytes = sum(file.dense_bytes for file in self.files)
         self.manifest = replace(layout.manifest, dense_bytes=dense_bytes)
 
-        self._kinds = sorted({p.placed.tensor.kind for parts in self._parts for p in parts})
-        self._pages: dict[Expert, np.ndarray] = {}
-        self._move_pages: Any = kernel(move_pages, Policy)
-        self.most_ranges = max(
-            len(self.ranges(n, 0, 0)) + len(parts) for n, parts in enumerate(self._parts)
-        )
+        self._tabulate()
 
-    def ranges(self, layer: int, expert: int, ticket: int) -> np.ndarray:
-        rows = []
-        for part in self._parts[layer]:
-            first, last = part.placed.outer(expert)
-            for start in range(first, last, PIECE_BYTES):
-                rows.append((*part.file.job(start, min(start + PIECE_BYTES, last)), ticket))
-        return np.array(rows, np.int64).reshape(-1, 7)
-
-    def drop(self, layer: int, expert: int) -> None:
-        for part in self._parts[layer]:  # the pages that it shares with its neighbours stay
-            part.file.drop(*part.placed.inner(expert))
-
-    def move(self, source: Expert, target: Expert) -> None:
-        self._move_pages(self._pages_of(source), self._pages_of(target))
-
-    def _pages_of(self, expert: Expert) -> np.ndarray:
-        """The pages of its own that an expert has of each kind of tensor, as addresses."""
-        pages = self._pages.get(expert)
-        if pages is None:
-            pages = self._pages[expert] = np.zeros((len(self._kinds), 2), np.int64)
-            for part in self._parts[expert[0]]:
-                start, end = part.placed.inner(expert[1])
-                row = self._kinds.index(part.placed.tensor.kind)
-                pages[row] = part.file.base + start, part.file.base + max(start, end)
-        return pages
+    def _tabulate(self) -> None:
+        """Every expert's jobs and pages, of all experts of a tensor at once."""
+        kinds = sorted({part.placed.tensor.kind for parts in self._parts for part in parts})
+        first = np.cumsum([0, *(layer.n_experts for layer in self.manifest.layers)])
+        jobs: list[tuple[np.ndarray, list[Any]]] = []  # of some experts, one each
+        self.pages = np.zeros((first[-1], len(kinds), 2), np.int64)
+        for layer, parts in enumerate(self._parts):
+            experts = np.arange(first[layer + 1] - first[layer])
+            for file, placed in parts:
+                start, end = placed.inner(experts)
+                numbers, kind = experts + first[layer], kinds.index(placed.tensor.kind)
+                self.pages[numbers, kind, 0] = file.base + start
+                self.pages[numbers, kind, 1] = file.base + np.maximum(start, end)
+                start, end = placed.outer(experts)
+                while len(numbers):
+                    jobs.append((numbers, file.job(start, np.minimum(start + PIECE_BYTES, end))))
+                    start = start + PIECE_BYTES
+                    more = start < end
+                    numbers, start, end = numbers[more], start[more], end[more]
+        self.n_ranges = np.bincount(np.concatenate([n for n, _ in jobs]), minlength=first[-1])
+        self.ranges = np.zeros((first[-1], self.n_ranges.max(), 7), np.int64)
+        count = np.zeros(first[-1], np.int64)
+        for numbers, columns in jobs:
+            for column, values in enumerate((*columns, numbers)):
+                self.ranges[numbers, count[numbers], column] = values
+            count[numbers] += 1
 
     def check_unchanged(self) -> None:
         for file in self.files:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +21,12 @@ from flashmoe.memory import free_memory
 from flashmoe.reading.range_reader import RangeReader
 from flashmoe.residency import warm_start
 from flashmoe.residency.at_once import AtOnce
+from flashmoe.residency.at_once_work import DECIDING, TOTAL, WAIT
+from flashmoe.residency.place_work import BYTES, MOST_BYTES
 from flashmoe.trace import Trace
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llama.decoder import Decoder
 
 # The program has its caches and buffers by then; some are not touched yet.
 RESERVE_BYTES = 256 << 20
@@ -55,10 +63,11 @@ class LlamaEngine(Engine):
             whole_events=True,
         )
         self._recorder: Recorder | None = None
-        self.at_once = AtOnce(self.residency, experts, reader)
+        self.decoder: Decoder | None = None  # once somebody can arm it
+        self.at_once = AtOnce(self.residency, reader)
 
     def _budget_bytes(self, memory: int | str) -> int:
-        return self._places_bytes(memory, self.at_once.filled.bytes)
+        return self._places_bytes(memory, int(self.at_once.places.sizes[BYTES]))
 
     def _places_bytes(self, memory: int | str, present_bytes: int) -> int:
         """What is left of `memory` for whole places: the pages at their ends stay filled.
@@ -76,8 +85,17 @@ class LlamaEngine(Engine):
 
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
-        warm_start.restore(self.residency, path)
-        self.at_once.take_restored()
+        with self._by_python():
+            warm_start.restore(self.residency, path)
+            self.at_once.take_restored()
+
+    @contextmanager
+    def _by_python(self) -> Iterator[None]:
+        """What is changed within, machine code learns of when it is armed anew."""
+        with self.lock:
+            if self.decoder:
+                self.decoder.disarm()
+            yield
 
     def note(self, layer: int, rows: np.ndarray) -> None:
         """An event begins: `rows` [tokens, top_k] are what the layer chose.
@@ -88,11 +106,32 @@ class LlamaEngine(Engine):
         if layer == 0:  # what is read later is checked when it was
             self.experts.check_unchanged()
         if self._recorder:
+            self._record_log()
             self._recorder.note(layer, rows)
+
+    def _record_log(self) -> None:
+        """Record the events that no Python has seen yet."""
+        if self.decoder and self._recorder:
+            self.decoder.log(True)
+            for layer, *choice in self.decoder.take_log().tolist():
+                self._recorder.note(layer, np.array([choice]))
+
+    def end(self, layer: int, answer: int) -> None:
+        """What machine code left of an event (see `decode_event.decode`).
+
+        Raises FlashMoEError or OSError where the layer cannot be computed.
+        """
+        with self.lock:
+            self.experts.check_unchanged()
+            self.at_once.settle(layer, answer)
 
     def record(self) -> Recorder:
         """Record which experts are chosen, from now on and from nothing."""
-        self._recorder = Recorder(self.manifest)
+        with self.lock:
+            self._recorder = Recorder(self.manifest)
+            if self.decoder:
+                self.decoder.log(True)
+                self.decoder.take_log()
         return self._recorder
 
     def trace(self, **info: object) -> Trace:
@@ -102,6 +141,8 @@ class LlamaEngine(Engine):
         """
         if self._recorder is None:
             raise FlashMoEError("no trace: call record() before what is to be recorded")
+        with self.lock:
+            self._record_log()
         stats = self.snapshot()
         counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
         counts |= {"requests": stats.requests, "hits": stats.hits}
@@ -112,25 +153,40 @@ class LlamaEngine(Engine):
 
         What is not of experts stays until the model itself is gone.
         """
-        with self.lock:
+        with self._by_python():
             super().close()
             for file in self.experts.files:
                 file.drop_experts()
 
     def resize(self, memory: int | str) -> None:
-        super().resize(memory)
-        self.at_once.trim()
+        with self._by_python():
+            super().resize(memory)
+            self.at_once.trim()
 
     def reset(self) -> None:
-        super().reset()
-        self.at_once.trim()
+        with self._by_python():
+            super().reset()
+            self.at_once.trim()
+
+    def go_on(self, *, in_child: bool) -> None:
+        if in_child and self.decoder:  # its threads are started by Python
+            self.decoder.disarm()
+        super().go_on(in_child=in_child)
 
     def snapshot(self) -> Stats:
         """resident_bytes: what is in memory, be it resident or a prompt's, or guessed."""
         with self.lock:
-            filled = self.at_once.filled
+            places, seconds = self.at_once.places, self.at_once.whole.seconds
             return replace(
                 super().snapshot(),
-                resident_bytes=filled.bytes,
-                peak_resident_bytes=filled.most_bytes,
+                wait_seconds=float(seconds[WAIT]),
+                experts_seconds=float(seconds[TOTAL]),
+                policy_seconds=float(seconds[DECIDING]),
+                resident_bytes=int(places.sizes[BYTES]),
+                peak_resident_bytes=int(places.sizes[MOST_BYTES]),
             )
+
+    def reset_counts(self) -> None:
+        with self.lock:
+            super().reset_counts()
+            self.at_once.whole.seconds.fill(0)

@@ -110,6 +110,10 @@ class GGML:
         finally:
             lib.ggml_free(context)
 
+    def address_of(self, name: str) -> int:
+        """Where one of its functions lies."""
+        return ctypes.cast(getattr(self.library, name), c_void_p).value or 0
+
     def name_of(self, tensor: int) -> str:
         return ctypes.string_at(tensor + self.layout.name).decode(errors="replace")
 

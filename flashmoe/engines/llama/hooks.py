@@ -18,25 +18,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from flashmoe.engines.llama.ggml import GGML
+from flashmoe.policies.parts.by_address import call, pointer
+from flashmoe.residency.at_once_work import READY
 
 _MOST_FILES = 1024  # parts of split models
-ON, FAILED, CHECKING, PYTHON, ASIDE = 0, 1, 2, 3, 4  # positions in `Switches`
+# Positions in `Switches`. DECODE: the address of `decode_event.decode`, 0 without; TABLE: its
+# first argument; ANSWER: what it gave for the event of which Python is told next.
+ON, FAILED, CHECKING, PYTHON, ASIDE, DECODE, TABLE, ANSWER = range(8)
 _DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
 _CHOICE = tuple(b"ffn_moe_topk-")
+_MOST_NAME = 20  # bytes of a choice's name, which has 64
 _REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
 _STATUS_BYTES = 256  # more than any `struct stat` has
 
 _Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _Prepare = CFUNCTYPE(c_void_p, c_int, use_errno=True)
 _Decide = CFUNCTYPE(None)
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.uint64), generate
 
 
 @intrinsic
@@ -63,7 +60,7 @@ class Hooks:
             What it gives ctypes.set_errno, the caller of mmap finds in errno.
         decide: called when a model is about to be loaded, to set ASIDE where it needs no cache.
         """
-        self.switches = np.zeros(5, np.int64)
+        self.switches = np.zeros(8, np.int64)
         self.switches[[ON, PYTHON]] = 1
         self._files = np.zeros((_MOST_FILES, 4), np.uint64)
         self._count = np.zeros(1, np.int64)
@@ -129,12 +126,12 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
 
     @numba.njit
     def switches():
-        return numba.carray(_pointer(switches_at), (5,), np.int64)
+        return numba.carray(pointer(switches_at), (8,), np.int64)
 
     @numba.njit
     def files():
-        count = numba.carray(_pointer(count_at), (1,), np.int64)[0]
-        return numba.carray(_pointer(files_at), (_MOST_FILES, 4), np.uint64)[:count]
+        count = numba.carray(pointer(count_at), (1,), np.int64)[0]
+        return numba.carray(pointer(files_at), (_MOST_FILES, 4), np.uint64)[:count]
 
     @numba.njit
     def is_ours(pointer):
@@ -149,13 +146,24 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         state = switches()
         if state[ON] == 0:
             return not ask
-        if not ask or state[CHECKING] != 0:
+        if state[CHECKING] != 0:
             return python_observe(tensor, ask, user)
-        name = numba.carray(_pointer(_address(tensor) + name_at), (len(_CHOICE),), np.uint8)
-        for i in range(len(_CHOICE)):  # noqa: SIM110
+        name = numba.carray(pointer(_address(tensor) + name_at), (_MOST_NAME,), np.uint8)
+        for i in range(len(_CHOICE)):
             if name[i] != _CHOICE[i]:
-                return False
-        return True
+                return False if ask else python_observe(tensor, ask, user)
+        if ask:
+            return True
+        state[ANSWER] = 0
+        if state[DECODE] != 0:
+            number, i = 0, len(_CHOICE)
+            while i < _MOST_NAME and 48 <= name[i] <= 57:
+                number = 10 * number + name[i] - 48
+                i += 1
+            state[ANSWER] = call(state[DECODE], (state[TABLE], number, _address(tensor)))
+            if state[ANSWER] == READY:
+                return True
+        return python_observe(tensor, ask, user)
 
     callback_at = np.uint64(observed.address or 0)
     functions["observed"] = observed
@@ -163,11 +171,11 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
     @numba.cfunc(void(void, types.uint64, types.int32, types.int32, types.int32, types.int64))
     def map_ours(address, length, protection, flags, descriptor, offset):
         if descriptor >= 0 and protection == 1 and offset == 0 and switches()[ASIDE] == 0:
-            status = numba.carray(_pointer(status_at), (2,), np.uint64)
-            if status_of(descriptor, _pointer(status_at)) == 0:
+            status = numba.carray(pointer(status_at), (2,), np.uint64)
+            if status_of(descriptor, pointer(status_at)) == 0:
                 for row in files():
                     if row[_DEVICE] == status[0] and row[_INODE] == status[1]:
-                        return _pointer(row[_BASE])
+                        return pointer(row[_BASE])
             if switches()[PYTHON] != 0:
                 ours = python_prepare(descriptor)
                 if _address(ours) != np.uint64(0):
@@ -187,7 +195,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         if switches()[ASIDE] != 0:
             set_callback(scheduler, function, user)
         else:
-            set_callback(scheduler, _pointer(callback_at), _pointer(np.uint64(0)))
+            set_callback(scheduler, pointer(callback_at), pointer(np.uint64(0)))
 
     @numba.cfunc(types.int32(void, void))
     def compute_or_fail(scheduler, graph):
@@ -216,7 +224,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
                 python_decide()
             if switches()[ASIDE] != 0:
                 return ask_registry(registry, name)
-            return _pointer(np.uint64(0))
+            return pointer(np.uint64(0))
 
         functions["ggml_backend_reg_get_proc_address"] = no_repacking
     hooks._originals = (map_file, unmap, lock, status_of, set_callback, compute)  # type: ignore[attr-defined]

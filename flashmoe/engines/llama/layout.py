@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from flashmoe.engines.llama.expert_tensors import ExpertTensor, GGUFContents
 from flashmoe.engines.llama.model_file import inner_pages, outer_pages
@@ -13,6 +15,8 @@ from flashmoe.residency import budget
 from flashmoe.store.manifest import LayerSpec, Manifest, TensorSpec
 from flashmoe.util.sizes import format_bytes, parse_bytes
 
+Index = Any  # an int, or an int64 array of them
+
 
 class PlacedTensor(NamedTuple):
     """A tensor of experts, and which of the model's files it lies in."""
@@ -20,7 +24,7 @@ class PlacedTensor(NamedTuple):
     file: int
     tensor: ExpertTensor
 
-    def outer(self, expert: int) -> tuple[int, int]:
+    def outer(self, expert: Index) -> tuple[Index, Index]:
         """The pages that hold any of an expert's bytes, within its tensor's whole pages.
 
         The pages at a tensor's ends were read with the dense part.
@@ -30,9 +34,9 @@ class PlacedTensor(NamedTuple):
         start, end = outer_pages(
             tensor.offset_bytes + expert * tensor.expert_bytes, tensor.expert_bytes
         )
-        return max(first, start), min(last, end)
+        return np.maximum(first, start), np.minimum(last, end)
 
-    def inner(self, expert: int) -> tuple[int, int]:
+    def inner(self, expert: Index) -> tuple[Index, Index]:
         """The pages that hold this expert's bytes alone."""
         offset = self.tensor.offset_bytes + expert * self.tensor.expert_bytes
         return inner_pages(offset, self.tensor.expert_bytes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.compiled import kernel
+from flashmoe.policies.parts.compiled import helper, kernel
 
 # Only so many of a prompt's last tokens vote, because more would change no guess.
 _VOTING_TOKENS = 64
@@ -43,7 +43,7 @@ class Lookahead:
         self._is_ours = is_ours
         self._routers: dict[int, _Router | None] = {}  # by layer; None: it cannot be asked
         self._scales: dict[int, np.ndarray] = {}  # by layer: from its norm to that above
-        self._rank: Any = kernel(_rank, Policy)
+        self._rank: Any = kernel(rank, Policy)
 
     @property
     def layers(self) -> int:
@@ -77,12 +77,32 @@ class Lookahead:
         for _ in range(below.steps):
             product = ggml.source_of(product, 0)
         rows = ggml.float_rows(ggml.source_of(product, 1), _VOTING_TOKENS)
-        if layer not in self._scales:
-            self._scales[layer] = above.norm / below.norm
-        scale = self._scales[layer]
+        scale = self._scale(layer, below, above)
         experts = self._rank(above.weights, rows, scale, above.bias, above.share_bias, top_k)
         likely: list[int] = experts.tolist()
         return likely
+
+    def _scale(self, layer: int, below: _Router, above: _Router) -> np.ndarray:
+        if layer not in self._scales:
+            self._scales[layer] = above.norm / below.norm
+        return self._scales[layer]
+
+    def has_learnt(self, n_layers: int) -> bool:
+        """Every layer's graph was looked at."""
+        return len(self._routers) == n_layers
+
+    def tabulate(self, rows: np.ndarray) -> None:
+        """Write where each layer's router lies to `rows` [layers, 7] int64 (see `decode_event`).
+
+        Zeros where a layer cannot be asked. The last layer has no scale.
+        """
+        for layer, row in enumerate(rows):
+            if router := self._routers.get(layer):
+                above = self._routers.get(layer + 1)
+                scale = self._scale(layer, router, above) if above else router.norm
+                arrays = router.weights, scale, router.bias, router.share_bias
+                row[:4] = [_address(array) for array in arrays]
+                row[4:] = *router.weights.shape, router.steps
 
     def _find_product(self, choice: int) -> tuple[int, list[int]]:
         """The product of a layer's router with its input, and what is added on the way; 0: none."""
@@ -120,7 +140,12 @@ class Lookahead:
         return _Router(weights, norm, bias, share_bias, len(added))
 
 
-def _rank(weights, rows, scale, bias, share_bias, top_k):
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0]) if array.size else 0
+
+
+@helper
+def rank(weights, rows, scale, bias, share_bias, top_k):
     """The experts that `rows` vote for, most votes first.
 
     One row gives each expert its rank for votes; of several, each gives one to each of its top_k.

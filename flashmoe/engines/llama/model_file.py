@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flashmoe.disk.direct_io import drop_page_cache, open_direct
 from flashmoe.engines.llama.expert_tensors import ExpertTensor
@@ -99,11 +102,14 @@ class ModelFile:
         if not self.direct:
             drop_page_cache(self._descriptor, start, length)
 
-    def job(self, start: int, end: int) -> tuple[int, ...]:
-        """What a thread needs to do as `read` does (see `range_work`)."""
+    def job(self, start: np.ndarray, end: np.ndarray) -> list[Any]:
+        """What a thread needs to do as `read` does, of several ranges at once.
+
+        All columns of a job but its ticket (see `range_work`).
+        """
         length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
-        needed = min(end, self.size_bytes) - start
-        return self._descriptor, start, self.base + start, length, needed, not self.direct
+        needed = np.minimum(end, self.size_bytes) - start
+        return [self._descriptor, start, self.base + start, length, needed, not self.direct]
 
     def drop(self, start: int, end: int) -> None:
         """Give back the memory of these pages; they read as zeros from now on."""
@@ -122,6 +128,11 @@ class ModelFile:
             _libc.munmap(self.base, self.size_bytes)
             self.base = 0
 
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """Descriptor, bytes, and nanoseconds of the last change when it was opened."""
+        return self._descriptor, *self._state
+
     def check_unchanged(self) -> None:
         """Raises OSError when the file is another one than when it was opened."""
         if self._identity() != self._state:
@@ -138,11 +149,11 @@ class ModelFile:
             self._descriptor = -1
 
 
-def outer_pages(offset: int, size: int) -> tuple[int, int]:
+def outer_pages(offset: Any, size: int) -> tuple[Any, Any]:
     """The pages that hold any of these bytes: from, to."""
     return offset // PAGE_BYTES * PAGE_BYTES, -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
 
 
-def inner_pages(offset: int, size: int) -> tuple[int, int]:
+def inner_pages(offset: Any, size: int) -> tuple[Any, Any]:
     """The pages that hold only these bytes: from, to; none where to <= from."""
     return -(-offset // PAGE_BYTES) * PAGE_BYTES, (offset + size) // PAGE_BYTES * PAGE_BYTES

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ os.register_at_fork(
     after_in_child=_compiling.release,
 )
 # The sources of every policy's compiled code, relative to the package.
-SHARED_SOURCES = ("events.py", "cache/expert_cache.py", "policies/base.py", "policies/parts/*.py")
+SHARED_SOURCES = ("events.py", "cache/serving.py", "policies/base.py", "policies/parts/*.py")
 helper = register_jitable  # marks a function that policies may call, compiled or not
 
 
@@ -106,11 +106,22 @@ def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., An
     A function that takes no policy is compiled for `Policy` itself.
     """
     compiled: Any = numba.njit(nogil=True)(function)
+    save_code(compiled, function, policy_class)
+    return compiled
+
+
+def save_code(
+    compiled: Any, function: Callable[..., Any], policy_class: type, also: Sequence[Path] = ()
+) -> None:
+    """Keep what `compiled` compiles of `function` on disk, for as long as its sources stay.
+
+    Those are policy_class's, and `also`.
+    """
     config: Any = numba.config
     with _compiling:
         numba_folder = config.CACHE_DIR
         try:
-            name = f"{policy_class.__name__}-{_digest(policy_class)}"
+            name = f"{policy_class.__name__}-{_digest(policy_class, also)}"
             folder = cache_folder() / "compiled" / name
             folder.mkdir(parents=True, exist_ok=True)
             config.CACHE_DIR = str(folder)
@@ -119,7 +130,6 @@ def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., An
             logger.debug("compiled anew in every process: %s", error)
         finally:
             config.CACHE_DIR = numba_folder
-    return compiled
 
 
 def cache_folder() -> Path:
@@ -145,9 +155,9 @@ def sources(policy_class: type) -> list[Path]:
     return sorted(files)
 
 
-def _digest(policy_class: type) -> str:
+def _digest(policy_class: type, also: Sequence[Path]) -> str:
     """Of a policy's sources and of what compiles them, so that an edited policy compiles anew."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {os.uname().machine}".encode())
-    for source in sources(policy_class):
+    for source in [*sources(policy_class), *also]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmoe.cache.expert_cache import LONG_CHOICES
+from flashmoe.cache.serving import LONG_CHOICES
 from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_output
 from flashmoe.engines.transformers.experts.precision import Example, Precision, find_precision
 from flashmoe.quant import Parameters

@@ -1,0 +1,68 @@
+"""What guesses of a layer's experts were worth, and so whether the next one is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashmoe.policies.parts.compiled import helper
+
+# Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
+# guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).
+RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
+RIGHT, CALLS, USED, WASTED, WASTED_BYTES = range(5)  # positions in a record, float64
+
+
+@helper
+def is_worth_a_call(record):
+    """Shall a layer be guessed? Each question counts as a call."""
+    record[CALLS] += 1
+    return record[RIGHT] >= RIGHT_ENOUGH or record[CALLS] % PROBE_EVERY == 0
+
+
+@helper
+def add_right(record):
+    """A miss was needed that a guess had begun to read."""
+    record[USED] += 1
+    record[RIGHT] += (1 - record[RIGHT]) / RECENT_GUESSES
+
+
+@helper
+def add_wrong(record, bytes_read):
+    """A guess had been begun in vain."""
+    record[WASTED] += 1
+    record[WASTED_BYTES] += bytes_read
+    record[RIGHT] -= record[RIGHT] / RECENT_GUESSES
+
+
+class GuessRecord:
+    """The counts of one model's guesses, in an array that machine code writes to as well."""
+
+    def __init__(self) -> None:
+        self.array = np.zeros(5)
+        self.array[RIGHT] = 1  # the recent share of guesses begun that were needed
+
+    def is_worth_a_call(self) -> bool:
+        return bool(is_worth_a_call(self.array))
+
+    def add_right(self) -> None:
+        add_right(self.array)
+
+    def add_wrong(self, bytes_read: int) -> None:
+        add_wrong(self.array, bytes_read)
+
+    @property
+    def used(self) -> int:
+        """Misses that a guess had begun to read."""
+        return int(self.array[USED])
+
+    @property
+    def wasted(self) -> int:
+        """Guesses begun in vain."""
+        return int(self.array[WASTED])
+
+    @property
+    def wasted_bytes(self) -> int:
+        return int(self.array[WASTED_BYTES])
+
+    def reset_counts(self) -> None:
+        self.array[[USED, WASTED, WASTED_BYTES]] = 0

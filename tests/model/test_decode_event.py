@@ -1,0 +1,217 @@
+"""Single tokens without Python: the same residency, bytes, record and errors as by Python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placed_memory import EXPERTS, EXTENT_BYTES, LAYERS, TOP_K, Memory
+
+from flashmoe.engines.llama.decode_event import CHANGED, PYTHON
+from flashmoe.engines.llama.decoder import Decoder
+from flashmoe.engines.llama.engine import LlamaEngine
+from flashmoe.errors import FlashMoEError
+from flashmoe.residency import prefetch
+from flashmoe.residency.at_once_work import FAILED, READY
+
+_GET = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+SHAPE, SOURCES, DATA = 0, 4, 6  # words of a tensor here
+
+
+@_GET
+def tensor_get(tensor: int, memory: int, offset: int, size: int) -> None:
+    data = ctypes.c_int64.from_address(tensor + 8 * DATA).value
+    ctypes.memmove(memory, data + offset, size)
+
+
+class Tensors:
+    """Stands for a graph: a choice, the product that it comes of, and that one's input."""
+
+    layout = SimpleNamespace(shape=8 * SHAPE, sources=8 * SOURCES)
+    most_width = EXPERTS
+
+    def __init__(self) -> None:
+        self.words = np.zeros((3, 7), np.int64)
+        self.ids = np.zeros(TOP_K, np.int32)
+        self.hidden = np.zeros(EXPERTS, np.float32)
+        choice, product, hidden = (row.ctypes.data for row in self.words)
+        self.words[0, SHAPE : SHAPE + 4] = TOP_K, 1, 1, 1
+        self.words[0, SOURCES], self.words[1, SOURCES + 1] = product, hidden
+        self.words[0, DATA] = self.ids.ctypes.data
+        self.words[2, DATA] = self.hidden.ctypes.data
+        self.choice = choice
+        self.router = np.eye(EXPERTS, dtype=np.float32)  # the input is the scores
+        self.scale = np.ones(EXPERTS, np.float32)
+        self.bias = np.zeros(EXPERTS, np.float32)
+
+    def address_of(self, name: str) -> int:
+        return ctypes.cast(tensor_get, ctypes.c_void_p).value
+
+    def tabulate(self, rows: np.ndarray) -> None:
+        rows[:, :3] = [a.ctypes.data for a in (self.router, self.scale, self.bias)]
+        rows[:, 4:] = EXPERTS, EXPERTS, 1
+
+    def set(self, chosen: np.ndarray, likely: np.ndarray) -> None:
+        self.ids[:] = chosen
+        self.hidden[:] = 0
+        self.hidden[likely] = np.arange(len(likely), 0, -1)
+
+
+class Run:
+    """An engine, of which `decode` serves single tokens."""
+
+    def __init__(self, memory: Memory, extents: int, policy: str, *, record: bool = False) -> None:
+        self.memory = memory
+        memory.numbers = list(range(LAYERS))
+        self.engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
+        self.recorder = self.engine.record() if record else None
+        self.tensors = Tensors()
+        self.engine.decoder = Decoder(self.engine, self.tensors, self.tensors)
+        self.engine.residency.reader.queue.start_threads()
+        self.engine.decoder.log(record)
+        self.engine.decoder.arm()
+
+    def decode(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> int:
+        decoder = self.engine.decoder
+        self.tensors.set(chosen, likely)
+        return decoder.code(decoder.words.ctypes.data, layer, self.tensors.choice)
+
+    def serve(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> None:
+        """As `Attachment` does."""
+        answer = self.decode(layer, chosen, likely)
+        if answer not in (READY, PYTHON):
+            self.engine.end(layer, answer)
+        elif answer == PYTHON:
+            self.engine.note(layer, chosen[None])
+            self.engine.at_once.make_ready(layer, chosen[None], likely.tolist)
+
+
+@pytest.fixture(autouse=True)
+def small_experts_are_guessed(monkeypatch):
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
+
+
+def choices(seed: int, tokens: int) -> np.ndarray:
+    """[layers, tokens, top_k]."""
+    return np.random.default_rng(seed).random((LAYERS, tokens, EXPERTS)).argsort(2)[..., :TOP_K]
+
+
+steps = st.lists(  # of each step: how many tokens, a seed for what they choose, and wrong guesses
+    st.tuples(st.sampled_from([1, 1, 1, 5]), st.integers(0, 2**32 - 1), st.booleans()), max_size=12
+)
+budgets = st.integers(EXPERTS, EXPERTS * LAYERS + 2)  # in extents
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps, budgets, st.sampled_from(["lru", "learned"]))
+def test_it_does_what_python_does(steps, extents, policy):
+    run = Run(Memory(), extents, policy, record=True)
+    other = LlamaEngine(Memory(), extents * EXTENT_BYTES, policy)
+    other.record()
+    try:
+        for tokens, seed, wrong in steps:
+            choice = choices(seed, tokens)
+            for layer, rows in enumerate(choice):
+                likely = np.unique(choice[min(layer + 1, LAYERS - 1)])
+                likely = (likely + 1) % EXPERTS if wrong else likely
+                if tokens > 1:
+                    run.engine.note(layer, rows)
+                    run.engine.at_once.make_ready(layer, rows, likely.tolist)
+                else:
+                    assert run.decode(layer, rows[0], likely) == READY
+                other.note(layer, rows)
+                other.at_once.make_ready(layer, rows, likely.tolist)
+                for expert in np.unique(rows).tolist():
+                    assert run.memory.content[layer, expert] == (layer, expert)
+                assert len(run.memory.content) <= extents
+                assert run.engine.snapshot().hits == other.snapshot().hits
+                for ours, others in zip(
+                    run.engine.residency.pools.caches, other.residency.pools.caches, strict=True
+                ):
+                    assert ours.resident == others.resident
+        if steps:
+            ours, others = run.engine.trace(), other.trace()
+            assert np.array_equal(ours.experts, others.experts)
+            assert np.array_equal(ours.step, others.step)
+    finally:
+        other.close()
+        run.engine.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.sets(st.integers(0, 23), max_size=3)),
+                max_size=8), budgets)  # fmt: skip
+def test_whatever_fails_to_be_read_nothing_wrong_is_computed(steps, extents):
+    run = Run(Memory(), extents, "lru")
+    try:
+        for seed, broken in steps:
+            run.memory.broken = {divmod(number, EXPERTS) for number in broken}
+            choice = choices(seed, 1)[:, 0]
+            for layer, chosen in enumerate(choice):
+                likely = choice[min(layer + 1, LAYERS - 1)]
+                try:
+                    run.serve(layer, chosen, likely)
+                except FlashMoEError:
+                    break
+                for expert in chosen.tolist():
+                    assert run.memory.content[layer, expert] == (layer, expert)
+                assert len(run.memory.content) <= extents
+    finally:
+        run.engine.close()
+
+
+def test_a_failed_read_is_told_and_the_next_one_comes():
+    run = Run(Memory(), EXPERTS * LAYERS, "lru")
+    run.memory.broken = {(0, 3)}
+    chosen = np.array([3, 4])
+    assert run.decode(0, chosen, chosen) == FAILED
+    with pytest.raises(FlashMoEError, match="expert 3 of 0"):
+        run.engine.end(0, FAILED)
+    assert (0, 3) not in run.memory.content
+    run.memory.broken = set()
+    assert run.decode(0, chosen, chosen) == READY
+    assert {(0, 3), (0, 4)} <= set(run.memory.content)
+    run.engine.close()
+
+
+def test_what_is_unusual_is_left_to_python():
+    run = Run(Memory(), EXPERTS * LAYERS, "lru")
+    chosen = np.array([3, 4])
+    run.tensors.words[0, SHAPE + 1] = 2
+    assert run.decode(0, chosen, chosen) == PYTHON  # two tokens
+    run.tensors.words[0, SHAPE + 1] = 1
+    for unusual in ([3, 3], [3, EXPERTS], [-1, 3]):
+        assert run.decode(0, np.array(unusual), chosen) == PYTHON
+    assert run.decode(LAYERS, chosen, chosen) == PYTHON  # a layer that is not ours
+    with run.engine.lock:  # somebody changes the engine
+        assert run.decode(0, chosen, chosen) == PYTHON
+    assert run.engine.snapshot().requests == 0
+    run.engine.resize(EXPERTS * EXTENT_BYTES)
+    assert run.decode(0, chosen, chosen) == PYTHON  # until it is armed anew
+    run.engine.decoder.arm()
+    assert run.decode(0, chosen, chosen) == READY
+    run.engine.close()
+    assert run.decode(0, chosen, chosen) == PYTHON
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    memory = Memory()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    descriptor = os.open(path, os.O_RDONLY)
+    status = os.fstat(descriptor)
+    identity = descriptor, status.st_size, status.st_mtime_ns
+    memory.files = [SimpleNamespace(identity=identity, drop_experts=lambda: None)]
+    run = Run(memory, EXPERTS * LAYERS, "lru")
+    chosen = np.array([3, 4])
+    assert run.decode(0, chosen, chosen) == READY
+    path.write_bytes(b"another")
+    assert run.decode(1, np.array([0, 1]), chosen) == CHANGED  # after a read
+    assert run.decode(0, chosen, chosen) == PYTHON  # which asks for the file too
+    run.engine.close()
+    os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Experts of a tiny model in a file, and a program's memory with a place for each."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe.reading.range_reader import PlacedExperts
+from flashmoe.reading.range_work import read_through
+from flashmoe.store.manifest import LayerSpec, Manifest
+
+EXTENT_BYTES, EXPERTS, LAYERS, TOP_K = 4096, 8, 3, 2
+
+
+class Memory(PlacedExperts):
+    """Whoever closes it gives reading back to pread."""
+
+    remedy = "none"
+    path = Path("memory")
+    direct = False
+
+    def __init__(self) -> None:
+        layers = tuple(LayerSpec(f"{n}", EXPERTS, 0, EXTENT_BYTES, ()) for n in range(LAYERS))
+        self.manifest = Manifest("", "", TOP_K, "", "", 0, layers)
+        count = LAYERS * EXPERTS
+        memory = mmap.mmap(-1, count * EXTENT_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.places = np.frombuffer(memory, np.uint8).reshape(LAYERS, EXPERTS, EXTENT_BYTES)
+        self.descriptor = os.memfd_create("experts")
+        for number in range(count):
+            os.write(self.descriptor, bytes([number + 1]) * EXTENT_BYTES)
+        self.edge_bytes, self.files = 0, []
+        self.broken: set[tuple[int, int]] = set()
+        offsets = np.arange(count) * EXTENT_BYTES
+        start = offsets + self.places.ctypes.data
+        self.pages = np.stack([start, start + EXTENT_BYTES], 1)[:, None]
+        self.n_ranges = np.ones(count, np.int64)
+        self.ranges = np.empty((count, 1, 7), np.int64)
+        columns = self.descriptor, offsets, start, EXTENT_BYTES, EXTENT_BYTES, 1, np.arange(count)
+        for column, values in enumerate(columns):
+            self.ranges[:, 0, column] = values
+        read_through(self._read)
+
+    def _read(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if divmod(offset // EXTENT_BYTES, EXPERTS) in self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(descriptor, buffers, offset)
+
+    @property
+    def content(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Of each place, whose bytes lie in it, if anyone's."""
+        found = {}
+        for layer, expert in np.ndindex(LAYERS, EXPERTS):
+            if self.places[layer, expert].any():
+                (number,) = np.unique(self.places[layer, expert])
+                found[layer, expert] = divmod(int(number) - 1, EXPERTS)
+        return found
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        read_through(None)
