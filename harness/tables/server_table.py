@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from harness.tables import full_scale
 
 CAPS = (0.5, 0.75)  # shares of the file
 PROMPT_TOKENS, NEW_TOKENS = 160, 48
+REPEATED_SECONDS = 90  # a run that took longer is not repeated in later rounds
 Run = dict[str, Any]
 
 
@@ -88,6 +90,8 @@ def measure(
 ) -> list[Run]:
     """Every system at every cap and at none, in turn, `rounds` times; the drive asked before each.
 
+    What takes minutes runs once: a row says how many rounds it had.
+
     program: llama-server, beside which the build's other programs lie. traces: the folder where
         runs under a cap below the file's size are recorded: a run that is recorded does not stand
         aside where all fits, so others would not be the user's own.
@@ -97,6 +101,7 @@ def measure(
     prompt = tuple(range(FIRST_TOKEN, FIRST_TOKEN + prompt_tokens))
     threads = os.cpu_count() or 1
     runs = []
+    slow: set[tuple[str, float | None]] = set()
     for number in range(rounds):
         for share in (*caps, None):
             cap_bytes = int(share * size) if share else None
@@ -105,10 +110,15 @@ def measure(
                 program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes, recorded
             )
             for system in systems:
+                if (system.name, share) in slow:
+                    continue
                 say(f"round {number + 1} of {rounds}: {system.name}, cap {share or 'none'}")
                 drive = _drive(model, expert_bytes) if share else None
                 drop_all()
+                started = time.perf_counter()
                 outcome = _run(system, work)
+                if time.perf_counter() - started > REPEATED_SECONDS:
+                    slow.add((system.name, share))
                 say(f"{outcome['outcome']}, {outcome.get('tokens_per_second')} token/s")
                 about = {"cap_share": share, "cap_bytes": cap_bytes, "system": system.name}
                 runs.append(about | {"drive_bytes_per_second": drive} | outcome)
