@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.reading.range_reader import PlacedExperts
 from flashmoe.reading.range_work import read_through
 from flashmoe.store.manifest import LayerSpec, Manifest
@@ -33,6 +34,7 @@ class Memory(PlacedExperts):
         for number in range(count):
             os.write(self.descriptor, bytes([number + 1]) * EXTENT_BYTES)
         self.edge_bytes, self.files = 0, []
+        self.changed = False
         self.broken: set[tuple[int, int]] = set()
         offsets = np.arange(count) * EXTENT_BYTES
         start = offsets + self.places.ctypes.data
@@ -49,6 +51,15 @@ class Memory(PlacedExperts):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, buffers, offset)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """The expert's own bytes are in its place."""
+        return bool((self.places[layer, expert] == layer * EXPERTS + expert + 1).all())
+
+    def settled_content(self, engine: LlamaEngine) -> dict[tuple[int, int], tuple[int, int]]:
+        """`content`, once no read is under way."""
+        engine.residency.reader.queue.settle()
+        return self.content
+
     @property
     def content(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Of each place, whose bytes lie in it, if anyone's."""
@@ -60,7 +71,8 @@ class Memory(PlacedExperts):
         return found
 
     def check_unchanged(self) -> None:
-        pass
+        if self.changed:
+            raise OSError("the file changed")
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -25,6 +25,7 @@ from flashmoe.residency.at_once_work import (
     N_LEAVING,
     N_LIKELY,
     N_NEEDED,
+    READS,
     READY,
     SPOILT,
     TOTAL,
@@ -103,27 +104,28 @@ class AtOnce:
                 if likely and residency.prefetcher.pays:
                     self._guess(layer, likely)
                 answer = self._step(FINISH, layer)
-            self.settle(layer, answer)
+            self.end(layer, answer)
             self.whole.seconds[TOTAL] += perf_counter() - started
 
-    def settle(self, layer: int, answer: int) -> None:
+    def end(self, layer: int, answer: int) -> None:
         """What is left to be done of an event for which `work` gave such an answer.
 
-        Raises FlashMoEError where the layer cannot be computed.
+        Raises FlashMoEError where the layer cannot be computed, OSError where the file changed.
         """
         if answer == SPOILT:
             self._forget_spoilt()
             answer = self._step(FINISH, layer)
-        if answer == READY:
-            return
         needed = self.whole.needed[: self.whole.counts[N_NEEDED]]
-        first = int(self.places.first[layer])
+        experts = (needed - self.places.first[layer]).tolist()
+        if answer == READY:
+            self._check_unchanged(layer, experts)
+            return
         self.places.marks[needed] &= ~np.uint8(NEEDED)
         errors = {}
-        for number in needed.tolist():
+        for number, expert in zip(needed.tolist(), experts, strict=True):
             self._reader.queue.wait(number)
             if self.places.marks[number] & FILLED:
-                errors[number - first] = self._reader.error_of(layer, number - first)
+                errors[expert] = self._reader.error_of(layer, expert)
         failed = {expert: error for expert, error in errors.items() if error}
         self._forget(layer, failed)
         self._forget_spoilt()
@@ -133,6 +135,15 @@ class AtOnce:
             f"{self._reader.backend.path}: a read ahead failed, beside experts that MoE layer "
             f"{layer} needs now"
         )
+
+    def _check_unchanged(self, layer: int, experts: list[int]) -> None:
+        """After reads: whether the file was another one by then."""
+        if self.whole.counts[READS]:
+            try:
+                self._reader.backend.check_unchanged()
+            except OSError:
+                self._forget(layer, experts)
+                raise
 
     def _step(self, step: int, layer: int, decision: np.ndarray | None = None) -> int:
         address = 0 if decision is None else decision.ctypes.data

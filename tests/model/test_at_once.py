@@ -43,8 +43,8 @@ def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
                 likely = generator.permutation(EXPERTS) if wrong else np.unique(above)
                 engine.at_once.make_ready(layer, rows, likely.tolist)
                 for expert in np.unique(rows).tolist():
-                    assert memory.content[layer, expert] == (layer, expert)
-                assert len(memory.content) <= extents
+                    assert memory.holds(layer, expert)
+                assert len(memory.settled_content(engine)) <= extents
                 list(caches[layer].waves(routing.event(layer, rows, None, 0, EXPERTS)))
         assert engine.snapshot().hits == sum(cache.hits for cache in caches)
         assert engine.snapshot().resident_bytes <= engine.snapshot().memory_bytes
@@ -64,10 +64,10 @@ def test_what_was_lent_is_read_again_after_a_resize(steps, before, after):
             choice = np.random.default_rng(seed).random((LAYERS, tokens, EXPERTS)).argsort(2)
             for layer, rows in enumerate(choice[:, :, :TOP_K]):
                 engine.at_once.make_ready(layer, rows)
-                assert set(memory.content) >= {(layer, expert) for expert in rows.ravel().tolist()}
+                assert all(memory.holds(layer, expert) for expert in rows.ravel().tolist())
             if number % 2 == 0:
                 engine.resize(after * EXTENT_BYTES)
-                assert len(memory.content) <= after
+                assert len(memory.settled_content(engine)) <= after
                 before, after = after, before
     finally:
         engine.close()
@@ -85,4 +85,19 @@ def test_what_could_not_be_read_is_neither_resident_nor_filled():
     memory.broken = set()
     engine.at_once.make_ready(1, rows)
     assert {(1, 3), (1, 4)} <= set(memory.content)
+    engine.close()
+
+
+def test_what_was_read_of_a_changed_file_is_forgotten():
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.changed = True
+    with pytest.raises(OSError, match="changed"):
+        engine.at_once.make_ready(0, np.array([[3, 4]]))
+    assert memory.content == {}
+    memory.changed = False
+    engine.at_once.make_ready(0, np.array([[3, 4]]))
+    assert set(memory.content) == {(0, 3), (0, 4)}
+    memory.changed = True
+    engine.at_once.make_ready(0, np.array([[3, 4]]))  # nothing is read
     engine.close()

@@ -127,8 +127,8 @@ def test_it_does_what_python_does(steps, extents, policy):
                 other.note(layer, rows)
                 other.at_once.make_ready(layer, rows, likely.tolist)
                 for expert in np.unique(rows).tolist():
-                    assert run.memory.content[layer, expert] == (layer, expert)
-                assert len(run.memory.content) <= extents
+                    assert run.memory.holds(layer, expert)
+                assert len(run.memory.settled_content(run.engine)) <= extents
                 assert run.engine.snapshot().hits == other.snapshot().hits
                 for ours, others in zip(
                     run.engine.residency.pools.caches, other.residency.pools.caches, strict=True
@@ -159,8 +159,8 @@ def test_whatever_fails_to_be_read_nothing_wrong_is_computed(steps, extents):
                 except FlashMoEError:
                     break
                 for expert in chosen.tolist():
-                    assert run.memory.content[layer, expert] == (layer, expert)
-                assert len(run.memory.content) <= extents
+                    assert run.memory.holds(layer, expert)
+                assert len(run.memory.settled_content(run.engine)) <= extents
     finally:
         run.engine.close()
 
@@ -211,7 +211,11 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     chosen = np.array([3, 4])
     assert run.decode(0, chosen, chosen) == READY
     path.write_bytes(b"another")
+    memory.changed = True
     assert run.decode(1, np.array([0, 1]), chosen) == CHANGED  # after a read
+    with pytest.raises(OSError, match="changed"):
+        run.engine.end(1, CHANGED)
+    assert not {(1, 0), (1, 1)} & set(memory.settled_content(run.engine))
     assert run.decode(0, chosen, chosen) == PYTHON  # which asks for the file too
     run.engine.close()
     os.close(descriptor)

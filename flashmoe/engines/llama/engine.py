@@ -14,6 +14,7 @@ from flashmoe.engines.base import Engine
 from flashmoe.engines.llama import layout
 from flashmoe.engines.llama.arena import PlacedArena
 from flashmoe.engines.llama.backend import GGUFExperts
+from flashmoe.engines.llama.decode_event import CHANGED
 from flashmoe.engines.llama.recorder import Recorder
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
@@ -21,7 +22,7 @@ from flashmoe.memory import free_memory
 from flashmoe.reading.range_reader import RangeReader
 from flashmoe.residency import warm_start
 from flashmoe.residency.at_once import AtOnce
-from flashmoe.residency.at_once_work import DECIDING, TOTAL, WAIT
+from flashmoe.residency.at_once_work import DECIDING, READY, TOTAL, WAIT
 from flashmoe.residency.place_work import BYTES, MOST_BYTES
 from flashmoe.trace import Trace
 
@@ -122,8 +123,7 @@ class LlamaEngine(Engine):
         Raises FlashMoEError or OSError where the layer cannot be computed.
         """
         with self.lock:
-            self.experts.check_unchanged()
-            self.at_once.settle(layer, answer)
+            self.at_once.end(layer, READY if answer == CHANGED else answer)
 
     def record(self) -> Recorder:
         """Record which experts are chosen, from now on and from nothing."""
