@@ -69,11 +69,11 @@ class Run:
         self.memory = memory
         memory.numbers = list(range(LAYERS))
         self.engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
-        self.recorder = self.engine.record() if record else None
+        if record:
+            self.engine.record()
         self.tensors = Tensors()
-        self.engine.decoder = Decoder(self.engine, self.tensors, self.tensors)
+        self.engine.use(Decoder(self.engine, self.tensors, self.tensors))
         self.engine.residency.reader.queue.start_threads()
-        self.engine.decoder.log(record)
         self.engine.decoder.arm()
 
     def decode(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> int:

@@ -245,12 +245,12 @@ class Attachment:
             return
         with engine.lock:
             if engine.decoder is None:
-                engine.decoder = Decoder(engine, self.ggml, self.lookahead)
-                engine.decoder.log(self.record)
+                decoder = Decoder(engine, self.ggml, self.lookahead)
+                engine.use(decoder)
+                self.hooks.switches[TABLE] = decoder.words.ctypes.data
+                self.hooks.switches[DECODE] = decoder.code.address
             if not engine.decoder.armed:
                 engine.decoder.arm()
-                decode = engine.decoder.code.address, engine.decoder.words.ctypes.data
-                self.hooks.switches[[DECODE, TABLE]] = decode
 
     def start(self, beside_bytes: int = 0) -> None:
         """Make the engine: at the first event, or when the program has all its memory.

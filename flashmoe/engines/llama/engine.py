@@ -110,10 +110,14 @@ class LlamaEngine(Engine):
             self._record_log()
             self._recorder.note(layer, rows)
 
+    def use(self, decoder: Decoder) -> None:
+        """Let machine code serve single tokens whenever it is armed. Not without the lock."""
+        self.decoder = decoder
+        decoder.log(self._recorder is not None)
+
     def _record_log(self) -> None:
         """Record the events that no Python has seen yet."""
         if self.decoder and self._recorder:
-            self.decoder.log(True)
             for layer, *choice in self.decoder.take_log().tolist():
                 self._recorder.note(layer, np.array([choice]))
 
