@@ -22,7 +22,7 @@ LEFT, BYTES, FAILURE = range(3)  # columns of a ticket; FAILURE: an errno, or EN
 ENDED = -1  # the file ends too early
 # Positions in `Queue.state`; rings are read at HEAD and written at TAIL.
 RUNNING, GUESSING, CLOSED, HEAD, TAIL, GUESS_HEAD, GUESS_TAIL, READ_BYTES = range(8)
-EACH, BUSY, BUSY_SINCE = range(3)  # positions in `Queue.times`, seconds
+EACH, BUSY, BUSY_SINCE, GUESS_LIMIT = range(4)  # positions in `Queue.times`, seconds
 _GUESSES_AT_ONCE = 4
 _LOCK, _WORK, _DONE = 0, 64, 128  # offsets in `Queue.sync`: a mutex, two conditions
 _REALTIME, _MONOTONIC = 0, 1  # clocks
@@ -91,7 +91,7 @@ class Queue(NamedTuple):
 
     sync: np.ndarray  # [192] uint8
     state: np.ndarray  # [8] int64
-    times: np.ndarray  # [3] float64
+    times: np.ndarray  # [4] float64
     demands: np.ndarray  # [capacity, 7] int64, a ring of jobs
     guesses: np.ndarray  # [capacity, 7] int64, a ring of jobs
     tickets: np.ndarray  # [tickets, 3] int64
@@ -102,7 +102,7 @@ class Queue(NamedTuple):
         return cls(
             np.zeros(192, np.uint8),
             np.zeros(8, np.int64),
-            np.zeros(3),
+            np.array([0, 0, 0, GUESS_SECONDS]),
             np.zeros((capacity, 7), np.int64),
             np.zeros((capacity, 7), np.int64),
             np.zeros((tickets, 3), np.int64),
@@ -113,6 +113,7 @@ class Queue(NamedTuple):
         """As empty as at first, at the same addresses."""
         for array in self[: Queue._fields.index("instead")]:
             array.fill(0)
+        self.times[GUESS_LIMIT] = GUESS_SECONDS
 
 
 @helper
@@ -155,7 +156,7 @@ def _may_guess(queue):
     if state[GUESS_HEAD] == state[GUESS_TAIL] or state[GUESSING] != state[RUNNING]:
         return False
     seconds = state[GUESSING] * queue.times[EACH]
-    return state[GUESSING] < _GUESSES_AT_ONCE and seconds < GUESS_SECONDS
+    return state[GUESSING] < _GUESSES_AT_ONCE and seconds < queue.times[GUESS_LIMIT]
 
 
 @helper

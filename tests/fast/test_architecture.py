@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from source_tree import imports, modules, names_from, within
 
 from flashmoe import policies
+from flashmoe.policies.base import Policy
 from flashmoe.policies.parts import compiled
 
 # Top to bottom. A folder, or a file beside the folders, imports only from those below it.
@@ -142,7 +145,7 @@ def test_the_key_of_compiled_code_covers_every_file_with_compiled_code(name):
     policy_class = policies.available()[name]
     covered = set(compiled.sources(policy_class))
     home = "flashmoe.policies.parts.compiled"
-    for module in _reachable(policy_class.__module__) | {"flashmoe.cache.expert_cache"}:
+    for module in _reachable(policy_class.__module__) | {"flashmoe.cache.serving"}:
         if names_from(module, home) & {"helper", "kernel"}:
             assert modules()[module] in covered, module
             for target in set(imports(module)) & modules().keys():
@@ -166,3 +169,15 @@ def test_a_circle_of_folders_would_be_seen():
     assert _circle(chain | {"c": {"a"}}) == ["a", "b", "c", "a"]
     apart = _apart("flashmoe.engines.x.a", "flashmoe.engines.y.b")
     assert apart == ("flashmoe.engines.x", "flashmoe.engines.y")
+
+
+@pytest.mark.parametrize("name", ["residency.at_once_work", "engines.llama.decode_event"])
+def test_so_does_the_key_of_what_is_called_by_its_address(name):
+    """Its own file is numba's to watch."""
+    module = importlib.import_module(f"flashmoe.{name}")
+    covered = {*compiled.sources(Policy), *module.SOURCES}
+    home = "flashmoe.policies.parts.compiled"
+    for target in set(imports(module.__name__)) & modules().keys():
+        constants = {name for name in names_from(module.__name__, target) if name.isupper()}
+        if constants or "helper" in names_from(target, home):
+            assert modules()[target] in covered, target

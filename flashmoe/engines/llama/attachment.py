@@ -244,13 +244,14 @@ class Attachment:
         if self.hooks.switches[CHECKING] or not self.lookahead.has_learnt(len(self._layers)):
             return
         with engine.lock:
-            if engine.decoder is None:
+            decoder = engine.decoder
+            if decoder is None:
                 decoder = Decoder(engine, self.ggml, self.lookahead)
                 engine.use(decoder)
                 self.hooks.switches[TABLE] = decoder.words.ctypes.data
                 self.hooks.switches[DECODE] = decoder.code.address
-            if not engine.decoder.armed:
-                engine.decoder.arm()
+            if not decoder.armed:
+                decoder.arm()
 
     def start(self, beside_bytes: int = 0) -> None:
         """Make the engine: at the first event, or when the program has all its memory.

@@ -41,12 +41,12 @@ from flashmoe.residency.routing import Routing
 # What `decode` answers beside `at_once_work`'s: Python shall do it all, or a file changed.
 PYTHON, CHANGED = 64, 65
 ARMED, LOGS, LOGGED, GUESSES = range(4)  # positions in `Decoding.state`
-SHAPE, SOURCES = range(2)  # positions in `Decoding.offsets`
+SHAPE, INPUTS = range(2)  # positions in `Decoding.offsets`
 # Columns of `Decoding.routers`: addresses, sizes, and how far a choice is from its scores.
 WEIGHTS, SCALE, BIAS, SHARE_BIAS, N_EXPERTS, WIDTH, STEPS = range(7)
 _LOG_EVENTS = 4096
 _SIZE, _SECONDS, _NANOSECONDS = 6, 11, 12  # words of `struct stat` on 64-bit Linux
-_SOURCES = (Path(__file__), Path(lookahead.__file__), *at_once_work.SOURCES)
+SOURCES = (Path(__file__), Path(lookahead.__file__), *at_once_work.SOURCES)
 
 _try_lock = types.ExternalFunction("pthread_mutex_trylock", types.int32(types.int64))
 _unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.int64))
@@ -113,7 +113,7 @@ class Decoding(NamedTuple):
 
 def compiled(decoding: Decoding) -> Any:
     """Machine code of `decode`, for any such state."""
-    return machine_code(decode, decoding, Policy, 2, also=_SOURCES)
+    return machine_code(decode, decoding, Policy, 2, also=SOURCES)
 
 
 def rehearse() -> None:
@@ -244,8 +244,8 @@ def _guess(s, layer, tensor):
     router, whole = s.routers[layer + 1], s.whole
     product = tensor
     for _ in range(s.routers[layer, STEPS]):
-        product = numba.carray(pointer(product + s.offsets[SOURCES]), (1,), np.int64)[0]
-    input = numba.carray(pointer(product + s.offsets[SOURCES]), (2,), np.int64)[1]
+        product = numba.carray(pointer(product + s.offsets[INPUTS]), (1,), np.int64)[0]
+    input = numba.carray(pointer(product + s.offsets[INPUTS]), (2,), np.int64)[1]
     width, n_experts = router[WIDTH], router[N_EXPERTS]
     hidden = np.empty((1, width), np.float32)
     call(s.tensor_get, (input, hidden.ctypes.data, 0, 4 * width))
