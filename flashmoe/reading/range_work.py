@@ -110,8 +110,8 @@ class Queue(NamedTuple):
         )
 
     def start_over(self) -> None:
-        """As empty as at first, at the same addresses."""
-        for array in self[: Queue._fields.index("instead")]:
+        """Without jobs, at the same addresses; what became of earlier reads stays known."""
+        for array in (self.sync, self.state, self.times, self.demands, self.guesses):
             array.fill(0)
         self.times[GUESS_LIMIT] = GUESS_SECONDS
 
@@ -285,6 +285,8 @@ def is_done(queue, number, seconds):
 def end(queue):
     _lock(_at(queue, _LOCK))
     queue.state[CLOSED] = 1
+    for position in range(queue.state[GUESS_HEAD], queue.state[GUESS_TAIL]):
+        queue.tickets[queue.guesses[position % len(queue.guesses), TICKET], LEFT] -= 1
     queue.state[GUESS_HEAD] = queue.state[GUESS_TAIL]
     _broadcast(_at(queue, _WORK))
     _unlock(_at(queue, _LOCK))

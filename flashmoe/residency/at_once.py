@@ -15,7 +15,7 @@ from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.by_address import words_of
 from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.range_reader import RangeReader
-from flashmoe.reading.range_work import FAILURE
+from flashmoe.reading.range_work import BYTES, FAILURE
 from flashmoe.residency import at_once_work, place_work
 from flashmoe.residency.at_once_work import (
     BEGIN,
@@ -25,6 +25,7 @@ from flashmoe.residency.at_once_work import (
     N_LEAVING,
     N_LIKELY,
     N_NEEDED,
+    NOTE,
     READS,
     READY,
     SPOILT,
@@ -62,7 +63,6 @@ class AtOnce:
         self.words = words_of(self.whole)
         self.work = at_once_work.compiled(self.whole)
         self._empty: Any = kernel(place_work.empty, Policy)
-        self._note: Any = kernel(at_once_work.note_residents, Policy)
         self.use_caches()
 
     def use_caches(self) -> None:
@@ -75,7 +75,7 @@ class AtOnce:
             slot_of = cache.residency.slot_of
             row[:] = first, len(slot_of), cache.n_slots, slot_of.__array_interface__["data"][0]
             if layer == pool.first_layer:
-                self._note(self.whole, layer)
+                self._step(NOTE, layer)
         cache = pools.all[0].cache
         event = Event.of_rows(np.zeros((1, self.residency.manifest.top_k), np.int64))
         self._decide = decide(cache.decision(event), type(cache.policy))
@@ -96,15 +96,17 @@ class AtOnce:
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
             self._list(layer, (event.keys - first_key).tolist(), self.whole.needed, N_NEEDED)
             decision = words_of(pool.cache.decision(event))
-            answer = self._step(BEGIN, layer, decision)
-            if answer == SPOILT:
-                self._forget_spoilt()
-                answer = self._step(BEGIN, layer, decision)
-            if answer == READY:
-                if likely and residency.prefetcher.pays:
-                    self._guess(layer, likely)
-                answer = self._step(FINISH, layer)
-            self.end(layer, answer)
+            try:
+                while (answer := self._step(BEGIN, layer, decision)) == SPOILT:
+                    self._forget_spoilt()
+                if answer == READY:
+                    if likely and residency.prefetcher.pays:
+                        self._guess(layer, likely)
+                    answer = self._step(FINISH, layer)
+                self.end(layer, answer)
+            except BaseException:  # a failed read, Ctrl-C, or a guess that raised
+                self._give_up(layer)
+                raise
             self.whole.seconds[TOTAL] += perf_counter() - started
 
     def end(self, layer: int, answer: int) -> None:
@@ -115,34 +117,42 @@ class AtOnce:
         if answer == SPOILT:
             self._forget_spoilt()
             answer = self._step(FINISH, layer)
-        needed = self.whole.needed[: self.whole.counts[N_NEEDED]]
-        experts = (needed - self.places.first[layer]).tolist()
         if answer == READY:
-            self._check_unchanged(layer, experts)
+            self._check_unchanged(layer)
             return
-        self.places.marks[needed] &= ~np.uint8(NEEDED)
-        errors = {}
-        for number, expert in zip(needed.tolist(), experts, strict=True):
-            self._reader.queue.wait(number)
-            if self.places.marks[number] & FILLED:
-                errors[expert] = self._reader.error_of(layer, expert)
-        failed = {expert: error for expert, error in errors.items() if error}
-        self._forget(layer, failed)
-        self._forget_spoilt()
-        for error in failed.values():
+        for error in self._give_up(layer):
             raise error
         raise FlashMoEError(
             f"{self._reader.backend.path}: a read ahead failed, beside experts that MoE layer "
             f"{layer} needs now"
         )
 
-    def _check_unchanged(self, layer: int, experts: list[int]) -> None:
+    def _give_up(self, layer: int) -> list[BaseException]:
+        """Wait for what the event at hand reads; forget what failed, and say why."""
+        failed = {}
+        for number, expert in self._needed(layer):
+            self.places.marks[number] &= ~np.uint8(NEEDED)
+            self._reader.queue.wait(number)
+            error = self._reader.error_of(layer, expert)
+            if error and self.places.marks[number] & FILLED:
+                failed[expert] = error
+        self._forget(layer, failed)
+        self._forget_spoilt()
+        return list(failed.values())
+
+    def _needed(self, layer: int) -> list[tuple[int, int]]:
+        """What the event at hand needs: numbers through all layers, and within this one."""
+        needed = self.whole.needed[: self.whole.counts[N_NEEDED]]
+        within = needed - self.places.first[layer]
+        return list(zip(needed.tolist(), within.tolist(), strict=True))
+
+    def _check_unchanged(self, layer: int) -> None:
         """After reads: whether the file was another one by then."""
         if self.whole.counts[READS]:
             try:
                 self._reader.backend.check_unchanged()
             except OSError:
-                self._forget(layer, experts)
+                self._forget(layer, [expert for _, expert in self._needed(layer)])
                 raise
 
     def _step(self, step: int, layer: int, decision: np.ndarray | None = None) -> int:
@@ -168,7 +178,7 @@ class AtOnce:
             self._step(GUESS, layer)
 
     def _forget_spoilt(self) -> None:
-        """Wrong guesses that failed: empty their places."""
+        """Empty places of wrong guesses that have ended, and what failed ones have spoilt."""
         counts, first = self.whole.counts, self.places.first
         leaving = self.whole.leaving[: counts[N_LEAVING]].tolist()
         kept = []
@@ -179,6 +189,8 @@ class AtOnce:
             self.places.marks[number] &= ~np.uint8(LEAVING)
             layer = int(np.searchsorted(first, number, "right")) - 1
             self._empty(self.places, layer, number)
+            if bytes_read := int(self._reader.queue.tickets[number, BYTES]):
+                self.residency.prefetcher.record.add_wrong(bytes_read)
             if self._reader.queue.tickets[number, FAILURE]:
                 self._forget(layer, [number - int(first[layer])])
         self.whole.leaving[: len(kept)] = kept
@@ -189,10 +201,13 @@ class AtOnce:
         pool = self.residency.pools.of(layer)
         spoilt = {expert + step for expert in experts for step in (-1, 0, 1)}
         for expert in sorted(spoilt.intersection(range(pool.n_experts))):
-            self._empty(self.places, layer, int(self.places.first[layer]) + expert)
+            number = int(self.places.first[layer]) + expert
+            self._reader.queue.cancel(number)  # a guess of a neighbour may be on its way
+            self._reader.queue.wait(number)
+            self._empty(self.places, layer, number)
             if pool.slot_of(layer)[expert] >= 0:
                 pool.cache.forget(pool.first_key(layer) + expert)
-        self._note(self.whole, layer)
+        self._step(NOTE, layer)
 
     def take_restored(self) -> None:
         """Every resident was just read into its place."""

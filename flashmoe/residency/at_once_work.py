@@ -38,7 +38,7 @@ from flashmoe.residency.place_work import (
 
 _MODULES = guess_record, place_work, range_work
 SOURCES = (Path(__file__), *(Path(str(module.__file__)) for module in _MODULES))
-BEGIN, GUESS, FINISH = range(3)  # what `work` is asked for
+BEGIN, GUESS, FINISH, NOTE = range(4)  # what `work` is asked for
 # What it answers. SPOILT: a wrong guess failed, which may have spoilt its neighbours' pages.
 READY, SPOILT, FAILED, NO_ROOM = range(4)
 N_NEEDED, N_LIKELY, N_GUESSED, N_LEAVING, READS = range(5)  # positions in `Whole.counts`
@@ -110,6 +110,9 @@ def work(at, step, layer, decision):
     if step == GUESS:
         _guess(whole, layer)
         return READY
+    if step == NOTE:
+        _note_residents(whole, layer)
+        return READY
     return _finish(whole, layer)
 
 
@@ -127,7 +130,7 @@ def _begin(whole, layer, decision):
     clock = np.zeros(2, np.int64)
     started = seconds_now(clock)
     call(whole.decide[0], (decision,))
-    note_residents(whole, layer)
+    _note_residents(whole, layer)
     whole.seconds[DECIDING] += seconds_now(clock) - started
     # what is missing still takes what the cache gave up, or in a prompt what others lend
     if not _start_reads(whole, layer, True):
@@ -140,7 +143,7 @@ def _begin(whole, layer, decision):
 
 
 @helper
-def note_residents(whole, layer):
+def _note_residents(whole, layer):
     """Mark whom the cache that serves `layer` now counts as resident."""
     first, n_keys = whole.pools[layer, FIRST], whole.pools[layer, N_KEYS]
     slot_of = numba.carray(pointer(whole.pools[layer, SLOT_OF]), (n_keys,), np.int64)
@@ -255,10 +258,9 @@ def _finish(whole, layer):
     started = seconds_now(clock)
     answer = READY
     for number in needed:
-        if counts[READS]:
-            _settle(whole, number)
-            if tickets[number, FAILURE] and marks[number] & FILLED:
-                answer = FAILED
+        _settle(whole, number)
+        if tickets[number, FAILURE] and marks[number] & FILLED:
+            answer = FAILED
         marks[number] &= ~np.uint8(NEEDED)
     whole.seconds[WAIT] += seconds_now(clock) - started
     if answer == FAILED:

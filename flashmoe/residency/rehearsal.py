@@ -48,7 +48,6 @@ def compile_events() -> Whole:
     ranges, n_ranges = np.zeros((1, 1, 7), np.int64), np.zeros(1, np.int64)
     whole = Whole.empty(places, RangeQueue(1, 1, 1).shared, ranges, n_ranges, GuessRecord().array)
     at_once_work.compiled(whole)
-    kernel(at_once_work.note_residents, Policy)(whole, 0)
     for function in (place_work.take, place_work.empty):
         kernel(function, Policy)(places, 0, 0)
     return whole

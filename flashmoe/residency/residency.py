@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +46,8 @@ class Residency:
         """Raises FlashMoEError as `Pools` does; the reader stays open then."""
         self.reader = reader
         self.manifest = reader.manifest
-        self.lock = NativeLock()
+        # machine code serves whole events too
+        self.lock: Any = NativeLock() if whole_events else threading.RLock()
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+import os
 
 import numpy as np
 
+_RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE on Linux
 _libc = ctypes.CDLL(None)
-for _name in ("pthread_mutex_lock", "pthread_mutex_unlock"):
-    getattr(_libc, _name).argtypes = [ctypes.c_void_p]
+for _name in ("lock", "unlock", "init"):
+    getattr(_libc, f"pthread_mutex_{_name}").argtypes = [ctypes.c_void_p]
+_libc.pthread_mutex_init.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_libc.pthread_mutexattr_settype.argtypes = [ctypes.c_void_p, ctypes.c_int]
+_libc.pthread_mutexattr_init.argtypes = [ctypes.c_void_p]
 
 
 class NativeLock:
-    """As threading.RLock; machine code takes the mutex at `address`, once at a time."""
+    """As threading.RLock; its mutex lies at `address`."""
 
     def __init__(self) -> None:
-        self._mutex = np.zeros(8, np.int64)  # as PTHREAD_MUTEX_INITIALIZER
+        self._mutex = np.zeros(16, np.int64)  # more than any pthread_mutex_t has
         self.address: int = self._mutex.__array_interface__["data"][0]
-        self._lock = threading.RLock()
-        self._depth = 0
+        self._set_up()
+
+    def _set_up(self) -> None:
+        attributes = (ctypes.c_char * 64)()
+        _libc.pthread_mutexattr_init(attributes)
+        _libc.pthread_mutexattr_settype(attributes, _RECURSIVE)
+        _libc.pthread_mutex_init(self.address, attributes)
+        self._process = os.getpid()
 
     def acquire(self) -> None:
-        self._lock.acquire()
-        if self._depth == 0:
-            _libc.pthread_mutex_lock(self.address)
-        self._depth += 1
+        _libc.pthread_mutex_lock(self.address)
 
     def release(self) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        if os.getpid() == self._process:
             _libc.pthread_mutex_unlock(self.address)
-        self._lock.release()
+        else:  # a forked child, of which the mutex knows no owner
+            self._set_up()
 
     def __enter__(self) -> None:
         self.acquire()

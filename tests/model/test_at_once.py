@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from placed_memory import EXPERTS, EXTENT_BYTES, LAYERS, TOP_K, Memory
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.errors import FlashMoEError
-from flashmoe.residency import prefetch
+from flashmoe.residency import prefetch, warm_start
 from flashmoe.residency.routing import Routing
 
 
@@ -100,4 +102,52 @@ def test_what_was_read_of_a_changed_file_is_forgotten():
     assert set(memory.content) == {(0, 3), (0, 4)}
     memory.changed = True
     engine.at_once.make_ready(0, np.array([[3, 4]]))  # nothing is read
+    engine.close()
+
+
+def test_a_guess_that_raises_leaves_nothing_unread():
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.broken = {(0, 3)}
+
+    def likely() -> list[int]:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        engine.at_once.make_ready(0, np.array([[3, 4]]), likely)
+    assert set(memory.content) == set()
+    memory.broken = set()
+    engine.at_once.make_ready(0, np.array([[3, 4]]))
+    assert memory.holds(0, 3) and memory.holds(0, 4)
+    engine.close()
+
+
+def test_a_warm_start_that_cannot_be_read_is_a_cold_one(tmp_path):
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    engine.at_once.make_ready(0, np.array([[3, 4]]))
+    warm_start.save(engine.residency, tmp_path / "warm.npz")
+    engine.close()
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.broken = {(0, 3)}
+    with pytest.raises(FlashMoEError, match="expert 3 of 0"):
+        engine.restore(tmp_path / "warm.npz")
+    memory.broken = set()
+    engine.at_once.make_ready(0, np.array([[3, 4]]))
+    assert memory.holds(0, 3) and memory.holds(0, 4)
+    engine.close()
+
+
+def test_a_failure_is_known_in_a_forked_child():
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.broken = {(1, 3)}
+    engine.at_once.make_ready(0, np.array([[0, 1]]), lambda: [3])
+    child = os.fork()
+    if child == 0:
+        with pytest.raises(FlashMoEError, match="expert 3 of 1"):
+            engine.at_once.make_ready(1, np.array([[3, 4]]))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     engine.close()

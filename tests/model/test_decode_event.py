@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,8 +189,10 @@ def test_what_is_unusual_is_left_to_python():
     for unusual in ([3, 3], [3, EXPERTS], [-1, 3]):
         assert run.decode(0, np.array(unusual), chosen) == PYTHON
     assert run.decode(LAYERS, chosen, chosen) == PYTHON  # a layer that is not ours
-    with run.engine.lock:  # somebody changes the engine
+    with ThreadPoolExecutor(1) as thread:  # somebody changes the engine
+        thread.submit(run.engine.lock.acquire).result()
         assert run.decode(0, chosen, chosen) == PYTHON
+        thread.submit(run.engine.lock.release).result()
     assert run.engine.snapshot().requests == 0
     run.engine.resize(EXPERTS * EXTENT_BYTES)
     assert run.decode(0, chosen, chosen) == PYTHON  # until it is armed anew
@@ -219,3 +222,25 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     assert run.decode(0, chosen, chosen) == PYTHON  # which asks for the file too
     run.engine.close()
     os.close(descriptor)
+
+
+def test_each_sequence_has_its_own_tokens_in_the_record():
+    run = Run(Memory(), EXPERTS * LAYERS, "lru", record=True)
+    for length in (2, 3):
+        run.engine.next_sequence()
+        for token in range(length):
+            for layer, chosen in enumerate(choices(token, 1)[:, 0]):
+                assert run.decode(layer, chosen, chosen) == READY
+    assert run.engine.trace().sequence.tolist() == [0, 0, 1, 1, 1]
+    run.engine.close()
+
+
+def test_a_reset_begins_with_nothing():
+    run = Run(Memory(), EXPERTS * LAYERS, "lru")
+    assert run.decode(0, np.array([3, 4]), np.array([5])) == READY
+    assert run.engine.snapshot().experts_seconds > 0
+    run.engine.reset()
+    stats = run.engine.snapshot()
+    assert stats.experts_seconds == stats.wait_seconds == stats.policy_seconds == 0
+    assert stats.resident_bytes == stats.peak_resident_bytes == stats.requests == 0
+    run.engine.close()

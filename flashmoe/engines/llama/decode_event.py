@@ -181,7 +181,7 @@ def _serve(s, layer, tensor):
     whole = s.whole
     _tell(s, layer)
     answer = call(s.work, (s.whole_words, BEGIN, layer, s.decisions[layer]))
-    if answer == SPOILT:  # nothing has happened yet
+    if answer == SPOILT:  # nothing that Python will not do again
         s.state[LOGGED] -= s.state[LOGS]
         return PYTHON
     if answer == READY:
@@ -228,9 +228,9 @@ def _shall_guess(s, layer):
     above, places = layer + 1, s.whole.places
     if not s.state[GUESSES] or above == len(s.routers):
         return False
-    if not s.routers[layer, WEIGHTS] or not s.routers[above, WEIGHTS]:
-        return False
     if not is_worth_a_call(s.whole.record):
+        return False
+    if not s.routers[layer, WEIGHTS] or not s.routers[above, WEIGHTS]:
         return False
     for number in range(places.first[above], places.first[above + 1]):
         if not places.marks[number] & FILLED:

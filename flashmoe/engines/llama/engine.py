@@ -87,7 +87,13 @@ class LlamaEngine(Engine):
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
         with self._by_python():
-            warm_start.restore(self.residency, path)
+            try:
+                warm_start.restore(self.residency, path)
+            except BaseException:  # it starts cold then
+                self.at_once.trim()
+                for file in self.experts.files:
+                    file.drop_experts()
+                raise
             self.at_once.take_restored()
 
     @contextmanager
@@ -103,12 +109,20 @@ class LlamaEngine(Engine):
 
         Raises FlashMoEError when the engine was closed, OSError when a file changed.
         """
-        self._check_open()
-        if layer == 0:  # what is read later is checked when it was
-            self.experts.check_unchanged()
-        if self._recorder:
-            self._record_log()
-            self._recorder.note(layer, rows)
+        with self.lock:
+            self._check_open()
+            if layer == 0:  # what is read later is checked when it was
+                self.experts.check_unchanged()
+            if self._recorder:
+                self._record_log()
+                self._recorder.note(layer, rows)
+
+    def next_sequence(self) -> None:
+        """What is recorded from now on belongs to another sequence of the trace."""
+        with self.lock:
+            if self._recorder:
+                self._record_log()
+                self._recorder.next_sequence()
 
     def use(self, decoder: Decoder) -> None:
         """Let machine code serve single tokens whenever it is armed. Not without the lock."""
@@ -171,6 +185,7 @@ class LlamaEngine(Engine):
         with self._by_python():
             super().reset()
             self.at_once.trim()
+            self.reset_counts()
 
     def go_on(self, *, in_child: bool) -> None:
         if in_child and self.decoder:  # its threads are started by Python
@@ -194,3 +209,4 @@ class LlamaEngine(Engine):
         with self.lock:
             super().reset_counts()
             self.at_once.whole.seconds.fill(0)
+            self.at_once.places.sizes[MOST_BYTES] = self.at_once.places.sizes[BYTES]

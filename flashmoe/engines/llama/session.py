@@ -81,9 +81,9 @@ class LlamaSession(Session):
                 "of a GGUF file only the chosen experts are recorded: leave out --probabilities "
                 "and --guesses"
             )
-        recorder = self.engine.record()  # type: ignore[attr-defined]
+        self.engine.record()  # type: ignore[attr-defined]
         for prompt in self.token_ids:
-            recorder.next_sequence()
+            self.engine.next_sequence()  # type: ignore[attr-defined]
             for _ in self._continue(prompt):
                 pass
         trace: Trace = self.engine.trace(**info)  # type: ignore[attr-defined]
