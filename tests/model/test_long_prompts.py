@@ -7,7 +7,7 @@ import torch
 from tiny import eager, prompt, run
 
 from flashmoe.cache import simulate
-from flashmoe.cache.expert_cache import LONG_CHOICES
+from flashmoe.cache.serving import LONG_CHOICES
 from flashmoe.engines.transformers.experts import mixture
 from flashmoe.engines.transformers.recorder import record
 from harness.tables import long_prompts
