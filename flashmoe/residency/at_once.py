@@ -73,7 +73,7 @@ class AtOnce:
             cache = pool.cache
             first = self.places.first[pool.first_layer]
             slot_of = cache.residency.slot_of
-            row[:] = first, len(slot_of), cache.n_slots, slot_of.__array_interface__["data"][0]
+            row[:] = first, len(slot_of), cache.n_slots, slot_of.ctypes.data
             if layer == pool.first_layer:
                 self._step(NOTE, layer)
         cache = pools.all[0].cache

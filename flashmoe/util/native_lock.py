@@ -21,7 +21,7 @@ class NativeLock:
 
     def __init__(self) -> None:
         self._mutex = np.zeros(16, np.int64)  # more than any pthread_mutex_t has
-        self.address: int = self._mutex.__array_interface__["data"][0]
+        self.address: int = self._mutex.ctypes.data
         self._set_up()
 
     def _set_up(self) -> None:

@@ -34,7 +34,6 @@ class Tensors:
     """Stands for a graph: a choice, the product that it comes of, and that one's input."""
 
     layout = SimpleNamespace(shape=8 * SHAPE, sources=8 * SOURCES)
-    most_width = EXPERTS
 
     def __init__(self) -> None:
         self.words = np.zeros((3, 7), np.int64)

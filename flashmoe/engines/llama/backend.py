@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flashmoe.engines.llama.expert_tensors import GGUFContents
-from flashmoe.engines.llama.layout import Layout, PlacedTensor
+from flashmoe.engines.llama.layout import Layout
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.reading.base import PIECE_BYTES
 from flashmoe.reading.range_reader import PlacedExperts
-
-
-class _Part(NamedTuple):
-    """A tensor of experts, and the file that it lies in."""
-
-    file: ModelFile
-    placed: PlacedTensor
 
 
 class GGUFExperts(PlacedExperts):
@@ -37,23 +30,20 @@ class GGUFExperts(PlacedExperts):
         self.direct = all(file.direct for file in self.files)
         layout = Layout(self.path, [contents for _, contents in files])
         self.numbers, self.edge_bytes = layout.numbers, layout.edge_bytes
-        self._parts = [
-            [_Part(self.files[one.file], one) for one in tensors] for tensors in layout.tensors
-        ]
         dense_bytes = sum(file.dense_bytes for file in self.files)
         self.manifest = replace(layout.manifest, dense_bytes=dense_bytes)
+        self._tabulate(layout)
 
-        self._tabulate()
-
-    def _tabulate(self) -> None:
+    def _tabulate(self, layout: Layout) -> None:
         """Every expert's jobs and pages, of all experts of a tensor at once."""
-        kinds = sorted({part.placed.tensor.kind for parts in self._parts for part in parts})
+        kinds = sorted({one.tensor.kind for tensors in layout.tensors for one in tensors})
         first = np.cumsum([0, *(layer.n_experts for layer in self.manifest.layers)])
         jobs: list[tuple[np.ndarray, list[Any]]] = []  # of some experts, one each
         self.pages = np.zeros((first[-1], len(kinds), 2), np.int64)
-        for layer, parts in enumerate(self._parts):
+        for layer, tensors in enumerate(layout.tensors):
             experts = np.arange(first[layer + 1] - first[layer])
-            for file, placed in parts:
+            for placed in tensors:
+                file = self.files[placed.file]
                 start, end = placed.inner(experts)
                 numbers, kind = experts + first[layer], kinds.index(placed.tensor.kind)
                 self.pages[numbers, kind, 0] = file.base + start

@@ -151,7 +151,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         name = numba.carray(pointer(_address(tensor) + name_at), (_MOST_NAME,), np.uint8)
         for i in range(len(_CHOICE)):
             if name[i] != _CHOICE[i]:
-                return False if ask else python_observe(tensor, ask, user)
+                return not ask
         if ask:
             return True
         state[ANSWER] = 0

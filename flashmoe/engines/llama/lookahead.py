@@ -141,7 +141,7 @@ class Lookahead:
 
 
 def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0]) if array.size else 0
+    return array.ctypes.data if array.size else 0
 
 
 @helper
