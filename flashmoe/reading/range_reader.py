@@ -83,8 +83,7 @@ class RangeReader(Reader):
         """The backend is closed with the reader."""
         self.backend = backend
         self.manifest = backend.manifest
-        counts = [layer.n_experts for layer in self.manifest.layers]
-        self._first_ticket = np.cumsum([0, *counts]).tolist()
+        self._first_ticket = self.manifest.first_experts
         self.queue = RangeQueue(readers, self._first_ticket[-1], backend.ranges.shape[1])
 
     @property

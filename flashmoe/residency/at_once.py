@@ -50,13 +50,11 @@ class AtOnce:
     def __init__(self, residency: Residency, reader: RangeReader) -> None:
         self.residency = residency
         self._reader = reader
-        layers = residency.manifest.layers
-        n_experts = [layer.n_experts for layer in layers]
-        self.places = Places.empty(
-            [layer.extent_bytes for layer in layers], n_experts, reader.backend.pages
-        )
+        manifest, backend = residency.manifest, reader.backend
+        extent_bytes = [layer.extent_bytes for layer in manifest.layers]
+        self.places = Places.empty(extent_bytes, manifest.first_experts, backend.pages)
         self.places.sizes[LIMIT_BYTES] = residency.pools.memory_bytes
-        backend, record = reader.backend, residency.prefetcher.record
+        record = residency.prefetcher.record
         self.whole = Whole.empty(
             self.places, reader.queue.shared, backend.ranges, backend.n_ranges, record.array
         )

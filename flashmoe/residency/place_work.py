@@ -39,14 +39,14 @@ class Places(NamedTuple):
     sizes: np.ndarray  # [4] int64
 
     @classmethod
-    def empty(cls, extent_bytes: Sequence[int], n_experts: Sequence[int], pages: np.ndarray):
-        """Of layers with such experts, and so many."""
+    def empty(cls, extent_bytes: Sequence[int], first: Sequence[int], pages: np.ndarray):
+        """Of layers with such experts."""
         return cls(
-            np.cumsum([0, *n_experts], dtype=np.int64),
+            np.array(first, np.int64),
             np.array(extent_bytes, np.int64),
             np.ascontiguousarray(pages, np.int64),
-            np.zeros(sum(n_experts), np.uint8),
-            np.zeros(sum(n_experts), np.int64),
+            np.zeros(first[-1], np.uint8),
+            np.zeros(first[-1], np.int64),
             np.zeros(4, np.int64),
         )
 

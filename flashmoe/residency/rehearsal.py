@@ -44,7 +44,7 @@ def compile_reading() -> None:
 
 def compile_events() -> Whole:
     """What fills places; the result is the state of one that has no experts to fill."""
-    places = Places.empty([1], [1], np.zeros((1, 1, 2)))
+    places = Places.empty([1], [0, 1], np.zeros((1, 1, 2)))
     ranges, n_ranges = np.zeros((1, 1, 7), np.int64), np.zeros(1, np.int64)
     whole = Whole.empty(places, RangeQueue(1, 1, 1).shared, ranges, n_ranges, GuessRecord().array)
     at_once_work.compiled(whole)

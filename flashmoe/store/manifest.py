@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -90,6 +91,11 @@ class Manifest:
     @property
     def experts_bytes(self) -> int:
         return max(layer.end_bytes for layer in self.layers)
+
+    @property
+    def first_experts(self) -> list[int]:
+        """[layers + 1]: each layer's expert 0 where experts are numbered through all layers."""
+        return [0, *itertools.accumulate(layer.n_experts for layer in self.layers)]
 
     def save(self, directory: Path) -> None:
         """Publish the store: an atomic rename, after which the old files are unreferenced.

@@ -37,7 +37,7 @@ class GGUFExperts(PlacedExperts):
     def _tabulate(self, layout: Layout) -> None:
         """Every expert's jobs and pages, of all experts of a tensor at once."""
         kinds = sorted({one.tensor.kind for tensors in layout.tensors for one in tensors})
-        first = np.cumsum([0, *(layer.n_experts for layer in self.manifest.layers)])
+        first = self.manifest.first_experts
         jobs: list[tuple[np.ndarray, list[Any]]] = []  # of some experts, one each
         self.pages = np.zeros((first[-1], len(kinds), 2), np.int64)
         for layer, tensors in enumerate(layout.tensors):
