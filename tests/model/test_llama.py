@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import llama_process
@@ -10,6 +11,8 @@ import pytest
 from flashmoe import trace
 from flashmoe.cache import simulate
 from harness.tiny_gguf import EXPERTS, LAYERS, TOP_K
+from harness.torture.llama_faults import order
+from harness.torture.llama_server import Server
 
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
 
@@ -53,6 +56,18 @@ def test_tokens_and_probabilities_are_llama_cpps_own(gguf_files, plain, family, 
     assert (stats["slots_per_layer"] == EXPERTS) == (slots == "all")
     assert not result["mapped"]
     assert result["layers_to_guess"] == LAYERS
+
+
+def test_a_request_that_comes_before_python_knows_of_the_server_is_answered_right(
+    gguf_files, tmp_path
+):
+    model = gguf_files()
+    late = str(llama_process.TESTS / "llama_late.py")
+    command = [sys.executable, late, str(model), str(model.stat().st_size // 2)]
+    with Server(command, tmp_path / "log") as server:
+        early = server.ask(PROMPTS[0])
+        order(server, "mend")  # is answered once Python knows
+        assert server.ask(PROMPTS[0]) == early
 
 
 def test_slots_of_the_server_give_what_one_gives(gguf_files, plain):

@@ -10,6 +10,7 @@ import xllamacpp
 from flashmoe.engines.llama.attachment import Attachment
 from flashmoe.engines.llama.expert_tensors import parts_of
 from flashmoe.engines.llama.hooks import ON, PYTHON
+from flashmoe.engines.llama.hosts.accept import connections_wait
 from flashmoe.errors import FlashMoEError, reading
 
 
@@ -46,8 +47,9 @@ def serve(
     switches = attachment.hooks.switches
     switches[[ON, PYTHON]] = 0
     try:
-        server = xllamacpp.Server(common)
+        with connections_wait(library):
+            server = xllamacpp.Server(common)
+            switches[[ON, PYTHON]] = any(streams)
     except RuntimeError as error:
         raise FlashMoEError(f"{model} was not loaded ({error}): llama.cpp says above why") from None
-    switches[[ON, PYTHON]] = any(streams)
     return server, attachment
