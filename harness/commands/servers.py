@@ -17,7 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caps", type=amount, nargs="+", help="shares of the file's size")
     parser.add_argument("--rounds", type=count, default=1)
     parser.add_argument("--systems", nargs="+", default=[], help="by the names of a table's rows")
-    parser.add_argument("--quant", default="int4", help="int4: Q4_0, int8: Q8_0, none: bf16")
+    parser.add_argument(
+        "--quant", default="int4", help="as `flashmoe synth --quant`, or int4: Q4_0"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ tokens than dimensions, so that it has an exact solution. Bytes and arithmetic s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,10 +30,20 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class SteeredWeights(RandomWeights):
     """A source for `write_store`. The first token of `trace` is FIRST_TOKEN, and so on."""
 
-    def __init__(self, config: transformers.PretrainedConfig, seed: int, trace: Trace) -> None:
-        """Raises FlashMoEError where the model is not laid out as OLMoE and Qwen3-MoE are."""
+    def __init__(
+        self,
+        config: transformers.PretrainedConfig,
+        seed: int,
+        trace: Trace,
+        stored: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+    ) -> None:
+        """stored: what an engine reads, float32, where embeddings [tokens, width] were written.
+
+        Raises FlashMoEError where the model is not laid out as OLMoE and Qwen3-MoE are.
+        """
         super().__init__(config, seed)
         self.trace = trace
+        self._stored = stored
         names = [name.removesuffix("experts") + "gate.weight" for name in self.experts]
         missing = {_EMBEDDING, _HEAD, *names} - self.model.state_dict().keys()
         if missing:
@@ -43,7 +53,8 @@ class SteeredWeights(RandomWeights):
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         embeddings = next(tensor for name, tensor in super().dense() if name == _EMBEDDING)
-        normalised = embeddings[self._ids].float()  # [tokens, width], as the norms leave it
+        # [tokens, width], as the norms leave it
+        normalised = self._stored(embeddings[self._ids] * EMBEDDING_SCALE)
         normalised /= normalised.square().mean(1, keepdim=True).sqrt()
         inverse = torch.linalg.pinv(normalised)  # [width, tokens]
         for name, tensor in super().dense():

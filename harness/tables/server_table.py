@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ def server_table(
         model = (stores or work) / f"steered-{name}-{scheme}.gguf"
         if not model.exists():
             say(f"writing {name} with random weights and solved routers")
-            partial = model.with_suffix(".partial")
-            gguf_file.write(SteeredWeights(config_of(name), 0, prefix), partial, scheme)
-            partial.rename(model)
+            weights = SteeredWeights(
+                config_of(name), 0, prefix, partial(gguf_file.embeddings_in_file, scheme=scheme)
+            )
+            unfinished = model.with_suffix(".partial")
+            gguf_file.write(weights, unfinished, scheme)
+            unfinished.rename(model)
         runs = measure(model, program, chosen, caps, rounds, work)
         title = full_scale.title_of("servers", name, scheme)
         rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
@@ -126,11 +130,11 @@ def measure(
 
 
 def _run(system: System, work: Work) -> Run:
-    """A rival that refuses the file has that for its outcome; llama.cpp must not fail."""
+    """What refuses the file or the limit has that for its outcome; llama.cpp must not fail."""
     try:
         return system.run(work)
     except FlashMoEError as error:
-        if not system.program:
+        if not (system.program or system.is_ours):
             raise
         return {"outcome": str(error)}
 

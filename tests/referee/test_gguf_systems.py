@@ -6,14 +6,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import gguf_models
 import llama_process
 import pandas as pd
 import pytest
+import torch
 
 from flashmoe import trace
+from flashmoe.errors import FlashMoEError
 from harness import check
 from harness.report import report
-from harness.runs import gguf_systems, upstream_server_tests
+from harness.runs import gguf_file, gguf_systems, upstream_server_tests
 from harness.runs.gguf_systems import big_moe_on_edge
 from harness.runs.gguf_systems.llama_server import OURS, PLAIN
 from harness.tables import server_table
@@ -71,6 +75,34 @@ def test_runs_under_a_cap_below_the_file_are_recorded(gguf_files, tmp_path, monk
     recorded = [work.trace is not None for work in works]
     assert recorded == [True, False, False, False] * 2
     assert len({work.trace for work in works}) == 3
+
+
+def test_who_refuses_a_limit_has_that_for_its_outcome(gguf_files, tmp_path, monkeypatch):
+    def refuse(work):
+        raise FlashMoEError("too little memory")
+
+    monkeypatch.setattr(server_table, "drop_all", lambda: None)
+    ours = gguf_systems.System("ours", refuse, is_ours=True)
+    (run,) = server_table.measure(gguf_files(), Path("p"), [ours], (), 1, tmp_path)
+    assert run["outcome"] == "too little memory"
+    with pytest.raises(FlashMoEError):  # llama.cpp itself must not fail
+        llama = gguf_systems.System("llama.cpp", refuse)
+        server_table.measure(gguf_files(), Path("p"), [llama], (), 1, tmp_path)
+
+
+def test_routers_are_solved_for_the_embeddings_that_the_file_holds(tmp_path):
+    weights = gguf_models.weights("olmoe")
+    gguf_file.write(weights, tmp_path / "m.gguf", "mxfp4_moe")
+    name, embeddings = next(iter(weights.dense()))
+    assert name == "model.embed_tokens.weight"
+    (tensor,) = (
+        tensor
+        for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+        if tensor.name == "token_embd.weight"
+    )
+    held = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    assert torch.equal(held, gguf_file.embeddings_in_file(embeddings, "mxfp4_moe"))
+    assert not torch.equal(held, embeddings.float())
 
 
 @pytest.fixture(scope="module")

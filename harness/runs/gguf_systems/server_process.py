@@ -18,6 +18,7 @@ from harness.runs.gguf_systems import Work
 from harness.runs.memory_cap import memory_cap
 
 START_SECONDS, ANSWER_SECONDS = 120, 600
+_OURS_FAILS = "flashmoe: this request fails: "
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class ServerRun:
 
         To be killed by the limit, or not to be ready in START_SECONDS, is an outcome.
 
-        Raises FlashMoEError with the program's last words when it fails otherwise, or wrote no
-        trace.
+        Raises FlashMoEError when it fails otherwise, with FlashMoE's sentence or the program's
+        last words, or wrote no trace.
         """
         port = llama_client.free_port()
         with memory_cap(self.cap_bytes) as cap:
@@ -72,14 +73,15 @@ class ServerRun:
                     process.kill()
                     _, errors = process.communicate()
             answer["peak_memory_bytes"] = cap.peak_bytes() if cap else None
-        last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
+        said = errors.strip().splitlines() or [f"status {process.returncode}"]
         if answer["outcome"] == "failed":
             if process.returncode == -signal.SIGKILL and self.cap_bytes:
                 return answer | {"outcome": "out of memory"}
-            raise FlashMoEError(f"{self.program.name} failed: {last}")
+            why = next((line for line in said if _OURS_FAILS in line), said[-1])
+            raise FlashMoEError(f"{self.program.name} failed: {why}")
         if answer["outcome"] == "ok" and self.memory and self.trace:
             if not self.trace.exists():
-                raise FlashMoEError(f"{self.program.name} wrote no trace: {last}")
+                raise FlashMoEError(f"{self.program.name} wrote no trace: {said[-1]}")
             answer["trace"] = self.trace
         return answer | _stats(errors)
 
