@@ -9,7 +9,10 @@ from flashmoe.policies.parts.compiled import helper
 # Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
 # guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).
 RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
-RIGHT, CALLS, USED, WASTED, WASTED_BYTES = range(5)  # positions in a record, float64
+# Positions in a record, float64. READS: experts that an event lacked, of late; SECONDS: what asking
+# a router took, of late.
+RIGHT, CALLS, USED, WASTED, WASTED_BYTES, READS, SECONDS = range(7)
+_RECENT_EVENTS = 64
 
 
 @helper
@@ -17,6 +20,25 @@ def is_worth_a_call(record):
     """Shall a layer be guessed? Each question counts as a call."""
     record[CALLS] += 1
     return record[RIGHT] >= RIGHT_ENOUGH or record[CALLS] % PROBE_EVERY == 0
+
+
+@helper
+def saves_time(record, read_seconds):
+    """Does a guess save more time of reading than it takes? One in PROBE_EVERY is made anyway."""
+    saved_seconds = record[READS] * record[RIGHT] * read_seconds
+    return saved_seconds >= record[SECONDS] or record[CALLS] % PROBE_EVERY == 0
+
+
+@helper
+def add_event(record, reads):
+    """So many experts of an event were missing, guessed or not."""
+    record[READS] += (reads - record[READS]) / _RECENT_EVENTS
+
+
+@helper
+def add_guess(record, seconds):
+    """A router was asked for so long."""
+    record[SECONDS] += (seconds - record[SECONDS]) / RECENT_GUESSES
 
 
 @helper
@@ -38,7 +60,7 @@ class GuessRecord:
     """The counts of one model's guesses, in an array that machine code writes to as well."""
 
     def __init__(self) -> None:
-        self.array = np.zeros(5)
+        self.array = np.zeros(7)
         self.array[RIGHT] = 1  # the recent share of guesses begun that were needed
 
     def is_worth_a_call(self) -> bool:

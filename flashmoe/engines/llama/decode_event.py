@@ -20,7 +20,7 @@ from flashmoe.events import LAYERS_BELOW, Event
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.by_address import call, machine_code, pointer, view
 from flashmoe.policies.parts.compiled import helper
-from flashmoe.reading.range_work import seconds_now
+from flashmoe.reading.range_work import EACH, seconds_now
 from flashmoe.residency import at_once_work, rehearsal
 from flashmoe.residency.at_once_work import (
     BEGIN,
@@ -34,7 +34,7 @@ from flashmoe.residency.at_once_work import (
     TOTAL,
     Whole,
 )
-from flashmoe.residency.guess_record import is_worth_a_call
+from flashmoe.residency.guess_record import add_event, add_guess, is_worth_a_call, saves_time
 from flashmoe.residency.place_work import FILLED
 from flashmoe.residency.routing import Routing
 
@@ -186,9 +186,12 @@ def _serve(s, layer, tensor):
         return PYTHON
     if answer == READY:
         if _shall_guess(s, layer):
+            asked = seconds_now(clock)
             _guess(s, layer, tensor)
+            add_guess(whole.record, seconds_now(clock) - asked)
             call(s.work, (s.whole_words, GUESS, layer, 0))
         answer = call(s.work, (s.whole_words, FINISH, layer, 0))
+        add_event(whole.record, whole.counts[READS])
     if answer == READY and whole.counts[READS] and not _unchanged(s):
         answer = CHANGED
     whole.seconds[TOTAL] += seconds_now(clock) - started
@@ -225,10 +228,10 @@ def _tell(s, layer):
 @helper
 def _shall_guess(s, layer):
     """The layer above can be guessed, lacks experts, and guesses are worth it."""
-    above, places = layer + 1, s.whole.places
+    above, places, record = layer + 1, s.whole.places, s.whole.record
     if not s.state[GUESSES] or above == len(s.routers):
         return False
-    if not is_worth_a_call(s.whole.record):
+    if not is_worth_a_call(record) or not saves_time(record, s.whole.queue.times[EACH]):
         return False
     if not s.routers[layer, WEIGHTS] or not s.routers[above, WEIGHTS]:
         return False

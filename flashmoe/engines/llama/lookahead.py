@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 from flashmoe.engines.llama.ggml import GGML
@@ -15,7 +16,6 @@ from flashmoe.policies.parts.compiled import helper, kernel
 # Only so many of a prompt's last tokens vote, because more would change no guess.
 _VOTING_TOKENS = 64
 _STEPS = 8  # from a layer's choice back to the product with its router, at most
-_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,14 @@ def _address(array: np.ndarray) -> int:
     return array.ctypes.data if array.size else 0
 
 
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})  # else it adds one after the other
+def _product(weights, x):
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += weights[i] * x[i]
+    return total
+
+
 @helper
 def rank(weights, rows, scale, bias, share_bias, top_k):
     """The experts that `rows` vote for, most votes first.
@@ -151,7 +159,6 @@ def rank(weights, rows, scale, bias, share_bias, top_k):
     One row gives each expert its rank for votes; of several, each gives one to each of its top_k.
     """
     n_experts, width = weights.shape
-    lanes = np.empty(_LANES, np.float32)
     x = np.empty(width, np.float32)
     scores = np.empty(n_experts, np.float32)
     votes = np.zeros(n_experts, np.int64)
@@ -159,14 +166,7 @@ def rank(weights, rows, scale, bias, share_bias, top_k):
         for i in range(width):
             x[i] = row[i] * scale[i]
         for expert in range(n_experts):
-            lanes[:] = 0
-            for i in range(0, width - _LANES + 1, _LANES):
-                for lane in range(_LANES):
-                    lanes[lane] += weights[expert, i + lane] * x[i + lane]
-            score = lanes.sum()
-            for i in range(width // _LANES * _LANES, width):
-                score += weights[expert, i] * x[i]
-            score += bias[expert]
+            score = _product(weights[expert], x) + bias[expert]
             if len(share_bias):
                 score = 1 / (1 + np.exp(-score)) + share_bias[expert]
             scores[expert] = score
