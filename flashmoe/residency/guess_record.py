@@ -9,9 +9,8 @@ from flashmoe.policies.parts.compiled import helper
 # Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
 # guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).
 RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
-# Positions in a record, float64. READS: experts that an event lacked, of late; SECONDS: what asking
-# a router took, of late.
-RIGHT, CALLS, USED, WASTED, WASTED_BYTES, READS, SECONDS = range(7)
+# Positions in a record, float64. Of late: MISSES of an event, seconds of ASKING a router.
+RIGHT, CALLS, USED, WASTED, WASTED_BYTES, MISSES, ASKING = range(7)
 _RECENT_EVENTS = 64
 
 
@@ -19,26 +18,32 @@ _RECENT_EVENTS = 64
 def is_worth_a_call(record):
     """Shall a layer be guessed? Each question counts as a call."""
     record[CALLS] += 1
-    return record[RIGHT] >= RIGHT_ENOUGH or record[CALLS] % PROBE_EVERY == 0
+    return record[RIGHT] >= RIGHT_ENOUGH or _is_probe(record)
+
+
+@helper
+def _is_probe(record):
+    """One call in PROBE_EVERY is answered whatever guesses were worth."""
+    return record[CALLS] % PROBE_EVERY == 0
 
 
 @helper
 def saves_time(record, read_seconds):
-    """Does a guess save more time of reading than it takes? One in PROBE_EVERY is made anyway."""
-    saved_seconds = record[READS] * record[RIGHT] * read_seconds
-    return saved_seconds >= record[SECONDS] or record[CALLS] % PROBE_EVERY == 0
+    """Does a guess save more time of reading than it takes? The call was counted already."""
+    saved_seconds = record[MISSES] * record[RIGHT] * read_seconds
+    return saved_seconds >= record[ASKING] or _is_probe(record)
 
 
 @helper
-def add_event(record, reads):
+def add_event(record, misses):
     """So many experts of an event were missing, guessed or not."""
-    record[READS] += (reads - record[READS]) / _RECENT_EVENTS
+    record[MISSES] += (misses - record[MISSES]) / _RECENT_EVENTS
 
 
 @helper
 def add_guess(record, seconds):
     """A router was asked for so long."""
-    record[SECONDS] += (seconds - record[SECONDS]) / RECENT_GUESSES
+    record[ASKING] += (seconds - record[ASKING]) / RECENT_GUESSES
 
 
 @helper
