@@ -25,6 +25,7 @@ EMBEDDING_SCALE = 1000.0  # beside some 30 outputs of layers of size 1, in rando
 LOGIT, RANK_STEP = 8.0, 0.5  # of the chosen, by rank; 0 for all others
 NEXT_TOKEN_LOGIT = 20.0  # beside 50,000 of a normal distribution
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROUTERS = "gate.weight", "router.weight"  # beside a block's experts
 
 
 class SteeredWeights(RandomWeights):
@@ -39,13 +40,18 @@ class SteeredWeights(RandomWeights):
     ) -> None:
         """stored: what an engine reads, float32, where embeddings [tokens, width] were written.
 
-        Raises FlashMoEError where the model is not laid out as OLMoE and Qwen3-MoE are.
+        Raises FlashMoEError where the model is not laid out as OLMoE, Qwen3-MoE and gpt-oss are.
         """
         super().__init__(config, seed)
         self.trace = trace
         self._stored = stored
-        names = [name.removesuffix("experts") + "gate.weight" for name in self.experts]
-        missing = {_EMBEDDING, _HEAD, *names} - self.model.state_dict().keys()
+        known = self.model.state_dict().keys()
+        blocks = [name.removesuffix("experts") for name in self.experts]
+        names = [
+            next((block + name for name in _ROUTERS if block + name in known), block + _ROUTERS[0])
+            for block in blocks
+        ]
+        missing = {_EMBEDDING, _HEAD, *names} - known
         if missing:
             raise FlashMoEError(f"{config.model_type} cannot be steered: it has no {min(missing)}")
         self._layer_of = {name: layer for layer, name in enumerate(names)}

@@ -44,6 +44,7 @@ MODELS = {
     "olmoe-1b-7b": Routing(flashmoe.demo_routing_path(), "python-1"),
     "deepseek-v2-lite": Routing(ROUTING / "deepseek-v2-lite.npz", "kernel-docs-0"),
     "qwen3-30b-a3b": Routing(ROUTING / "qwen3-30b-a3b.npz", "kernel-docs-0"),
+    "gpt-oss-20b": Routing(ROUTING / "gpt-oss-20b.npz", "kernel-docs-0"),
 }
 SHIPPED = "shipped"  # what a row says of routing that comes with the project
 CAPS = (0.15, 0.25, 0.4, 0.6, 1.2)  # as far as the machine has the memory

@@ -24,27 +24,40 @@ from harness.runs.self_routing_weights import SteeredWeights
 TOKENS, PROMPT = 40, 30
 
 
-@pytest.fixture
-def steered():
-    config = transformers.OlmoeConfig(
-        vocab_size=FIRST_TOKEN + TOKENS + 5, hidden_size=64, intermediate_size=32,
-        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, num_experts=8,
-        num_experts_per_tok=2, eos_token_id=None, pad_token_id=0, dtype="bfloat16",
-    )  # fmt: skip
+_SETTINGS = dict(
+    vocab_size=FIRST_TOKEN + TOKENS + 5, hidden_size=64, intermediate_size=32,
+    num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2,
+    eos_token_id=None, pad_token_id=0, dtype="bfloat16",
+)  # fmt: skip
+
+
+def steer(config):
     every = np.tile(np.arange(8, dtype=np.uint8), (TOKENS, 3, 1))
     chosen = np.random.default_rng(0).permuted(every, axis=2)[..., :2]
     trace = Trace(chosen, np.zeros(TOKENS, np.int32), 8)
     return config, trace, SteeredWeights(config, 0, trace)
 
 
-def test_steered_weights_route_as_recorded_and_count_up(tmp_path, steered):
-    config, trace, weights = steered
+@pytest.fixture
+def steered():
+    return steer(transformers.OlmoeConfig(num_experts=8, **_SETTINGS))
+
+
+@pytest.fixture
+def steered_gpt_oss():
+    return steer(transformers.GptOssConfig(num_local_experts=8, head_dim=32, **_SETTINGS))
+
+
+@pytest.mark.parametrize("made", ["steered", "steered_gpt_oss"])
+def test_steered_weights_route_as_recorded_and_count_up(tmp_path, request, made):
+    config, trace, weights = request.getfixturevalue(made)
     config.save_pretrained(tmp_path)
     write_store(weights, tmp_path, tmp_path / "store", lambda done, total: None)
     model = flashmoe.load(tmp_path / "store", memory="1GiB", policy="lru")
     ids = torch.arange(PROMPT) + FIRST_TOKEN
     again = record(model, [ids], max_new_tokens=TOKENS - PROMPT)
-    np.testing.assert_array_equal(again.experts, trace.experts[: len(again.experts)])
+    expected = trace.experts[: len(again.experts)]
+    np.testing.assert_array_equal(np.sort(again.experts), np.sort(expected))
     mask = torch.ones_like(ids)[None]
     text = model.generate(ids[None], attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert text[0].tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 8))
@@ -53,7 +66,7 @@ def test_steered_weights_route_as_recorded_and_count_up(tmp_path, steered):
 
 def test_a_model_laid_out_otherwise_is_refused(steered):
     _, trace, _ = steered
-    config = transformers.GptOssConfig(num_hidden_layers=1, hidden_size=64, num_local_experts=8)
+    config = transformers.NemotronHConfig(num_hidden_layers=1, hidden_size=64)
     with pytest.raises(FlashMoEError, match="cannot be steered"):
         SteeredWeights(config, 0, trace)
 
