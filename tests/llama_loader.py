@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flashmoe
-from flashmoe.reading.range_work import read_through
+from flashmoe.reading.pread import read_through
 
 PROMPT = "hello world, this is a prompt. " * 8
 OPTIONS = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

@@ -2,7 +2,8 @@
 
 model: a GGUF file; memory: a budget, or null for xllamacpp alone; prompts; n_parallel; fail_after:
 from so many reads on, reading fails until the first request has failed; record: a trace's file;
-n_ubatch. Prints a JSON object, `refused` the sentence where the model is not served.
+n_ubatch; slow: reads take 2 ms more; unnamed: the node after which late reads are awaited has
+another name. Prints a JSON object, `refused` the sentence where the model is not served.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import mmap
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 import xllamacpp
 
+from flashmoe.engines.llama.hooks import Hooks
 from flashmoe.errors import FlashMoEError
-from flashmoe.reading.range_work import read_through
+from flashmoe.reading.pread import read_through
 from flashmoe.residency import prefetch, warm_start
 from harness.runs import llama_client
 
@@ -70,11 +73,28 @@ def fail_reads(after: int) -> Any:
     return lambda: broken.__setitem__(0, False)
 
 
+def slow_reads() -> None:
+    def preadv(*arguments: Any) -> int:
+        time.sleep(0.002)
+        return os.preadv(*arguments)
+
+    read_through(preadv)
+
+
+def wait_for_another_node() -> None:
+    given = Hooks.await_apart
+    Hooks.await_apart = lambda hooks, _, downs: given(hooks, "no_such_node-", downs)
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     prefetch.PREFETCH_FROM_BYTES = 1  # tiny experts are guessed too
     parameters = PARAMETERS | {"n_parallel": job.get("n_parallel", 1)}
     parameters["n_ubatch"] = job.get("n_ubatch", 512)
     attachment = None
+    if "slow" in job:
+        slow_reads()
+    if "unnamed" in job:
+        wait_for_another_node()
     if job["memory"] is None:
         server = serve_plain(job["model"], **parameters)
     else:

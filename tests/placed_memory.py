@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe.engines.llama.engine import LlamaEngine
+from flashmoe.reading.pread import read_through
 from flashmoe.reading.range_reader import PlacedExperts
-from flashmoe.reading.range_work import read_through
 from flashmoe.store.manifest import LayerSpec, Manifest
 
 EXTENT_BYTES, EXPERTS, LAYERS, TOP_K = 4096, 8, 3, 2
@@ -39,11 +39,14 @@ class Memory(PlacedExperts):
         offsets = np.arange(count) * EXTENT_BYTES
         start = offsets + self.places.ctypes.data
         self.pages = np.stack([start, start + EXTENT_BYTES], 1)[:, None]
-        self.n_ranges = np.ones(count, np.int64)
-        self.ranges = np.empty((count, 1, 7), np.int64)
-        columns = self.descriptor, offsets, start, EXTENT_BYTES, EXTENT_BYTES, 1, np.arange(count)
-        for column, values in enumerate(columns):
-            self.ranges[:, 0, column] = values
+        self.n_ranges = np.full(count, 2)
+        self.ranges = np.empty((count, 2, 8), np.int64)
+        half = EXTENT_BYTES // 2
+        for late in (0, 1):  # the second half of an expert is used last
+            at = late * half
+            columns = self.descriptor, offsets + at, start + at, half, half, 1, late
+            for column, values in enumerate((*columns, np.arange(count))):
+                self.ranges[:, late, column] = values
         read_through(self._read)
 
     def _read(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -51,9 +54,12 @@ class Memory(PlacedExperts):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, buffers, offset)
 
-    def holds(self, layer: int, expert: int) -> bool:
-        """The expert's own bytes are in its place."""
-        return bool((self.places[layer, expert] == layer * EXPERTS + expert + 1).all())
+    def holds(self, layer: int, expert: int, part: int | None = None) -> bool:
+        """The expert's own bytes are in its place; part: 0 or 1, of one half of it."""
+        place = self.places[layer, expert]
+        if part is not None:
+            place = place.reshape(2, -1)[part]
+        return bool((place == layer * EXPERTS + expert + 1).all())
 
     def settled_content(self, engine: LlamaEngine) -> dict[tuple[int, int], tuple[int, int]]:
         """`content`, once no read is under way."""

@@ -16,6 +16,7 @@ from flashmoe.reading.range_work import (
     BUSY,
     LEFT,
     READ_BYTES,
+    SOURCES,
     Queue,
     end,
     is_done,
@@ -41,7 +42,7 @@ class RangeQueue:
         self.shared = Queue.empty(tickets, tickets * jobs_a_ticket + 1)
         self.tickets = self.shared.tickets
         self._run: dict[str, Any] = {
-            f.__name__: kernel(f, Policy) for f in (work, start, take_back, is_done, end)
+            f.__name__: kernel(f, Policy, SOURCES) for f in (work, start, take_back, is_done, end)
         }
 
     @property
@@ -57,7 +58,7 @@ class RangeQueue:
         self.shared.state[READ_BYTES] = self.shared.times[BUSY] = 0
 
     def demand(self, jobs: np.ndarray) -> None:
-        """Run `jobs` [n, 7] as soon as a thread is free, in order."""
+        """Run `jobs` [n, 8] as soon as a thread is free, in order, late ones last."""
         self.start_threads()
         self._run["start"](self.shared, jobs, False)
 
@@ -66,12 +67,12 @@ class RangeQueue:
         self._run["take_back"](self.shared, ticket, False)
 
     def is_done(self, ticket: int) -> bool:
-        done: bool = self._run["is_done"](self.shared, ticket, 0.0)
+        done: bool = self._run["is_done"](self.shared, ticket, LEFT, 0.0)
         return done
 
     def wait(self, ticket: int) -> None:
         """Until nothing is written any more of what the ticket's jobs read."""
-        while not self._run["is_done"](self.shared, ticket, _PATIENCE_SECONDS):
+        while not self._run["is_done"](self.shared, ticket, LEFT, _PATIENCE_SECONDS):
             pass
 
     def start_threads(self) -> None:

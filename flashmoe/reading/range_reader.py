@@ -11,8 +11,9 @@ import numpy as np
 from flashmoe.memory.arena import SlotMemory
 from flashmoe.reading.backend import OpenExperts
 from flashmoe.reading.base import READERS, Reader
+from flashmoe.reading.pread import ENDED
 from flashmoe.reading.range_queue import RangeQueue
-from flashmoe.reading.range_work import BYTES, ENDED, FAILURE
+from flashmoe.reading.range_work import BYTES, FAILURE
 from flashmoe.reading.read_queue import Span
 
 
@@ -22,7 +23,7 @@ class PlacedExperts(OpenExperts):
     Experts are numbered through all layers.
     """
 
-    ranges: np.ndarray  # [experts, most, 7] int64: each one's jobs, see `range_work`
+    ranges: np.ndarray  # [experts, most, 8] int64: each one's jobs, see `range_work`
     n_ranges: np.ndarray  # [experts] int64: how many of them count
     pages: np.ndarray  # [experts, kinds, 2] int64: addresses, from and to, of pages of its own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +19,7 @@ from flashmoe.reading.range_reader import RangeReader
 from flashmoe.reading.range_work import BYTES, FAILURE
 from flashmoe.residency import at_once_work, place_work
 from flashmoe.residency.at_once_work import (
+    AWAITED,
     BEGIN,
     FINISH,
     GUESS,
@@ -89,6 +91,7 @@ class AtOnce:
         with residency.lock:
             started = perf_counter()
             self._reader.queue.start_threads()
+            self._end_abandoned()
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
@@ -106,6 +109,17 @@ class AtOnce:
                 self._give_up(layer)
                 raise
             self.whole.seconds[TOTAL] += perf_counter() - started
+
+    def await_late(self) -> None:
+        """Wait for late reads of the event at hand, if any are on their way; raises as `end`."""
+        with self.residency.lock:
+            if awaited := int(self.whole.counts[AWAITED]):
+                self.end(awaited - 1, self._step(FINISH, awaited - 1))
+
+    def _end_abandoned(self) -> None:
+        """End an event whose late reads the program never came to need; no error is told."""
+        with suppress(FlashMoEError, OSError):
+            self.await_late()
 
     def end(self, layer: int, answer: int) -> None:
         """What is left to be done of an event for which `work` gave such an answer.
@@ -222,6 +236,7 @@ class AtOnce:
         A resident whose room was lent stays absent, and is read when it is needed.
         """
         with self.residency.lock:
+            self._end_abandoned()
             self.use_caches()
             places, counts = self.places, self.whole.counts
             for number in self.whole.guessed[: counts[N_GUESSED]].tolist():

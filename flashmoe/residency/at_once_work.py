@@ -14,7 +14,9 @@ from flashmoe.policies.parts.compiled import helper
 from flashmoe.reading import range_work
 from flashmoe.reading.range_work import (
     BYTES,
+    EARLY_LEFT,
     FAILURE,
+    LEFT,
     Queue,
     is_done,
     seconds_now,
@@ -36,12 +38,15 @@ from flashmoe.residency.place_work import (
     seek,
 )
 
-_MODULES = guess_record, place_work, range_work
-SOURCES = (Path(__file__), *(Path(str(module.__file__)) for module in _MODULES))
-BEGIN, GUESS, FINISH, NOTE = range(4)  # what `work` is asked for
+_FILES = __file__, guess_record.__file__, place_work.__file__
+SOURCES = (*map(Path, _FILES), *range_work.SOURCES)
+BEGIN, GUESS, EARLY, FINISH, NOTE = range(5)  # what `work` is asked for
 # What it answers. SPOILT: a wrong guess failed, which may have spoilt its neighbours' pages.
-READY, SPOILT, FAILED, NO_ROOM = range(4)
-N_NEEDED, N_LIKELY, N_GUESSED, N_LEAVING, READS = range(5)  # positions in `Whole.counts`
+# PART: late reads are on their way still.
+READY, SPOILT, FAILED, NO_ROOM, PART = range(5)
+# Positions in `Whole.counts`. READS: that the event at hand began. AWAITED: 1 + its layer, while
+# late reads are on their way.
+N_NEEDED, N_LIKELY, N_GUESSED, N_LEAVING, READS, AWAITED = range(6)
 WAIT, TOTAL, DECIDING = range(3)  # positions in `Whole.seconds`
 # Columns of `Whole.pools`: the number of its key 0, keys, slots, and where its `slot_of` lies.
 FIRST, N_KEYS, N_SLOTS, SLOT_OF = range(4)
@@ -53,7 +58,7 @@ class Whole(NamedTuple):
 
     places: Places
     queue: Queue
-    ranges: np.ndarray  # [experts, most, 7] int64: each expert's jobs (see `range_work`)
+    ranges: np.ndarray  # [experts, most, 8] int64: each expert's jobs (see `range_work`)
     n_ranges: np.ndarray  # [experts] int64
     record: np.ndarray  # see `guess_record`
     needed: np.ndarray  # [most experts of a layer] int64: what the event at hand needs
@@ -62,7 +67,7 @@ class Whole(NamedTuple):
     leaving: np.ndarray  # [experts] int64: wrong ones, of which bytes may still come
     pools: np.ndarray  # [layers, 4] int64: of the cache that serves each, see FIRST
     decide: np.ndarray  # [1] int64: the address of `serving.decide`
-    counts: np.ndarray  # [5] int64: how many are in each list; READS that the event at hand began
+    counts: np.ndarray  # [6] int64: how many are in each list, and two more
     seconds: np.ndarray  # [3] float64
 
     @classmethod
@@ -89,7 +94,7 @@ class Whole(NamedTuple):
             leaving=np.zeros(n_experts, np.int64),
             pools=np.zeros((n_layers, 4), np.int64),
             decide=np.zeros(1, np.int64),
-            counts=np.zeros(5, np.int64),
+            counts=np.zeros(6, np.int64),
             seconds=np.zeros(3),
         )
 
@@ -113,7 +118,7 @@ def work(at, step, layer, decision):
     if step == NOTE:
         _note_residents(whole, layer)
         return READY
-    return _finish(whole, layer)
+    return _await_early(whole, layer) if step == EARLY else _finish(whole, layer)
 
 
 @helper
@@ -135,7 +140,7 @@ def _begin(whole, layer, decision):
     # what is missing still takes what the cache gave up, or in a prompt what others lend
     if not _start_reads(whole, layer, True):
         for number in whole.leaving[: counts[N_LEAVING]]:
-            _settle(whole, number)
+            _settle(whole, number, LEFT)
         if not _collect(whole, -1):
             return FAILED
         _start_reads(whole, layer, True)
@@ -199,7 +204,7 @@ def _end_guesses(whole, layer):
     marks, counts, queue = whole.places.marks, whole.counts, whole.queue
     for number in whole.guessed[: counts[N_GUESSED]]:
         marks[number] &= ~np.uint8(GUESSED)
-        ticket, done = queue.tickets[number], is_done(queue, number, 0.0)
+        ticket, done = queue.tickets[number], is_done(queue, number, LEFT, 0.0)
         if marks[number] & NEEDED:
             if ticket[BYTES]:
                 add_right(whole.record)
@@ -226,9 +231,9 @@ def _collect(whole, layer):
     for number in whole.leaving[: counts[N_LEAVING]]:
         of = np.searchsorted(places.first, number, "right") - 1
         if of == layer:
-            _settle(whole, number)
+            _settle(whole, number, LEFT)
         ticket = whole.queue.tickets[number]
-        done = is_done(whole.queue, number, 0.0)
+        done = is_done(whole.queue, number, LEFT, 0.0)
         if not done or ticket[FAILURE]:
             good &= not done
             whole.leaving[kept] = number
@@ -243,22 +248,44 @@ def _collect(whole, layer):
 
 
 @helper
-def _settle(whole, number):
-    """Wait until nothing is written to an expert's place any more."""
-    while not is_done(whole.queue, number, _PATIENCE_SECONDS):
+def _settle(whole, number, left):
+    """Wait until nothing is written to an expert's place any more, or not by early reads."""
+    while not is_done(whole.queue, number, left, _PATIENCE_SECONDS):
         pass
+
+
+@helper
+def _await_early(whole, layer):
+    """Wait for all but late reads; as `_finish` where none of those is on its way then."""
+    counts, marks, tickets = whole.counts, whole.places.marks, whole.queue.tickets
+    clock = np.zeros(2, np.int64)
+    started = seconds_now(clock)
+    bad, late = 0, 0
+    for number in whole.needed[: counts[N_NEEDED]]:
+        _settle(whole, number, EARLY_LEFT)
+        if not marks[number] & FILLED or tickets[number, FAILURE]:
+            bad += 1
+        late += tickets[number, LEFT]
+    whole.seconds[WAIT] += seconds_now(clock) - started
+    if bad or not late:
+        return _finish(whole, layer)
+    if not _collect(whole, layer):
+        return SPOILT
+    counts[AWAITED] = layer + 1
+    return PART
 
 
 @helper
 def _finish(whole, layer):
     """Wait for all that the event needs; what then may not be computed."""
     counts, marks, tickets = whole.counts, whole.places.marks, whole.queue.tickets
+    counts[AWAITED] = 0
     needed = whole.needed[: counts[N_NEEDED]]
     clock = np.zeros(2, np.int64)
     started = seconds_now(clock)
     answer = READY
     for number in needed:
-        _settle(whole, number)
+        _settle(whole, number, LEFT)
         if tickets[number, FAILURE] and marks[number] & FILLED:
             answer = FAILED
         marks[number] &= ~np.uint8(NEEDED)

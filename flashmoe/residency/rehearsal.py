@@ -11,6 +11,7 @@ from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts.by_address import words_of
 from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.range_queue import RangeQueue
+from flashmoe.reading.range_work import COLUMNS
 from flashmoe.residency import at_once_work, place_work
 from flashmoe.residency.at_once_work import Whole
 from flashmoe.residency.guess_record import GuessRecord
@@ -36,7 +37,7 @@ def compile_policy(policy: str) -> None:
 def compile_reading() -> None:
     """Read nothing."""
     queue = RangeQueue(1, 1, 1)
-    queue.demand(np.empty((0, 7), np.int64))
+    queue.demand(np.empty((0, COLUMNS), np.int64))
     queue.cancel(0)
     queue.wait(0)
     queue.close()
@@ -45,7 +46,7 @@ def compile_reading() -> None:
 def compile_events() -> Whole:
     """What fills places; the result is the state of one that has no experts to fill."""
     places = Places.empty([1], [0, 1], np.zeros((1, 1, 2)))
-    ranges, n_ranges = np.zeros((1, 1, 7), np.int64), np.zeros(1, np.int64)
+    ranges, n_ranges = np.zeros((1, 1, COLUMNS), np.int64), np.zeros(1, np.int64)
     whole = Whole.empty(places, RangeQueue(1, 1, 1).shared, ranges, n_ranges, GuessRecord().array)
     at_once_work.compiled(whole)
     for function in (place_work.take, place_work.empty):

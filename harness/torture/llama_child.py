@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from flashmoe.engines.llama.hosts import xllamacpp as host
-from flashmoe.reading.range_work import read_through
+from flashmoe.reading.pread import read_through
 from flashmoe.residency import warm_start
 from harness.torture.faults import Faults
 

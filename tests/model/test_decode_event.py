@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from flashmoe.engines.llama.decode_event import CHANGED, PYTHON
 from flashmoe.engines.llama.decoder import Decoder
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.errors import FlashMoEError
+from flashmoe.reading.pread import read_through
 from flashmoe.residency import prefetch
-from flashmoe.residency.at_once_work import FAILED, READY
+from flashmoe.residency.at_once_work import FAILED, PART, READY
 
 _GET = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 SHAPE, SOURCES, DATA = 0, 4, 6  # words of a tensor here
@@ -72,14 +74,29 @@ class Run:
         if record:
             self.engine.record()
         self.tensors = Tensors()
-        self.engine.use(Decoder(self.engine, self.tensors, self.tensors))
+        self.engine.use(Decoder(self.engine, self.tensors, self.tensors, apart=True))
         self.engine.residency.reader.queue.start_threads()
         self.engine.decoder.arm()
 
-    def decode(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> int:
-        decoder = self.engine.decoder
+    def begin(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> int:
         self.tensors.set(chosen, likely)
-        return decoder.code(decoder.words.ctypes.data, layer, self.tensors.choice)
+        return self._code(layer, self.tensors.choice)
+
+    def rest(self, layer: int) -> int:
+        return self._code(layer, 0)
+
+    def _code(self, layer: int, tensor: int) -> int:
+        decoder = self.engine.decoder
+        return decoder.code(decoder.words.ctypes.data, layer, tensor)
+
+    def decode(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> int:
+        """All of it."""
+        answer = self.begin(layer, chosen, likely)
+        if answer != PART:
+            return answer
+        for expert in chosen.tolist():
+            assert self.memory.holds(layer, expert, part=0)
+        return self.rest(layer)
 
     def serve(self, layer: int, chosen: np.ndarray, likely: np.ndarray) -> None:
         """As `Attachment` does."""
@@ -177,6 +194,72 @@ def test_a_failed_read_is_told_and_the_next_one_comes():
     assert run.decode(0, chosen, chosen) == READY
     assert {(0, 3), (0, 4)} <= set(run.memory.content)
     run.engine.close()
+
+
+@pytest.fixture
+def slow():
+    """A run whose late reads wait for `go`."""
+    run = Run(Memory(), EXPERTS * LAYERS, "lru")
+    run.go = threading.Event()
+
+    def read(descriptor, buffers, offset):
+        if offset % EXTENT_BYTES:
+            run.go.wait(20)
+        return run.memory._read(descriptor, buffers, offset)
+
+    read_through(read)
+    yield run
+    run.go.set()
+    run.engine.close()
+
+
+def test_late_reads_are_awaited_apart(slow):
+    chosen = np.array([3, 4])
+    assert slow.begin(0, chosen, np.array([5])) == PART
+    assert all(slow.memory.holds(0, expert, part=0) for expert in (3, 4))
+    assert not any(slow.memory.holds(0, expert) for expert in (3, 4))
+    threading.Timer(0.1, slow.go.set).start()
+    assert slow.rest(0) == READY
+    assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+    assert slow.rest(0) == PYTHON  # nothing is awaited any more
+    assert slow.decode(0, chosen, np.array([5])) == READY
+
+
+def test_a_late_read_that_fails_is_told_before_it_is_used(slow):
+    chosen = np.array([3, 4])
+    assert slow.begin(0, chosen, np.array([5])) == PART
+    slow.memory.broken = {(0, 3)}
+    slow.go.set()
+    assert slow.rest(0) == FAILED
+    with pytest.raises(FlashMoEError, match="expert 3 of 0"):
+        slow.engine.end(0, FAILED)
+    slow.memory.broken = set()
+    assert slow.decode(0, chosen, np.array([5])) == READY
+    assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+
+
+@pytest.mark.parametrize("then", ["another event", "a resize", "a reset"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_nobody_came_to_need_leaves_nothing_wrong(slow, then, fails):
+    chosen = np.array([3, 4])
+    assert slow.begin(0, chosen, np.array([5])) == PART
+    slow.memory.broken = {(0, 3)} if fails else set()
+    threading.Timer(0.1, slow.go.set).start()
+    if then == "another event":
+        assert slow.begin(1, chosen, np.array([5])) == PYTHON
+        slow.engine.note(1, chosen[None])
+        slow.engine.at_once.make_ready(1, chosen[None])
+        assert all(slow.memory.holds(1, expert) for expert in (3, 4))
+    elif then == "a resize":
+        slow.engine.resize(EXPERTS * EXTENT_BYTES)
+    else:
+        slow.engine.reset()
+    slow.memory.broken = set()
+    content = slow.memory.settled_content(slow.engine)
+    assert ((0, 3) in content) == (then != "a reset" and not fails)
+    slow.engine.decoder.arm()
+    assert slow.decode(0, chosen, np.array([5])) == READY
+    assert all(slow.memory.holds(0, expert) for expert in (3, 4))
 
 
 def test_what_is_unusual_is_left_to_python():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_process
@@ -11,7 +12,7 @@ import pytest
 from flashmoe import trace
 from flashmoe.cache import simulate
 from harness.tiny_gguf import EXPERTS, LAYERS, TOP_K
-from harness.torture.llama_faults import order
+from harness.torture.llama_faults import order, serve
 from harness.torture.llama_server import Server
 
 PROMPTS = ["a", "hello world, this is a prompt. " * 3, "x1y2z3 " * 60]
@@ -68,6 +69,28 @@ def test_a_request_that_comes_before_python_knows_of_the_server_is_answered_righ
         early = server.ask(PROMPTS[0])
         order(server, "mend")  # is answered once Python knows
         assert server.ask(PROMPTS[0]) == early
+
+
+@pytest.mark.parametrize("how", [{"slow": True}, {"slow": True, "unnamed": True}])
+def test_late_reads_are_there_before_they_are_multiplied(gguf_files, plain, how):
+    memory = str(gguf_files().stat().st_size // 2)
+    assert run(gguf_files(), memory, **how)["answers"] == plain("olmoe", "int4")
+
+
+def test_a_budget_that_changes_while_tokens_are_computed_changes_no_token(gguf_files, tmp_path):
+    model = gguf_files()
+    size = model.stat().st_size
+    with serve(model, tmp_path / "log") as server:
+        expected = [server.ask(prompt)["tokens"] for prompt in PROMPTS]
+        for number in range(4):
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(server.ask, PROMPTS[number % 3])
+                resizes = 0
+                while not answer.done():
+                    order(server, f"resize {size // 2 if resizes % 2 else size}")
+                    resizes += 1
+                assert resizes > 1
+                assert answer.result()["tokens"] == expected[number % 3]
 
 
 def test_slots_of_the_server_give_what_one_gives(gguf_files, plain):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading.pread import read_through
 from flashmoe.reading.range_reader import PlacedExperts, RangeRead, RangeReader
-from flashmoe.reading.range_work import read_through, start, take_back
+from flashmoe.reading.range_work import start, take_back
 from flashmoe.store.manifest import LayerSpec, Manifest
 
 EXPERTS, LAYERS, RANGES, RANGE_BYTES = 4, 2, 3, 100
@@ -40,9 +41,10 @@ class Experts(PlacedExperts):
         offsets = np.arange(RANGES * count).reshape(RANGES, count).T * RANGE_BYTES
         self.pages = np.zeros((count, 1, 2), np.int64)
         self.n_ranges = np.full(count, RANGES)
-        self.ranges = np.zeros((count, RANGES, 7), np.int64)
+        self.ranges = np.zeros((count, RANGES, 8), np.int64)
         address, size = self.memory.ctypes.data + offsets, RANGE_BYTES
-        columns = self.descriptor, offsets, address, size, size, 0, np.arange(count)[:, None]
+        late = np.arange(RANGES) == RANGES - 1
+        columns = self.descriptor, offsets, address, size, size, 0, late, np.arange(count)[:, None]
         for column, values in enumerate(columns):
             self.ranges[:, :, column] = values
 

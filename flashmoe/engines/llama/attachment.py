@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flashmoe.engines.llama import decode_event
+from flashmoe.engines.llama import aside, decode_event
 from flashmoe.engines.llama.backend import GGUFExperts
 from flashmoe.engines.llama.decoder import Decoder
 from flashmoe.engines.llama.engine import LlamaEngine
@@ -20,6 +20,7 @@ from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.hooks import (
     ANSWER,
     ASIDE,
+    AWAITED,
     CHECKING,
     DECODE,
     FAILED,
@@ -34,31 +35,17 @@ from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
-from flashmoe.memory import free_memory
 from flashmoe.residency import rehearsal
 from flashmoe.residency.at_once_work import READY
-from flashmoe.util.sizes import format_bytes, parse_bytes
+from flashmoe.util.sizes import format_bytes
 
 # Without these there is nothing to stand on; the other imports differ between builds.
 NEEDED = ("ggml_backend_sched_set_eval_callback", "ggml_backend_sched_graph_compute_async")
-# memory="auto" holds all where so many times the file is free: its caches must fit beside it.
-_ASIDE_FILES = 1.25
-
 MAP_FAILED = (1 << 64) - 1
 
 
 def _print(line: str) -> None:
     print(f"flashmoe: {line}", file=sys.stderr, flush=True)
-
-
-def _open_files() -> list[Path]:
-    """The files that this process has open, GGUF or not."""
-    found = []
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            if (path := entry.readlink()).is_file():
-                found.append(path)
-    return found
 
 
 class Attachment:
@@ -164,27 +151,12 @@ class Attachment:
 
     def _decide(self) -> None:
         """Stand aside where all experts fit: then the program may lay out the weights itself."""
-        if self.hooks.switches[ASIDE] or self.record:
+        if self.hooks.switches[ASIDE] or self.record or self._files:
             return
-        try:
-            total_bytes = file_bytes = 0
-            for path in _open_files():
-                status = path.stat()
-                if contents := self._contents(path, status):
-                    total_bytes += sum(tensor.size_bytes for tensor in contents.tensors)
-                    file_bytes += status.st_size
-            if not self._files and total_bytes and self._all_fits(total_bytes, file_bytes):
+        with suppress(FlashMoEError, OSError):  # whatever it is, mapping the file meets it too
+            if aside.all_fit(self.memory, self._contents):
                 self.hooks.switches[ASIDE] = 1
                 self.tell("all experts fit, so the program runs as without FlashMoE")
-        except (FlashMoEError, OSError):
-            return  # whatever it is, mapping the file meets it too
-
-    def _all_fits(self, experts_bytes: int, file_bytes: int) -> bool:
-        """Also while the program copies the file's pages to a layout of its own."""
-        if self.memory == "auto":
-            room_bytes = free_memory.available_bytes() - free_memory.RESERVE_BYTES
-            return room_bytes > _ASIDE_FILES * file_bytes
-        return parse_bytes(self.memory) >= 2 * experts_bytes
 
     def _prepare(self, descriptor: int) -> int:
         """The address to give out for a file's mapping; 0: map the file itself.
@@ -203,6 +175,9 @@ class Attachment:
     def _observe(self, tensor: int, ask: bool) -> bool:
         """What llama.cpp asks before a node is computed, and tells after it."""
         try:
+            if self.hooks.switches[AWAITED]:  # machine code could not end it
+                self._end_awaited()
+                return not ask
             name = self.ggml.name_of(tensor)
             if ask:
                 self._products.look_at(tensor)
@@ -216,6 +191,16 @@ class Attachment:
             self.failure = str(error) or repr(error)
             self.tell(f"this request fails: {self.failure}")
             return False  # what follows is not computed, and `hooks` makes the whole call fail
+
+    def _end_awaited(self) -> None:
+        assert self.engine
+        number = int(self.hooks.switches[AWAITED]) - 1
+        self.hooks.switches[AWAITED] = 0
+        answer = int(self.hooks.switches[ANSWER])
+        if answer == decode_event.PYTHON:
+            self.engine.at_once.await_late()
+        else:
+            self.engine.end(self._layers[number], answer)
 
     def _make_ready(self, number: int, choice: int) -> None:
         answer = int(self.hooks.switches[ANSWER])
@@ -246,7 +231,9 @@ class Attachment:
         with engine.lock:
             decoder = engine.decoder
             if decoder is None:
-                decoder = Decoder(engine, self.ggml, self.lookahead)
+                products = self._products
+                apart = self.hooks.await_apart(products.down_input, products.down_addresses)
+                decoder = Decoder(engine, self.ggml, self.lookahead, apart=apart)
                 engine.use(decoder)
                 self.hooks.switches[TABLE] = decoder.words.ctypes.data
                 self.hooks.switches[DECODE] = decoder.code.address
@@ -268,7 +255,12 @@ class Attachment:
         self._layers = {number: layer for layer, number in enumerate(experts.numbers)}
         self.lookahead = Lookahead(self.ggml, self._is_ours)
         self.engine = LlamaEngine(
-            experts, self.memory, self.policy, beside_bytes, prefetch=self.prefetch
+            experts,
+            self.memory,
+            self.policy,
+            beside_bytes,
+            prefetch=self.prefetch,
+            computing=self.hooks.computing,
         )
         if self.record:
             self.engine.record()

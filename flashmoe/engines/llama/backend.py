@@ -13,6 +13,7 @@ from flashmoe.engines.llama.layout import Layout
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.reading.base import PIECE_BYTES
 from flashmoe.reading.range_reader import PlacedExperts
+from flashmoe.reading.range_work import COLUMNS
 
 
 class GGUFExperts(PlacedExperts):
@@ -38,7 +39,7 @@ class GGUFExperts(PlacedExperts):
         """Every expert's jobs and pages, of all experts of a tensor at once."""
         kinds = sorted({one.tensor.kind for tensors in layout.tensors for one in tensors})
         first = self.manifest.first_experts
-        jobs: list[tuple[np.ndarray, list[Any]]] = []  # of some experts, one each
+        jobs: list[tuple[np.ndarray, list[Any], bool]] = []  # of some experts, one each
         self.pages = np.zeros((first[-1], len(kinds), 2), np.int64)
         for layer, tensors in enumerate(layout.tensors):
             experts = np.arange(first[layer + 1] - first[layer])
@@ -49,16 +50,18 @@ class GGUFExperts(PlacedExperts):
                 self.pages[numbers, kind, 0] = file.base + start
                 self.pages[numbers, kind, 1] = file.base + np.maximum(start, end)
                 start, end = placed.outer(experts)
+                is_late = placed.tensor.kind == "down"  # it is multiplied last
                 while len(numbers):
-                    jobs.append((numbers, file.job(start, np.minimum(start + PIECE_BYTES, end))))
+                    job = file.job(start, np.minimum(start + PIECE_BYTES, end))
+                    jobs.append((numbers, job, is_late))
                     start = start + PIECE_BYTES
                     more = start < end
                     numbers, start, end = numbers[more], start[more], end[more]
-        self.n_ranges = np.bincount(np.concatenate([n for n, _ in jobs]), minlength=first[-1])
-        self.ranges = np.zeros((first[-1], self.n_ranges.max(), 7), np.int64)
+        self.n_ranges = np.bincount(np.concatenate([n for n, _, _ in jobs]), minlength=first[-1])
+        self.ranges = np.zeros((first[-1], self.n_ranges.max(), COLUMNS), np.int64)
         count = np.zeros(first[-1], np.int64)
-        for numbers, columns in jobs:
-            for column, values in enumerate((*columns, numbers)):
+        for numbers, columns, is_late in jobs:
+            for column, values in enumerate((*columns, is_late, numbers)):
                 self.ranges[numbers, count[numbers], column] = values
             count[numbers] += 1
 

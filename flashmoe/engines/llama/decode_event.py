@@ -23,7 +23,9 @@ from flashmoe.policies.parts.compiled import helper
 from flashmoe.reading.range_work import EACH, seconds_now
 from flashmoe.residency import at_once_work, rehearsal
 from flashmoe.residency.at_once_work import (
+    AWAITED,
     BEGIN,
+    EARLY,
     FINISH,
     GUESS,
     N_LIKELY,
@@ -40,7 +42,8 @@ from flashmoe.residency.routing import Routing
 
 # What `decode` answers beside `at_once_work`'s: Python shall do it all, or a file changed.
 PYTHON, CHANGED = 64, 65
-ARMED, LOGS, LOGGED, GUESSES = range(4)  # positions in `Decoding.state`
+# Positions in `Decoding.state`. APART: late reads are awaited by a call of their own.
+ARMED, LOGS, LOGGED, GUESSES, APART = range(5)
 SHAPE, INPUTS = range(2)  # positions in `Decoding.offsets`
 # Columns of `Decoding.routers`: addresses, sizes, and how far a choice is from its scores.
 WEIGHTS, SCALE, BIAS, SHARE_BIAS, N_EXPERTS, WIDTH, STEPS = range(7)
@@ -61,7 +64,7 @@ class Decoding(NamedTuple):
     work: int  # the address of `at_once_work.work`
     tensor_get: int  # and that of ggml_backend_tensor_get
     mutex: int  # of the engine's lock
-    state: np.ndarray  # [4] int64
+    state: np.ndarray  # [5] int64
     layers: np.ndarray  # [numbers] int64: ours, by the file's number of it; -1: none
     first_keys: np.ndarray  # [L] int64
     decisions: np.ndarray  # [L] int64: addresses of tables of decisions about `event`
@@ -95,7 +98,7 @@ class Decoding(NamedTuple):
             work=0,
             tensor_get=0,
             mutex=0,
-            state=np.zeros(4, np.int64),
+            state=np.zeros(5, np.int64),
             layers=layers,
             first_keys=np.zeros(n_layers, np.int64),
             decisions=np.zeros(n_layers, np.int64),
@@ -124,7 +127,10 @@ def rehearse() -> None:
 
 
 def decode(at, number, tensor):
-    """Serve the event of the layer that the file calls `number`, whose choice is in `tensor`."""
+    """Serve the event of the layer that the file calls `number`, whose choice is in `tensor`.
+
+    tensor: 0 awaits what PART left of that event.
+    """
     s = view(at)
     if not s.state[ARMED] or number >= len(s.layers) or s.layers[number] < 0:
         return PYTHON
@@ -132,8 +138,12 @@ def decode(at, number, tensor):
         return PYTHON
     layer = s.layers[number]
     answer = PYTHON
-    if s.state[ARMED] and _read_choice(s, layer, tensor):
-        answer = _serve(s, layer, tensor)
+    if s.state[ARMED]:
+        awaited = s.whole.counts[AWAITED]
+        if not tensor and awaited == layer + 1:
+            answer = _serve_rest(s, layer)
+        elif tensor and not awaited and _read_choice(s, layer, tensor):
+            answer = _serve(s, layer, tensor)
     _unlock(s.mutex)
     return answer
 
@@ -190,11 +200,27 @@ def _serve(s, layer, tensor):
             _guess(s, layer, tensor)
             add_guess(whole.record, seconds_now(clock) - asked)
             call(s.work, (s.whole_words, GUESS, layer, 0))
-        answer = call(s.work, (s.whole_words, FINISH, layer, 0))
+        step = EARLY if s.state[APART] else FINISH
+        answer = _checked(s, call(s.work, (s.whole_words, step, layer, 0)))
         add_event(whole.record, whole.counts[READS])
-    if answer == READY and whole.counts[READS] and not _unchanged(s):
-        answer = CHANGED
     whole.seconds[TOTAL] += seconds_now(clock) - started
+    return answer
+
+
+@helper
+def _serve_rest(s, layer):
+    clock = np.zeros(2, np.int64)
+    started = seconds_now(clock)
+    answer = _checked(s, call(s.work, (s.whole_words, FINISH, layer, 0)))
+    s.whole.seconds[TOTAL] += seconds_now(clock) - started
+    return answer
+
+
+@helper
+def _checked(s, answer):
+    """CHANGED in place of READY where files were read that are others by now."""
+    if answer == READY and s.whole.counts[READS] and not _unchanged(s):
+        return CHANGED
     return answer
 
 

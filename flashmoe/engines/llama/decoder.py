@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashmoe.engines.llama.decode_event import ARMED, GUESSES, LOGGED, LOGS, Decoding, compiled
+from flashmoe.engines.llama.decode_event import (
+    APART,
+    ARMED,
+    GUESSES,
+    LOGGED,
+    LOGS,
+    Decoding,
+    compiled,
+)
 from flashmoe.policies.parts.by_address import words_of
 
 if TYPE_CHECKING:
@@ -18,8 +26,13 @@ if TYPE_CHECKING:
 class Decoder:
     """The `decode` of one engine. Whoever changes what it goes by disarms it first."""
 
-    def __init__(self, engine: LlamaEngine, ggml: GGML, lookahead: Lookahead) -> None:
-        """lookahead: of the same engine's layers."""
+    def __init__(
+        self, engine: LlamaEngine, ggml: GGML, lookahead: Lookahead, *, apart: bool
+    ) -> None:
+        """lookahead: of the same engine's layers.
+
+        apart: an event may be left PART, since somebody awaits the rest before it is multiplied.
+        """
         self._engine, self._lookahead = engine, lookahead
         at_once, routing = engine.at_once, engine.residency.routing
         self._state = Decoding.of(
@@ -34,6 +47,7 @@ class Decoder:
             tensor_get=ggml.address_of("ggml_backend_tensor_get"),
             mutex=engine.lock.address,
         )
+        self._state.state[APART] = apart
         self._state.offsets[:] = ggml.layout.shape, ggml.layout.sources
         self.words = words_of(self._state)
         self.code = compiled(self._state)

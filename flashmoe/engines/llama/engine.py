@@ -25,6 +25,7 @@ from flashmoe.residency.at_once import AtOnce
 from flashmoe.residency.at_once_work import DECIDING, READY, TOTAL, WAIT
 from flashmoe.residency.place_work import BYTES, MOST_BYTES
 from flashmoe.trace import Trace
+from flashmoe.util.native_lock import NativeLock
 
 if TYPE_CHECKING:
     from flashmoe.engines.llama.decoder import Decoder
@@ -44,10 +45,12 @@ class LlamaEngine(Engine):
         beside_bytes: int = 0,
         *,
         prefetch: bool = True,
+        computing: NativeLock | None = None,
     ) -> None:
         """memory: "auto" gives what is free now, less a reserve: the program has all else by then.
 
-        beside_bytes: what it is still to touch of that, beyond the reserve.
+        beside_bytes: what it is still to touch of that, beyond the reserve. computing: held by the
+        program while it multiplies by experts.
 
         Raises FlashMoEError where the budget is too small.
         """
@@ -63,6 +66,7 @@ class LlamaEngine(Engine):
             prefetch=prefetch,
             whole_events=True,
         )
+        self._computing = computing or NativeLock()
         self._recorder: Recorder | None = None
         self.decoder: Decoder | None = None  # once somebody can arm it
         self.at_once = AtOnce(self.residency, reader)
@@ -98,8 +102,11 @@ class LlamaEngine(Engine):
 
     @contextmanager
     def _by_python(self) -> Iterator[None]:
-        """What is changed within, machine code learns of when it is armed anew."""
-        with self.lock:
+        """What is changed within, machine code learns of when it is armed anew.
+
+        That is between two graphs: experts that are multiplied by must stay where they are.
+        """
+        with self._computing, self.lock:
             if self.decoder:
                 self.decoder.disarm()
             yield

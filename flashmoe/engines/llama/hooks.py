@@ -19,18 +19,23 @@ from numba.extending import intrinsic
 
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.policies.parts.by_address import call, pointer
-from flashmoe.residency.at_once_work import READY
+from flashmoe.residency.at_once_work import PART, READY
+from flashmoe.util.native_lock import NativeLock
 
 _MOST_FILES = 1024  # parts of split models
 # Positions in `Switches`. DECODE: the address of `decode_event.decode`, 0 without; TABLE: its
-# first argument; ANSWER: what it gave for the event of which Python is told next.
-ON, FAILED, CHECKING, PYTHON, ASIDE, DECODE, TABLE, ANSWER = range(8)
+# first argument; ANSWER: what it gave for the event of which Python is told next. AWAITED: 1 + the
+# number of a layer of which late reads are on their way, until they must be there.
+ON, FAILED, CHECKING, PYTHON, ASIDE, DECODE, TABLE, ANSWER, AWAITED = range(9)
 _DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
-_CHOICE = tuple(b"ffn_moe_topk-")
-_MOST_NAME = 20  # bytes of a choice's name, which has 64
+_CHOICE = tuple(b"ffn_moe_topk-\0")
+_MOST_NAME = 64  # bytes
+_MOST_LAYERS = 1024
 _REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
 _STATUS_BYTES = 256  # more than any `struct stat` has
 
+_lock = types.ExternalFunction("pthread_mutex_lock", types.int32(types.uint64))
+_unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.uint64))
 _Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _Prepare = CFUNCTYPE(c_void_p, c_int, use_errno=True)
 _Decide = CFUNCTYPE(None)
@@ -60,11 +65,14 @@ class Hooks:
             What it gives ctypes.set_errno, the caller of mmap finds in errno.
         decide: called when a model is about to be loaded, to set ASIDE where it needs no cache.
         """
-        self.switches = np.zeros(8, np.int64)
+        self.switches = np.zeros(9, np.int64)
         self.switches[[ON, PYTHON]] = 1
+        self.computing = NativeLock()  # held while a graph is computed
         self._files = np.zeros((_MOST_FILES, 4), np.uint64)
         self._count = np.zeros(1, np.int64)
         self._status = np.zeros(_STATUS_BYTES // 8, np.uint64)
+        self._down_input = np.zeros(_MOST_NAME, np.uint8)  # the start of a name
+        self._downs = np.zeros(_MOST_LAYERS, np.int64)  # where `down` weights lie, by layer
         self._python = (
             _Callback(lambda tensor, ask, _: observe(tensor, ask)),
             _Prepare(lambda descriptor: prepare(descriptor)),
@@ -78,6 +86,19 @@ class Hooks:
         row = int(self._count[0])
         self._files[row] = device, inode, base, size_bytes
         self._count[0] = row + 1
+
+    def await_apart(self, down_input: str, downs: dict[int, int]) -> bool:
+        """Let late reads of a layer end while its other products are computed; can that be?
+
+        They are awaited after the node `down_input`N, or before a product by what lies at the
+        address downs[N]; N: the layer's number.
+        """
+        name = down_input.encode()
+        if not 0 < len(name) < _MOST_NAME - 4 or max(downs, default=0) >= _MOST_LAYERS:
+            return False
+        self._down_input[: len(name)] = list(name)
+        self._downs[list(downs)] = list(downs.values())
+        return True
 
     @property
     def addresses(self) -> dict[str, int]:
@@ -121,12 +142,16 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
     files_at = np.uint64(hooks._files.ctypes.data)
     count_at = np.uint64(hooks._count.ctypes.data)
     status_at = np.uint64(hooks._status.ctypes.data)
+    down_input_at = np.uint64(hooks._down_input.ctypes.data)
+    downs_at = np.uint64(hooks._downs.ctypes.data)
     name_at = np.uint64(ggml.layout.name)
+    computing_at = np.uint64(hooks.computing.address)
+    sources_at, data_at = np.uint64(ggml.layout.sources), np.uint64(ggml.layout.data)
     void = types.voidptr
 
     @numba.njit
     def switches():
-        return numba.carray(pointer(switches_at), (8,), np.int64)
+        return numba.carray(pointer(switches_at), (9,), np.int64)
 
     @numba.njit
     def files():
@@ -141,6 +166,39 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
                 return True
         return False
 
+    @numba.njit
+    def number_of(name, start):
+        """The number with which a name goes on after `start`, that ends with 0; -1: it does not."""
+        i = 0
+        while start[i] != 0:
+            if name[i] != start[i]:
+                return -1
+            i += 1
+        number = 0
+        while i < _MOST_NAME and 48 <= name[i] <= 57:
+            number = 10 * number + name[i] - 48
+            i += 1
+        return number
+
+    @numba.njit
+    def down_input():
+        return numba.carray(pointer(down_input_at), (_MOST_NAME,), np.uint8)
+
+    @numba.njit
+    def multiplies_by_down(tensor, number):
+        source = numba.carray(pointer(_address(tensor) + sources_at), (1,), np.uint64)[0]
+        if source == 0:
+            return False
+        downs = numba.carray(pointer(downs_at), (_MOST_LAYERS,), np.int64)
+        return numba.carray(pointer(source + data_at), (1,), np.int64)[0] == downs[number]
+
+    @numba.njit
+    def shall_await(tensor, ask, name, number):
+        """Late reads of layer `number` must be there before the next node is computed."""
+        if ask:  # the node that was to be asked for did not come
+            return multiplies_by_down(tensor, number)
+        return number_of(name, down_input()) == number
+
     @numba.cfunc(types.boolean(void, types.boolean, void))
     def observed(tensor, ask, user):
         state = switches()
@@ -149,19 +207,24 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         if state[CHECKING] != 0:
             return python_observe(tensor, ask, user)
         name = numba.carray(pointer(_address(tensor) + name_at), (_MOST_NAME,), np.uint8)
-        for i in range(len(_CHOICE)):
-            if name[i] != _CHOICE[i]:
-                return not ask
+        awaited = state[AWAITED] - 1
+        if awaited >= 0 and shall_await(tensor, ask, name, awaited):
+            state[ANSWER] = call(state[DECODE], (state[TABLE], awaited, 0))
+            if state[ANSWER] != READY:
+                return python_observe(tensor, ask, user)
+            state[AWAITED] = 0
+            return not ask
+        number = number_of(name, _CHOICE)
         if ask:
+            return number >= 0 or (awaited >= 0 and number_of(name, down_input()) == awaited)
+        if number < 0:
             return True
-        state[ANSWER] = 0
+        state[ANSWER] = state[AWAITED] = 0
         if state[DECODE] != 0:
-            number, i = 0, len(_CHOICE)
-            while i < _MOST_NAME and 48 <= name[i] <= 57:
-                number = 10 * number + name[i] - 48
-                i += 1
             state[ANSWER] = call(state[DECODE], (state[TABLE], number, _address(tensor)))
-            if state[ANSWER] == READY:
+            if state[ANSWER] == PART:
+                state[AWAITED] = number + 1
+            if state[ANSWER] == PART or state[ANSWER] == READY:
                 return True
         return python_observe(tensor, ask, user)
 
@@ -199,7 +262,9 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
 
     @numba.cfunc(types.int32(void, void))
     def compute_or_fail(scheduler, graph):
+        _lock(computing_at)
         result = compute(scheduler, graph)
+        _unlock(computing_at)
         state = switches()
         if state[FAILED] != 0:
             state[FAILED] = 0

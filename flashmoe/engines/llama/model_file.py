@@ -105,7 +105,7 @@ class ModelFile:
     def job(self, start: np.ndarray, end: np.ndarray) -> list[Any]:
         """What a thread needs to do as `read` does, of several ranges at once.
 
-        All columns of a job but its ticket (see `range_work`).
+        All columns of a job but LATE and TICKET (see `range_work`).
         """
         length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
         needed = np.minimum(end, self.size_bytes) - start

@@ -16,6 +16,7 @@ class ProductCheck:
         self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
         self._layers_ready: set[int] = set()  # numbers of layers
         self._seen: set[str] = set()  # tensors
+        self._inputs: dict[int, str] = {}  # by layer: what `down` is multiplied with
 
     def expect(self, name: str, address: int, layer: int) -> None:
         """A tensor of experts, where its data lies, and the number of its layer in the file."""
@@ -56,6 +57,28 @@ class ProductCheck:
                     "report the model and the version of llama.cpp"
                 )
             self._seen.add(name)
+            if ".ffn_down" in name:
+                self._inputs[layer] = names[1]
+
+    @property
+    def down_input(self) -> str:
+        """What the inputs of all `down` products are called, but for the layer's number.
+
+        "": they have no such name in common.
+        """
+        starts = {name.removesuffix(f"-{layer}") + "-" for layer, name in self._inputs.items()}
+        common = starts.pop() if len(starts) == 1 else ""
+        is_known = all(f"{common}{layer}" == name for layer, name in self._inputs.items())
+        return common if is_known else ""
+
+    @property
+    def down_addresses(self) -> dict[int, int]:
+        """Where each layer's `down` weights lie, by the layer's number in the file."""
+        return {
+            layer: address
+            for name, (address, layer) in self._tensors.items()
+            if ".ffn_down" in name
+        }
 
     def is_complete(self, layer: int) -> bool:
         """When a layer comes again, all its products were seen once; of all layers: enough.

@@ -100,13 +100,15 @@ class _SavedCode(FunctionCache):  # type: ignore[misc]
 
 
 @cache
-def kernel(function: Callable[..., Any], policy_class: type) -> Callable[..., Any]:
+def kernel(
+    function: Callable[..., Any], policy_class: type, also: tuple[Path, ...] = ()
+) -> Callable[..., Any]:
     """`function` compiled for one class of policies, whose state is its first argument.
 
-    A function that takes no policy is compiled for `Policy` itself.
+    A function that takes no policy is compiled for `Policy` itself. also: see `save_code`.
     """
     compiled: Any = numba.njit(nogil=True)(function)
-    save_code(compiled, function, policy_class)
+    save_code(compiled, function, policy_class, also)
     return compiled
 
 
