@@ -77,7 +77,8 @@ class ServerRun:
         if answer["outcome"] == "failed":
             if process.returncode == -signal.SIGKILL and self.cap_bytes:
                 return answer | {"outcome": "out of memory"}
-            why = next((line for line in said if _OURS_FAILS in line), said[-1])
+            last = f"{said[-1]} (status {process.returncode})"
+            why = next((line for line in said if _OURS_FAILS in line), last)
             raise FlashMoEError(f"{self.program.name} failed: {why}")
         if answer["outcome"] == "ok" and self.memory and self.trace:
             if not self.trace.exists():
