@@ -62,13 +62,8 @@ class Memory(PlacedExperts):
         return bool((place == layer * EXPERTS + expert + 1).all())
 
     def settled_content(self, engine: LlamaEngine) -> dict[tuple[int, int], tuple[int, int]]:
-        """`content`, once no read is under way."""
+        """Of each place, whose bytes lie in it, if anyone's, once no read is under way."""
         engine.residency.reader.queue.settle()
-        return self.content
-
-    @property
-    def content(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """Of each place, whose bytes lie in it, if anyone's."""
         found = {}
         for layer, expert in np.ndindex(LAYERS, EXPERTS):
             if self.places[layer, expert].any():

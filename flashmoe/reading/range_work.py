@@ -25,7 +25,7 @@ DEMANDS, LATE_DEMANDS, GUESSES, _RINGS = 0, 1, 2, 4
 RUNNING, EARLY, GUESSING, CLOSED, READ_BYTES = range(5)  # positions in `Queue.state`
 EACH, BUSY, BUSY_SINCE, GUESS_LIMIT = range(4)  # positions in `Queue.times`, seconds
 _GUESSES_AT_ONCE = 4
-_EARLY_BESIDE_LATE = 1  # a late demand that is read beside more of them would keep them waiting
+_EARLY_BESIDE_LATE = 1  # a late demand beside more of them would keep them waiting
 _LOCK, _WORK, _DONE = 0, 64, 128  # offsets in `Queue.sync`: a mutex, two conditions
 _REALTIME, _MONOTONIC = 0, 1  # clocks
 _DONTNEED = 4  # POSIX_FADV_DONTNEED
@@ -120,7 +120,7 @@ def _may_guess(queue):
 
 @helper
 def _may_go_on(queue):
-    """A late demand waits, and few others are read."""
+    """A late demand waits, and few early reads are under way."""
     heads, tails = queue.heads, queue.tails
     return heads[LATE_DEMANDS] < tails[LATE_DEMANDS] and queue.state[EARLY] <= _EARLY_BESIDE_LATE
 
@@ -172,7 +172,7 @@ def work(queue):
         if not state[RUNNING] and is_guess:
             times[BUSY_SINCE] = started
         state[RUNNING] += 1
-        state[EARLY] += ring == DEMANDS
+        state[EARLY] += 1 - job[LATE]
         state[GUESSING] += is_guess
         if _may_guess(queue) or _may_go_on(queue):  # each wakes the next one
             _signal(_at(queue, _WORK))
@@ -183,7 +183,7 @@ def work(queue):
         shared_seconds = (ended - started) / state[RUNNING]  # with the others in flight
         times[EACH] += (shared_seconds - times[EACH]) / 16
         state[RUNNING] -= 1
-        state[EARLY] -= ring == DEMANDS
+        state[EARLY] -= 1 - job[LATE]
         state[GUESSING] -= is_guess
         state[READ_BYTES] += count
         ticket = queue.tickets[job[TICKET]]

@@ -91,7 +91,7 @@ class AtOnce:
         with residency.lock:
             started = perf_counter()
             self._reader.queue.start_threads()
-            self._end_abandoned()
+            self.end_abandoned()
             pool = residency.pools.of(layer)
             first_key = pool.first_key(layer)
             event = residency.routing.event(layer, rows, None, first_key, pool.n_experts)
@@ -116,7 +116,7 @@ class AtOnce:
             if awaited := int(self.whole.counts[AWAITED]):
                 self.end(awaited - 1, self._step(FINISH, awaited - 1))
 
-    def _end_abandoned(self) -> None:
+    def end_abandoned(self) -> None:
         """End an event whose late reads the program never came to need; no error is told."""
         with suppress(FlashMoEError, OSError):
             self.await_late()
@@ -236,7 +236,6 @@ class AtOnce:
         A resident whose room was lent stays absent, and is read when it is needed.
         """
         with self.residency.lock:
-            self._end_abandoned()
             self.use_caches()
             places, counts = self.places, self.whole.counts
             for number in self.whole.guessed[: counts[N_GUESSED]].tolist():

@@ -22,9 +22,10 @@ class NativeLock:
     def __init__(self) -> None:
         self._mutex = np.zeros(16, np.int64)  # more than any pthread_mutex_t has
         self.address: int = self._mutex.ctypes.data
-        self._set_up()
+        self.renew()
 
-    def _set_up(self) -> None:
+    def renew(self) -> None:
+        """Begin anew, held by nobody: after a fork, in the child."""
         attributes = (ctypes.c_char * 64)()
         _libc.pthread_mutexattr_init(attributes)
         _libc.pthread_mutexattr_settype(attributes, _RECURSIVE)
@@ -38,7 +39,7 @@ class NativeLock:
         if os.getpid() == self._process:
             _libc.pthread_mutex_unlock(self.address)
         else:  # a forked child, of which the mutex knows no owner
-            self._set_up()
+            self.renew()
 
     def __enter__(self) -> None:
         self.acquire()

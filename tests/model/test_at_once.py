@@ -51,7 +51,7 @@ def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
         assert engine.snapshot().hits == sum(cache.hits for cache in caches)
         assert engine.snapshot().resident_bytes <= engine.snapshot().memory_bytes
         engine.reset()
-        assert memory.content == {}
+        assert memory.settled_content(engine) == {}
     finally:
         engine.close()
 
@@ -83,10 +83,10 @@ def test_what_could_not_be_read_is_neither_resident_nor_filled():
     engine.at_once.make_ready(0, rows, lambda: [3])
     with pytest.raises(FlashMoEError, match="expert 3 of 1"):
         engine.at_once.make_ready(1, rows)
-    assert (1, 3) not in memory.content
+    assert (1, 3) not in memory.settled_content(engine)
     memory.broken = set()
     engine.at_once.make_ready(1, rows)
-    assert {(1, 3), (1, 4)} <= set(memory.content)
+    assert {(1, 3), (1, 4)} <= set(memory.settled_content(engine))
     engine.close()
 
 
@@ -96,10 +96,10 @@ def test_what_was_read_of_a_changed_file_is_forgotten():
     memory.changed = True
     with pytest.raises(OSError, match="changed"):
         engine.at_once.make_ready(0, np.array([[3, 4]]))
-    assert memory.content == {}
+    assert memory.settled_content(engine) == {}
     memory.changed = False
     engine.at_once.make_ready(0, np.array([[3, 4]]))
-    assert set(memory.content) == {(0, 3), (0, 4)}
+    assert set(memory.settled_content(engine)) == {(0, 3), (0, 4)}
     memory.changed = True
     engine.at_once.make_ready(0, np.array([[3, 4]]))  # nothing is read
     engine.close()
@@ -115,7 +115,7 @@ def test_a_guess_that_raises_leaves_nothing_unread():
 
     with pytest.raises(ValueError):
         engine.at_once.make_ready(0, np.array([[3, 4]]), likely)
-    assert set(memory.content) == set()
+    assert set(memory.settled_content(engine)) == set()
     memory.broken = set()
     engine.at_once.make_ready(0, np.array([[3, 4]]))
     assert memory.holds(0, 3) and memory.holds(0, 4)

@@ -189,10 +189,10 @@ def test_a_failed_read_is_told_and_the_next_one_comes():
     assert run.decode(0, chosen, chosen) == FAILED
     with pytest.raises(FlashMoEError, match="expert 3 of 0"):
         run.engine.end(0, FAILED)
-    assert (0, 3) not in run.memory.content
+    assert (0, 3) not in run.memory.settled_content(run.engine)
     run.memory.broken = set()
     assert run.decode(0, chosen, chosen) == READY
-    assert {(0, 3), (0, 4)} <= set(run.memory.content)
+    assert {(0, 3), (0, 4)} <= set(run.memory.settled_content(run.engine))
     run.engine.close()
 
 

@@ -190,7 +190,7 @@ class Attachment:
             self._products.forget_graph()
             self.failure = str(error) or repr(error)
             self.tell(f"this request fails: {self.failure}")
-            return False  # what follows is not computed, and `hooks` makes the whole call fail
+            return False  # whatever is still computed, `hooks` makes the whole call fail
 
     def _end_awaited(self) -> None:
         assert self.engine

@@ -92,6 +92,7 @@ class LlamaEngine(Engine):
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
         with self._by_python():
             try:
+                self.residency.reader.stand_still()  # wrong guesses may be on their way still
                 warm_start.restore(self.residency, path)
             except BaseException:  # it starts cold then
                 self.at_once.trim()
@@ -109,6 +110,7 @@ class LlamaEngine(Engine):
         with self._computing, self.lock:
             if self.decoder:
                 self.decoder.disarm()
+            self.at_once.end_abandoned()
             yield
 
     def note(self, layer: int, rows: np.ndarray) -> None:
@@ -195,8 +197,10 @@ class LlamaEngine(Engine):
             self.reset_counts()
 
     def go_on(self, *, in_child: bool) -> None:
-        if in_child and self.decoder:  # its threads are started by Python
-            self.decoder.disarm()
+        if in_child:
+            self._computing.renew()
+            if self.decoder:  # its threads are started by Python
+                self.decoder.disarm()
         super().go_on(in_child=in_child)
 
     def snapshot(self) -> Stats:

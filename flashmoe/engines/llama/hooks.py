@@ -262,13 +262,15 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
 
     @numba.cfunc(types.int32(void, void))
     def compute_or_fail(scheduler, graph):
+        state = switches()
+        if state[ASIDE] != 0:
+            return compute(scheduler, graph)
         _lock(computing_at)
         result = compute(scheduler, graph)
-        _unlock(computing_at)
-        state = switches()
         if state[FAILED] != 0:
             state[FAILED] = 0
-            return types.int32(-1)
+            result = types.int32(-1)
+        _unlock(computing_at)
         return result
 
     functions |= {"mmap": map_ours, "mmap64": map_ours, "munmap": unmap_others}
