@@ -57,7 +57,10 @@ def test_steered_weights_route_as_recorded_and_count_up(tmp_path, request, made)
     ids = torch.arange(PROMPT) + FIRST_TOKEN
     again = record(model, [ids], max_new_tokens=TOKENS - PROMPT)
     expected = trace.experts[: len(again.experts)]
-    np.testing.assert_array_equal(np.sort(again.experts), np.sort(expected))
+    if made == "steered_gpt_oss":  # so narrow a model turns the hidden state: ranks may swap
+        np.testing.assert_array_equal(np.sort(again.experts), np.sort(expected))
+    else:
+        np.testing.assert_array_equal(again.experts, expected)
     mask = torch.ones_like(ids)[None]
     text = model.generate(ids[None], attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert text[0].tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 8))

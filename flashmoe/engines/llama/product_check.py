@@ -16,7 +16,8 @@ class ProductCheck:
         self._tensors: dict[str, tuple[int, int]] = {}  # name -> (address, layer's number)
         self._layers_ready: set[int] = set()  # numbers of layers
         self._seen: set[str] = set()  # tensors
-        self._inputs: dict[int, str] = {}  # by layer: what `down` is multiplied with
+        self._inputs: dict[int, str] = {}  # by layer: what `down` is multiplied with, and
+        self.down_addresses: dict[int, int] = {}  # where its weights lie, of the layers seen
 
     def expect(self, name: str, address: int, layer: int) -> None:
         """A tensor of experts, where its data lies, and the number of its layer in the file."""
@@ -58,7 +59,7 @@ class ProductCheck:
                 )
             self._seen.add(name)
             if ".ffn_down" in name:
-                self._inputs[layer] = names[1]
+                self._inputs[layer], self.down_addresses[layer] = names[1], address
 
     @property
     def down_input(self) -> str:
@@ -70,15 +71,6 @@ class ProductCheck:
         common = starts.pop() if len(starts) == 1 else ""
         is_known = all(f"{common}{layer}" == name for layer, name in self._inputs.items())
         return common if is_known else ""
-
-    @property
-    def down_addresses(self) -> dict[int, int]:
-        """Where each layer's `down` weights lie, by the layer's number in the file."""
-        return {
-            layer: address
-            for name, (address, layer) in self._tensors.items()
-            if ".ffn_down" in name
-        }
 
     def is_complete(self, layer: int) -> bool:
         """When a layer comes again, all its products were seen once; of all layers: enough.

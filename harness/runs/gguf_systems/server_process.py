@@ -73,7 +73,7 @@ class ServerRun:
                     process.kill()
                     _, errors = process.communicate()
             answer["peak_memory_bytes"] = cap.peak_bytes() if cap else None
-        said = errors.strip().splitlines() or [f"status {process.returncode}"]
+        said = errors.strip().splitlines() or ["it said nothing"]
         if answer["outcome"] == "failed":
             if process.returncode == -signal.SIGKILL and self.cap_bytes:
                 return answer | {"outcome": "out of memory"}
