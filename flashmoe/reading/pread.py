@@ -14,15 +14,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from flashmoe.policies.parts.compiled import helper
+from flashmoe.util import libc
 
 ENDED = -1  # in place of an errno: the file ends too early
 _Pread = CFUNCTYPE(c_ssize_t, c_int, c_void_p, c_ssize_t, c_int64, use_errno=True)
 in_place_of_pread = np.zeros(1, np.int64)  # an address; 0: libc's own
 _kept: list[Any] = []
-_pread: Any = types.ExternalFunction(
-    "pread", types.intp(types.int32, types.intp, types.intp, types.int64)
-)
-_errno_location: Any = types.ExternalFunction("__errno_location", types.voidptr())
 
 
 @intrinsic
@@ -72,11 +69,11 @@ def read_bytes(instead, descriptor, address, length, needed, offset):
         if instead[0]:
             count = _pread_at(instead[0], descriptor, to, left, at)
         else:
-            count = _pread(descriptor, to, left, at)
+            count = libc.pread(descriptor, to, left, at)
         if count == 0:
             return done, ENDED
         if count < 0:
-            failure = numba.carray(_errno_location(), (1,), np.int32)[0]
+            failure = numba.carray(libc.errno_location(), (1,), np.int32)[0]
             if failure != EINTR:
                 return done, failure
         else:

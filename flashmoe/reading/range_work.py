@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
 from flashmoe.policies.parts.compiled import helper
 from flashmoe.reading import pread
 from flashmoe.reading.pread import in_place_of_pread, read_bytes
 from flashmoe.reading.read_queue import GUESS_SECONDS
+from flashmoe.util import libc
 
 # Columns of a job: which bytes of which file go where. Past NEEDED, of LENGTH, the file may end.
 # LATE, 0 or 1: it is used only after all others of its ticket.
@@ -30,22 +30,6 @@ _LOCK, _WORK, _DONE = 0, 64, 128  # offsets in `Queue.sync`: a mutex, two condit
 _REALTIME, _MONOTONIC = 0, 1  # clocks
 _DONTNEED = 4  # POSIX_FADV_DONTNEED
 SOURCES = Path(__file__), Path(pread.__file__)
-
-
-def _external(name: str, result: Any, *arguments: Any) -> Any:
-    return types.ExternalFunction(name, result(*arguments))
-
-
-_lock = _external("pthread_mutex_lock", types.int32, types.intp)
-_unlock = _external("pthread_mutex_unlock", types.int32, types.intp)
-_signal = _external("pthread_cond_signal", types.int32, types.intp)
-_broadcast = _external("pthread_cond_broadcast", types.int32, types.intp)
-_wait = _external("pthread_cond_wait", types.int32, types.intp, types.intp)
-_timed_wait = _external("pthread_cond_timedwait", types.int32, types.intp, types.intp, types.intp)
-_clock = _external("clock_gettime", types.int32, types.int32, types.intp)
-_advise = _external(
-    "posix_fadvise", types.int32, types.int32, types.int64, types.int64, types.int32
-)
 
 
 class Queue(NamedTuple):
@@ -87,7 +71,7 @@ def _at(queue, offset):
 
 @helper
 def seconds_now(clock):
-    _clock(_MONOTONIC, clock.ctypes.data)
+    libc.clock(_MONOTONIC, clock.ctypes.data)
     return clock[0] + 1e-9 * clock[1]
 
 
@@ -98,7 +82,7 @@ def _read(instead, job):
         instead, job[DESCRIPTOR], job[ADDRESS], job[LENGTH], job[NEEDED], job[OFFSET]
     )
     if job[BUFFERED] and not failure:
-        _advise(job[DESCRIPTOR], job[OFFSET], job[LENGTH], _DONTNEED)
+        libc.advise_file(job[DESCRIPTOR], job[OFFSET], job[LENGTH], _DONTNEED)
     return done, failure
 
 
@@ -157,13 +141,13 @@ def work(queue):
     """A thread's life: until the queue is closed, run what comes."""
     clock, job = np.zeros(2, np.int64), np.zeros(COLUMNS, np.int64)
     state, times = queue.state, queue.times
-    _lock(_at(queue, _LOCK))
+    libc.lock(_at(queue, _LOCK))
     while True:
         ring = _next(queue)
         if ring < 0:
             if state[CLOSED]:
                 break
-            _wait(_at(queue, _WORK), _at(queue, _LOCK))
+            libc.wait(_at(queue, _WORK), _at(queue, _LOCK))
             continue
         job[:] = queue.rings[ring, queue.heads[ring] % queue.rings.shape[1]]
         queue.heads[ring] += 1
@@ -175,11 +159,11 @@ def work(queue):
         state[EARLY] += 1 - job[LATE]
         state[GUESSING] += is_guess
         if _may_guess(queue) or _may_go_on(queue):  # each wakes the next one
-            _signal(_at(queue, _WORK))
-        _unlock(_at(queue, _LOCK))
+            libc.signal(_at(queue, _WORK))
+        libc.unlock(_at(queue, _LOCK))
         count, failure = _read(queue.instead, job)
         ended = seconds_now(clock)
-        _lock(_at(queue, _LOCK))
+        libc.lock(_at(queue, _LOCK))
         shared_seconds = (ended - started) / state[RUNNING]  # with the others in flight
         times[EACH] += (shared_seconds - times[EACH]) / 16
         state[RUNNING] -= 1
@@ -194,8 +178,8 @@ def work(queue):
         if not state[RUNNING] and not _waits(queue, DEMANDS):
             times[BUSY] += ended - times[BUSY_SINCE]
         if not ticket[LEFT] or not (job[LATE] or ticket[EARLY_LEFT]):
-            _broadcast(_at(queue, _DONE))
-    _unlock(_at(queue, _LOCK))
+            libc.broadcast(_at(queue, _DONE))
+    libc.unlock(_at(queue, _LOCK))
 
 
 @helper
@@ -208,7 +192,7 @@ def _count_down(ticket, job):
 def start(queue, jobs, is_guess):
     """Add `jobs`; their tickets begin anew."""
     clock = np.zeros(2, np.int64)
-    _lock(_at(queue, _LOCK))
+    libc.lock(_at(queue, _LOCK))
     for job in jobs:
         queue.tickets[job[TICKET]] = 0
     for job in jobs:
@@ -219,15 +203,15 @@ def start(queue, jobs, is_guess):
     for job in jobs:
         _push(queue, GUESSES if is_guess else DEMANDS, job)
     for _ in range(1 if is_guess else len(jobs)):  # who begins a guess wakes the next one
-        _signal(_at(queue, _WORK))
-    _unlock(_at(queue, _LOCK))
+        libc.signal(_at(queue, _WORK))
+    libc.unlock(_at(queue, _LOCK))
 
 
 @helper
 def take_back(queue, number, demand):
     """Take out what still waits of a guess: to `demand` it, or for good."""
     clock = np.zeros(2, np.int64)
-    _lock(_at(queue, _LOCK))
+    libc.lock(_at(queue, _LOCK))
     for ring in range(GUESSES, _RINGS):
         jobs = queue.rings[ring]
         kept = queue.heads[ring]
@@ -239,11 +223,11 @@ def take_back(queue, number, demand):
             elif demand:
                 _note_demand(queue, clock)
                 _push(queue, DEMANDS, job)
-                _signal(_at(queue, _WORK))
+                libc.signal(_at(queue, _WORK))
             else:
                 _count_down(queue.tickets[number], job)
         queue.tails[ring] = kept
-    _unlock(_at(queue, _LOCK))
+    libc.unlock(_at(queue, _LOCK))
 
 
 @helper
@@ -253,27 +237,27 @@ def is_done(queue, number, left, seconds):
     left: LEFT, or EARLY_LEFT for those that are not late.
     """
     until = np.zeros(2, np.int64)
-    _lock(_at(queue, _LOCK))
+    libc.lock(_at(queue, _LOCK))
     if queue.tickets[number, left] and seconds > 0:
-        _clock(_REALTIME, until.ctypes.data)
+        libc.clock(_REALTIME, until.ctypes.data)
         until[1] += int(1e9 * seconds)
         until[0] += until[1] // 1_000_000_000
         until[1] %= 1_000_000_000
         while queue.tickets[number, left]:
-            if _timed_wait(_at(queue, _DONE), _at(queue, _LOCK), until.ctypes.data):
+            if libc.timed_wait(_at(queue, _DONE), _at(queue, _LOCK), until.ctypes.data):
                 break
     done = queue.tickets[number, left] == 0
-    _unlock(_at(queue, _LOCK))
+    libc.unlock(_at(queue, _LOCK))
     return done
 
 
 def end(queue):
-    _lock(_at(queue, _LOCK))
+    libc.lock(_at(queue, _LOCK))
     queue.state[CLOSED] = 1
     for ring in range(GUESSES, _RINGS):
         for position in range(queue.heads[ring], queue.tails[ring]):
             job = queue.rings[ring, position % queue.rings.shape[1]]
             _count_down(queue.tickets[job[TICKET]], job)
         queue.heads[ring] = queue.tails[ring]
-    _broadcast(_at(queue, _WORK))
-    _unlock(_at(queue, _LOCK))
+    libc.broadcast(_at(queue, _WORK))
+    libc.unlock(_at(queue, _LOCK))

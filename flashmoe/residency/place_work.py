@@ -11,9 +11,9 @@ from mmap import MADV_DONTNEED
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
 from flashmoe.policies.parts.compiled import helper
+from flashmoe.util import libc
 
 # What is known of a place. FILLED: or about to be. RESIDENT: the cache's decision. NEEDED: by the
 # event at hand. GUESSED, LEAVING: bytes may come, of a guess or of a wrong one. LIKELY: scratch.
@@ -21,11 +21,6 @@ FILLED, RESIDENT, NEEDED, GUESSED, LEAVING, LIKELY = (1 << bit for bit in range(
 BYTES, MOST_BYTES, LIMIT_BYTES, CLOCK = range(4)  # positions in `Places.sizes`
 AROUND, BACK, PASS, LAST_PASS = range(4)  # positions in a search for victims
 _MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (Linux 5.7)
-
-_mremap = types.ExternalFunction(
-    "mremap", types.intp(types.intp, types.intp, types.intp, types.int32, types.intp)
-)
-_madvise = types.ExternalFunction("madvise", types.int32(types.intp, types.intp, types.int32))
 
 
 class Places(NamedTuple):
@@ -133,7 +128,7 @@ def empty(places, layer, number):
 def _drop(pages):
     for i in range(len(pages)):
         if pages[i, 1] > pages[i, 0]:
-            _madvise(pages[i, 0], pages[i, 1] - pages[i, 0], MADV_DONTNEED)
+            libc.advise_pages(pages[i, 0], pages[i, 1] - pages[i, 0], MADV_DONTNEED)
 
 
 @helper
@@ -145,7 +140,7 @@ def _move(given, wanted):
     for i in range(len(given)):
         start, end = given[i]
         size = min(end - start, wanted[i, 1] - wanted[i, 0])
-        if size > 0 and _mremap(start, size, size, _MOVE, wanted[i, 0]) != -1:
+        if size > 0 and libc.move_pages(start, size, size, _MOVE, wanted[i, 0]) != -1:
             start += size
         if end > start:
-            _madvise(start, end - start, MADV_DONTNEED)
+            libc.advise_pages(start, end - start, MADV_DONTNEED)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import types
 
 from flashmoe.engines.llama import lookahead
 from flashmoe.engines.llama.lookahead import rank
@@ -39,6 +38,7 @@ from flashmoe.residency.at_once_work import (
 from flashmoe.residency.guess_record import add_event, add_guess, is_worth_a_call, saves_time
 from flashmoe.residency.place_work import FILLED
 from flashmoe.residency.routing import Routing
+from flashmoe.util import libc
 
 # What `decode` answers beside `at_once_work`'s: Python shall do it all, or a file changed.
 PYTHON, CHANGED = 64, 65
@@ -50,10 +50,6 @@ WEIGHTS, SCALE, BIAS, SHARE_BIAS, N_EXPERTS, WIDTH, STEPS = range(7)
 _LOG_EVENTS = 4096
 _SIZE, _SECONDS, _NANOSECONDS = 6, 11, 12  # words of `struct stat` on 64-bit Linux
 SOURCES = (Path(__file__), Path(lookahead.__file__), *at_once_work.SOURCES)
-
-_try_lock = types.ExternalFunction("pthread_mutex_trylock", types.int32(types.int64))
-_unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.int64))
-_status_of = types.ExternalFunction("fstat", types.int32(types.int32, types.intp))
 
 
 class Decoding(NamedTuple):
@@ -134,7 +130,7 @@ def decode(at, number, tensor):
     s = view(at)
     if not s.state[ARMED] or number >= len(s.layers) or s.layers[number] < 0:
         return PYTHON
-    if _try_lock(s.mutex) != 0:
+    if libc.try_lock(s.mutex) != 0:
         return PYTHON
     layer = s.layers[number]
     answer = PYTHON
@@ -144,7 +140,7 @@ def decode(at, number, tensor):
             answer = _serve_rest(s, layer)
         elif tensor and not awaited and _read_choice(s, layer, tensor):
             answer = _serve(s, layer, tensor)
-    _unlock(s.mutex)
+    libc.unlock(s.mutex)
     return answer
 
 
@@ -175,7 +171,7 @@ def _unchanged(s):
     """The files are those that were opened."""
     status = s.status
     for descriptor, size_bytes, changed in s.files:
-        if _status_of(descriptor, status.ctypes.data) != 0:
+        if libc.status_of(descriptor, status.ctypes.data) != 0:
             return False
         if status[_SIZE] != size_bytes:
             return False

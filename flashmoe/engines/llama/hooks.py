@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.policies.parts.by_address import call, pointer
 from flashmoe.residency.at_once_work import PART, READY
+from flashmoe.util import libc
 from flashmoe.util.native_lock import NativeLock
 
 _MOST_FILES = 1024  # parts of split models
@@ -34,8 +35,6 @@ _MOST_LAYERS = 1024
 _REPACKING = tuple(b"ggml_backend_dev_get_extra_bufts\0")
 _STATUS_BYTES = 256  # more than any `struct stat` has
 
-_lock = types.ExternalFunction("pthread_mutex_lock", types.int32(types.uint64))
-_unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.uint64))
 _Callback = CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _Prepare = CFUNCTYPE(c_void_p, c_int, use_errno=True)
 _Decide = CFUNCTYPE(None)
@@ -118,7 +117,7 @@ class Hooks:
 
 
 def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) -> dict[str, Any]:
-    libc, lib = ctypes.CDLL(None), ggml.library
+    system, lib = ctypes.CDLL(None), ggml.library
 
     def address_of(function: Any) -> int:
         return ctypes.cast(function, c_void_p).value or 0
@@ -126,10 +125,10 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
     def original(library: Any, name: str, result: Any, *arguments: Any) -> Any:
         return CFUNCTYPE(result, *arguments)(address_of(getattr(library, name)))
 
-    map_file = original(libc, "mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
-    unmap = original(libc, "munmap", c_int, c_void_p, c_size_t)
-    lock = original(libc, "mlock", c_int, c_void_p, c_size_t)
-    status_of = original(libc, "fstat", c_int, c_int, c_void_p)
+    map_file = original(system, "mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
+    unmap = original(system, "munmap", c_int, c_void_p, c_size_t)
+    lock = original(system, "mlock", c_int, c_void_p, c_size_t)
+    status_of = original(system, "fstat", c_int, c_int, c_void_p)
     set_callback = original(
         lib, "ggml_backend_sched_set_eval_callback", None, c_void_p, c_void_p, c_void_p
     )
@@ -145,7 +144,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
     down_input_at = np.uint64(hooks._down_input.ctypes.data)
     downs_at = np.uint64(hooks._downs.ctypes.data)
     name_at = np.uint64(ggml.layout.name)
-    computing_at = np.uint64(hooks.computing.address)
+    computing_at = hooks.computing.address
     sources_at, data_at = np.uint64(ggml.layout.sources), np.uint64(ggml.layout.data)
     void = types.voidptr
 
@@ -265,12 +264,12 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         state = switches()
         if state[ASIDE] != 0:
             return compute(scheduler, graph)
-        _lock(computing_at)
+        libc.lock(computing_at)
         result = compute(scheduler, graph)
         if state[FAILED] != 0:
             state[FAILED] = 0
             result = types.int32(-1)
-        _unlock(computing_at)
+        libc.unlock(computing_at)
         return result
 
     functions |= {"mmap": map_ours, "mmap64": map_ours, "munmap": unmap_others}

@@ -38,7 +38,13 @@ os.register_at_fork(
     after_in_child=_compiling.release,
 )
 # The sources of every policy's compiled code, relative to the package.
-SHARED_SOURCES = ("events.py", "cache/serving.py", "policies/base.py", "policies/parts/*.py")
+SHARED_SOURCES = (
+    "events.py",
+    "cache/serving.py",
+    "policies/base.py",
+    "policies/parts/*.py",
+    "util/libc.py",
+)
 helper = register_jitable  # marks a function that policies may call, compiled or not
 
 

@@ -14,13 +14,10 @@ from numba import types
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts.by_address import pointer
+from flashmoe.util import libc
 
 _NAME = "accept4"
 _LOOK_EVERY_MILLISECONDS = 10
-_accept = types.ExternalFunction(
-    _NAME, types.int32(types.int32, types.intp, types.intp, types.int32)
-)
-_poll = types.ExternalFunction("poll", types.int32(types.intp, types.uint64, types.int32))
 _kept: list[object] = []  # machine code that threads of libraries may be in
 
 
@@ -38,9 +35,9 @@ def connections_wait(library: Path) -> Iterator[None]:
         # a `struct pollfd` that waits for the socket's end alone
         ended = np.array([socket, 0], np.int32)
         while numba.carray(pointer(held_at), (1,), np.int64)[0]:
-            if _poll(ended.ctypes.data, 1, _LOOK_EVERY_MILLISECONDS) > 0:
+            if libc.poll(ended.ctypes.data, 1, _LOOK_EVERY_MILLISECONDS) > 0:
                 break
-        return _accept(socket, address, length, flags)
+        return libc.accept(socket, address, length, flags)
 
     _kept.append((accept, held))
     if not redirect(library, {_NAME: accept.address or 0}):
