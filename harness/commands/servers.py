@@ -20,6 +20,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant", default="int4", help="as `flashmoe synth --quant`, or int4: Q4_0"
     )
+    parser.add_argument(
+        "--repeating",
+        action="store_true",
+        help="a prompt that holds the answer: for guessed tokens",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Path:
@@ -37,5 +42,6 @@ def run(arguments: argparse.Namespace) -> Path:
         scheme=arguments.quant,
         stores=arguments.stores,
         systems=arguments.systems,
+        repeating=arguments.repeating,
     )
     return folder

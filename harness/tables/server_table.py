@@ -27,6 +27,12 @@ from harness.tables import full_scale
 
 CAPS = (0.5, 0.75)  # shares of the file
 PROMPT_TOKENS, NEW_TOKENS = 160, 48
+PROMPT = tuple(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS))
+# It ends as it began, so the answer is what stood there: tokens can be guessed.
+REPEATING = (
+    *range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS + NEW_TOKENS),
+    *range(FIRST_TOKEN, FIRST_TOKEN + 16),
+)
 REPEATED_SECONDS = 90  # a run that took longer is not repeated in later rounds
 Run = dict[str, Any]
 
@@ -42,10 +48,12 @@ def server_table(
     scheme: str = "int4",
     stores: Path | None = None,
     systems: Sequence[str] = (),
+    repeating: bool = False,
 ) -> None:
     """Write the file (given back but for `stores`), run all in turn, report.
 
-    systems: names of `gguf_systems.available()`; none: all that are installed.
+    systems: names of `gguf_systems.available()`; none: all that are usual and installed.
+    repeating: with the prompt that lets tokens be guessed, in a table of its own.
     Raises FlashMoEError for a system that is unknown or not installed.
     """
     chosen = _chosen(systems)
@@ -62,8 +70,9 @@ def server_table(
             unfinished = model.with_suffix(".partial")
             gguf_file.write(weights, unfinished, scheme)
             unfinished.rename(model)
-        runs = measure(model, program, chosen, caps, rounds, work)
-        title = full_scale.title_of("servers", name, scheme)
+        prompt = REPEATING if repeating else PROMPT
+        runs = measure(model, program, chosen, caps, rounds, work, prompt)
+        title = full_scale.title_of("servers", name, scheme, "repeating" if repeating else "")
         rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
@@ -76,10 +85,13 @@ def _chosen(names: Sequence[str]) -> list[System]:
             raise FlashMoEError(f"no system is called {name!r}: choose from {', '.join(known)}")
         if not known[name].installed():
             raise FlashMoEError(f"{name} is not here: let {known[name].program} name its program")
-    for system in known.values():
-        if not names and not system.installed():
+    if names:
+        return [known[name] for name in names]
+    usual = [system for system in known.values() if system.usual]
+    for system in usual:
+        if not system.installed():
             say(f"{system.name} is left out: {system.program} does not name its program")
-    return [known[name] for name in names] or [s for s in known.values() if s.installed()]
+    return [system for system in usual if system.installed()]
 
 
 def measure(
@@ -89,7 +101,7 @@ def measure(
     caps: Sequence[float],
     rounds: int,
     traces: Path,
-    prompt_tokens: int = PROMPT_TOKENS,
+    prompt: tuple[int, ...] = PROMPT,
     new_tokens: int = NEW_TOKENS,
 ) -> list[Run]:
     """Every system at every cap and at none, in turn, `rounds` times; the drive asked before each.
@@ -102,7 +114,6 @@ def measure(
     """
     dense_bytes, expert_bytes = sizes(model)
     size = model.stat().st_size
-    prompt = tuple(range(FIRST_TOKEN, FIRST_TOKEN + prompt_tokens))
     threads = os.cpu_count() or 1
     runs = []
     slow: set[tuple[str, float | None]] = set()

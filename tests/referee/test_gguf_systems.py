@@ -77,6 +77,21 @@ def test_runs_under_a_cap_below_the_file_are_recorded(gguf_files, tmp_path, monk
     assert len({work.trace for work in works}) == 3
 
 
+def test_guessed_tokens_are_measured_only_where_they_are_asked_for():
+    usual = [system.name for system in server_table._chosen([])]
+    assert PLAIN in usual
+    assert not any("guessed" in name for name in usual)
+    (asked,) = server_table._chosen([f"{OURS}, 3 guessed"])
+    assert asked.is_ours
+
+
+def test_a_repeating_prompt_says_before_what_the_answer_will_be():
+    prompt, new = server_table.REPEATING, server_table.NEW_TOKENS
+    end = prompt[-16:]  # and here it stood before
+    first = next(at for at in range(len(prompt)) if prompt[at : at + 16] == end)
+    assert prompt[first + 16 : first + 16 + new] == tuple(range(end[-1] + 1, end[-1] + 1 + new))
+
+
 def test_who_refuses_a_limit_has_that_for_its_outcome(gguf_files, tmp_path, monkeypatch):
     def refuse(work):
         raise FlashMoEError("too little memory")

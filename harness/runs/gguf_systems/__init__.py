@@ -37,7 +37,7 @@ class System:
 
     run: gives `outcome`, and where that is "ok" tokens_per_second, prompt_seconds and what else is
         known, such as `trace`, the file in which it recorded the run. clock: speeds are compared
-        with those of the same clock only.
+        with those of the same clock only. usual: runs where nobody says which systems are to.
     """
 
     name: str
@@ -45,6 +45,7 @@ class System:
     clock: str = SERVER
     is_ours: bool = False
     program: str = ""  # the environment variable that names it; "": of the build
+    usual: bool = True
 
     def installed(self) -> bool:
         return not self.program or Path(os.environ.get(self.program, "")).is_file()
