@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,7 +102,8 @@ class Server:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             if stream:
-                stream.close()
+                with suppress(BrokenPipeError):  # an order that it has not read
+                    stream.close()
 
     def __enter__(self) -> Server:
         return self
