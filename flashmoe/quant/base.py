@@ -14,18 +14,14 @@ T = TypeVar("T")
 
 
 class Scheme(ABC):
-    """Turns a weight [out, in] into parts that take fewer bytes, and multiplies by them.
+    """Holds a weight [out, in] in parts that take fewer bytes, and multiplies by them.
 
-    Packing a store quantises the weights, which stay quantised on the SSD and in the slots. The
-    result depends on the parts alone, not on where they lie or came from.
+    They lie so on the SSD and in the slots. The result depends on the parts alone, not on where
+    they lie or came from.
     """
 
     name: ClassVar[str]
-    device_types: ClassVar[tuple[str, ...]] = ("cpu",)  # which devices have a kernel for it
-
-    @abstractmethod
-    def parts(self, weight: torch.Tensor) -> Parts:
-        """The parts of `weight` [out, in]. Raises FlashMoEError for a shape it cannot take."""
+    device_types: ClassVar[tuple[str, ...]] = ()  # which devices have a kernel for it; (): all
 
     @abstractmethod
     def linear(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -38,6 +34,14 @@ class Scheme(ABC):
     def layout(self) -> str:
         """A name for the order of the parts' bytes, where that differs between machines."""
         return ""
+
+
+class Quantiser(Scheme):
+    """Makes the parts, out of a weight of more bytes, while a store is packed."""
+
+    @abstractmethod
+    def parts(self, weight: torch.Tensor) -> Parts:
+        """The parts of `weight` [out, in]. Raises FlashMoEError for a shape it cannot take."""
 
 
 class Weight(NamedTuple):

@@ -8,13 +8,13 @@ from functools import cache
 import torch
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.quant.base import Parts, Scheme
+from flashmoe.quant.base import Parts, Quantiser
 
 GROUP = 32  # weights that share a scale and a zero point
 _INNER_K_TILES = 2  # a CPU's kernel requires this argument and ignores it
 
 
-class Int4(Scheme):
+class Int4(Quantiser):
     """Rounds to 16 steps between the least and the greatest of a group.
 
     torch packs the steps in an order that depends on the processor's vector width, so a store
@@ -22,6 +22,7 @@ class Int4(Scheme):
     """
 
     name = "int4"
+    device_types = ("cpu",)
 
     def parts(self, weight: torch.Tensor) -> Parts:
         rows, columns = weight.shape

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from flashmoe.quant.base import Parts, Scheme
+from flashmoe.quant.base import Parts, Quantiser
 
 
-class Int8(Scheme):
+class Int8(Quantiser):
     """Rounds each row to -127..127 times its scale; multiplied by without being unpacked."""
 
     name = "int8"
+    device_types = ("cpu",)
 
     def parts(self, weight: torch.Tensor) -> Parts:
         values = weight.float().contiguous()

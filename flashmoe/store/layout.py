@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flashmoe import quant
-from flashmoe.quant import NONE, Scheme
+from flashmoe.quant import NONE, Quantiser
 from flashmoe.store.manifest import LayerSpec, dtype_name, lay_out
 
 
@@ -32,29 +32,30 @@ class ModelDescription:
     top_k: int
     dtype: torch.dtype  # in which the model computes
     layers: tuple[ExpertShapes, ...]
+    quantisation: str = NONE  # the format of the experts' weights, whose parts the layers have
 
 
-def lay_out_layers(layers: Iterable[ExpertShapes], scheme: Scheme | None) -> list[LayerSpec]:
+def lay_out_layers(model: ModelDescription, scheme: Quantiser | None) -> list[LayerSpec]:
     """Every layer's extents, without checksums; scheme: None stores weights as they are.
 
     Raises FlashMoEError for a dtype or a shape that cannot be stored so.
     """
     specs: list[LayerSpec] = []
-    for layer in layers:
+    for layer in model.layers:
         blank_expert = {
-            name: torch.zeros(shape, dtype=dtype)
+            name: torch.empty(shape, dtype=dtype)
             for name, (dtype, shape) in layer.parameters.items()
         }
         stored = stored_tensors(blank_expert, scheme, transposed=layer.transposed)
         tensors = [(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in stored.items()]
         offset_bytes = specs[-1].end_bytes if specs else 0
-        scheme_name = scheme.name if scheme else NONE
+        scheme_name = scheme.name if scheme else model.quantisation
         specs.append(lay_out(layer.module, layer.n_experts, offset_bytes, tensors, scheme_name))
     return specs
 
 
 def stored_tensors(
-    parameters: Mapping[str, torch.Tensor], scheme: Scheme | None, *, transposed: bool
+    parameters: Mapping[str, torch.Tensor], scheme: Quantiser | None, *, transposed: bool
 ) -> dict[str, torch.Tensor]:
     """An expert's parameters as a store has them: weights in the scheme's parts, biases as is.
 

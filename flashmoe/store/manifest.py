@@ -28,7 +28,10 @@ _KINDS = {
     "experts_file": str, "dense_file": str, "quantisation": str, "layout": str, "dtype": str,
 }  # fmt: skip
 # Of one element, by dtype: what a store can hold.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
+DTYPE_BYTES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1, "uint8": 1,
+    "float8_e4m3fn": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

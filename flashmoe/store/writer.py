@@ -26,7 +26,7 @@ from flashmoe import quant as schemes
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, reserve, write_all
 from flashmoe.disk.shards import header
 from flashmoe.errors import FlashMoEError, reading
-from flashmoe.quant import NONE, Scheme
+from flashmoe.quant import NONE, Quantiser
 from flashmoe.store import manifest as manifests
 from flashmoe.store import side_files
 from flashmoe.store.layout import ModelDescription, config_digest, lay_out_layers, stored_tensors
@@ -44,7 +44,10 @@ class Source(Protocol):
         """The model's architecture, top_k and dtype, and the shapes of its experts."""
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
-        """One expert's parameters by name, contiguous, without the expert dimension."""
+        """One expert's parameters by name, contiguous, without the expert dimension.
+
+        Where the description names a format: the parts of its weights as they were published.
+        """
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every other tensor with its name in the model, one at a time. It is called twice."""
@@ -59,14 +62,14 @@ def write_store(
     """Write the directory `store` from `source`, with the files beside `checkpoint`'s weights.
 
     progress: called with the bytes of experts that were written, and with those in all.
-    quant: the name of a scheme of `flashmoe.quant`.
+    quant: the name of a quantiser of `flashmoe.quant`.
     Raises FlashMoEError when the disk is full, another pack into `store` is under way, or `store`
     is of another model; a store that was there stays usable then.
     """
-    scheme = schemes.get(quant)
+    scheme = schemes.quantiser(quant)
     is_new = not _directory_exists(store, checkpoint)
     model = source.description
-    layers = lay_out_layers(model.layers, scheme)
+    layers = lay_out_layers(model, scheme)
     experts_bytes = layers[-1].end_bytes
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def write_store(
                 dense_file=dense_name,
                 dense_bytes=dense_bytes,
                 layers=tuple(layers),
-                quantisation=quant,
+                quantisation=layers[0].quantisation,
                 layout=scheme.layout() if scheme else "",
                 dtype=manifests.dtype_name(model.dtype),
             )
@@ -159,7 +162,7 @@ def _data_names(store: Path) -> Iterator[tuple[str, str]]:
 
 def _write_experts(
     source: Source,
-    scheme: Scheme | None,
+    scheme: Quantiser | None,
     layers: list[LayerSpec],
     path: Path,
     progress: Progress,

@@ -22,7 +22,7 @@ from harness.report import report
 from harness.runs.budget import budget_for
 from harness.tables import full_scale
 
-SCHEMES = (quant.NONE, *quant.available())
+SCHEMES = (quant.NONE, *quant.quantisers())
 CAPS = (0.25, 0.4)
 
 

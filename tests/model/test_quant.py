@@ -21,14 +21,14 @@ SIZES = dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
 
 
 @given(
-    st.sampled_from(sorted(quant.available())),
+    st.sampled_from(sorted(quant.quantisers())),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.integers(0, 1 << 20),
     st.floats(1e-4, 100.0),
 )
 @settings(max_examples=40, deadline=None)
 def test_a_weight_comes_back_within_half_a_step(name, dtype, seed, size):
-    scheme = quant.get(name)
+    scheme = quant.quantiser(name)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed)) * size
     parts = scheme.parts(weight.to(dtype))
     assert scheme.shape({k: tuple(p.shape) for k, p in parts.items()}) == (48, 64)
@@ -56,7 +56,7 @@ def packed(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("scheme", quant.available())
+@pytest.mark.parametrize("scheme", quant.quantisers())
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_output_is_that_of_the_same_weights_in_memory(packed, family, scheme):
@@ -69,7 +69,7 @@ def test_output_is_that_of_the_same_weights_in_memory(packed, family, scheme):
         for layer in contents.layers:
             for expert in range(layer.n_experts):
                 sources[layer.module, expert] = source.expert(layer.module, expert)
-    maker = quant.get(scheme)
+    maker = quant.quantiser(scheme)
     for (name, expert), tensors in sources.items():
         module = modules[name]
         for key, tensor in tensors.items():
@@ -91,7 +91,7 @@ def test_output_is_that_of_the_same_weights_in_memory(packed, family, scheme):
 
 def test_a_quantised_store_is_smaller_and_says_what_it_is(packed):
     sizes = {}
-    for scheme in quant.available():
+    for scheme in quant.quantisers():
         _, store = packed("olmoe", scheme)
         contents = manifests.load(store)
         assert contents.quantisation == scheme
@@ -105,7 +105,7 @@ def test_a_quantised_store_is_smaller_and_says_what_it_is(packed):
 
 def test_a_store_for_another_processor_is_refused(packed, monkeypatch):
     _, store = packed("olmoe", "int4")
-    monkeypatch.setattr(quant.available()["int4"], "layout", lambda self: "another")
+    monkeypatch.setattr(quant.quantisers()["int4"], "layout", lambda self: "another")
     with pytest.raises(FlashMoEError, match="another processor"):
         manifests.load(store)
 

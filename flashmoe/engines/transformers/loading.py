@@ -100,7 +100,7 @@ def _find_device(device: str) -> torch.device:
 def _check_kernels(backend: ModelBackend, device: torch.device) -> None:
     """Raises FlashMoEError when the store's quantised weights cannot be multiplied on `device`."""
     scheme = quant.get(backend.manifest.layers[0].quantisation)
-    if scheme and device.type not in scheme.device_types:
+    if scheme and scheme.device_types and device.type not in scheme.device_types:
         raise FlashMoEError(
             f"store {backend.path}: its {scheme.name} weights can be multiplied on "
             f"{' and '.join(scheme.device_types)} only: use that device, or pack without --quant"

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flashmoe.disk.shards import FileRange, Shard, TensorEntry
-from flashmoe.engines.transformers.checkpoints import published_quantisation, weight_files
+from flashmoe.engines.transformers.checkpoints import (
+    published_experts,
+    published_quantisation,
+    weight_files,
+)
 from flashmoe.engines.transformers.checkpoints.conversion import Conversion
 from flashmoe.engines.transformers.checkpoints.expert_tensors import ExpertTensors, TensorRow
+from flashmoe.engines.transformers.checkpoints.published_experts import PublishedExperts
 from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.errors import FlashMoEError
+from flashmoe.quant import part_name
+from flashmoe.store.layout import ModelDescription
 
 # (parameter's full name, tensor on disk) -> its values, or what stands for them, in the
 # parameter's dtype
@@ -26,11 +34,13 @@ class Checkpoint:
     model: its empty model. parameters: of that, by full name, on the meta device.
     experts: the model's experts modules, by name. expert_parameter_names: the full name of each
         experts' parameter -> (module's name, parameter's name in it).
+    published: the format in which the experts' weights lie, and their parts, if any.
     Raises FlashMoEError when it is not an MoE checkpoint that transformers can route through
     its ExpertsInterface, or a shard is missing or cut short.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, dequantise: bool = False) -> None:
+        """dequantise: experts that were published quantised are read as the model has them."""
         self.directory = directory
         self.config = empty_model.read_config(directory)
         self._shards: list[Shard] = []
@@ -40,7 +50,10 @@ class Checkpoint:
                 shard = Shard(file)
                 self._shards.append(shard)
                 self._shard_of.update(dict.fromkeys(shard.tensors, shard))
-            self.dtype = weight_files.dtype_of(directory, self.config)
+            entries = {name: self._entry(name) for name in self._shard_of}
+            settings = published_quantisation.settings_of(self.config)
+            dequantiser = published_quantisation.dequantiser(directory, self.config, entries)
+            self.dtype = weight_files.dtype_of(directory, self.config, dequantiser)
             self.model = empty_model.build(self.config, self.dtype)
             self.experts = moe_modules.expert_modules(self.model)
             if not self.experts:
@@ -51,9 +64,10 @@ class Checkpoint:
             self.description = moe_modules.describe(self.model, self.config)
             self.parameters = self.model.state_dict()
             self.expert_parameter_names = moe_modules.expert_parameter_names(self.model)
-            self._conversion = Conversion(directory, self.config, self.model, self._shard_of)
-            entries = {name: self._entry(name) for name in self._shard_of}
-            self._refuse_quantised(entries)
+            self._conversion = Conversion(
+                directory, self.config, self.model, self._shard_of, dequantiser
+            )
+            self._refuse_quantised(entries, said=dequantiser is not None)
             n_experts = {
                 full_name: moe_modules.n_experts(self.experts[module])
                 for full_name, (module, _) in self.expert_parameter_names.items()
@@ -61,6 +75,16 @@ class Checkpoint:
             self._expert_tensors = ExpertTensors(
                 directory, self._conversion.recipes, entries, n_experts
             )
+            self.published = (
+                None
+                if dequantise or dequantiser is None
+                else published_experts.find(
+                    settings, self._expert_tensors, entries, self.expert_parameter_names
+                )
+            )
+            if self.published:
+                self._check_published(self.published)
+                self.description = self._as_published(self.published)
         except BaseException:
             self.close()
             raise
@@ -75,13 +99,57 @@ class Checkpoint:
         for shard in self._shards:
             shard.close()
 
-    def _refuse_quantised(self, entries: dict[str, TensorEntry]) -> None:
+    def _refuse_quantised(self, entries: dict[str, TensorEntry], said: bool) -> None:
+        """said: by config.json, so that it can be made plain."""
         used, floats = set(), set()
         for target, recipe in self._conversion.recipes.items():
             used.update(recipe.tensor_names)
             if self.parameters[target].is_floating_point():
                 floats.update(recipe.tensor_names)
-        published_quantisation.refuse(self.directory, entries, used, floats)
+        if said:
+            published_quantisation.refuse_unused(self.directory, entries, used)
+        else:
+            published_quantisation.refuse_unsaid(self.directory, entries, used, floats)
+
+    def _as_published(self, published: PublishedExperts) -> ModelDescription:
+        """`description`, with the parts in place of the weights that they stand for."""
+        layers = []
+        for layer in self.description.layers:
+            parameters: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+            for name, kind in layer.parameters.items():
+                parts = published.kinds.get(f"{layer.module}.{name}", {})
+                if parts:
+                    parameters |= {part_name(name, part): kind for part, kind in parts.items()}
+                else:
+                    parameters[name] = kind
+            layers.append(replace(layer, parameters=parameters))
+        name = published.format.name
+        return replace(self.description, layers=tuple(layers), quantisation=name)
+
+    def _check_published(self, published: PublishedExperts) -> None:
+        """Raises FlashMoEError unless parts stand for what transformers makes of them.
+
+        Of one expert, for each kind of parts that there is.
+        """
+        seen = []
+        for full_name, kinds in published.kinds.items():
+            if kinds in seen:
+                continue
+            seen.append(kinds)
+            module, name = self.expert_parameter_names[full_name]
+            parts = {part: self._row(row) for part, row in published.rows(full_name, 0).items()}
+            ours = published.format.dense(
+                parts,
+                self.parameters[full_name].dtype,
+                transposed=bool(self.experts[module].is_transposed),
+            )
+            theirs = self._expert(module, 0, self._read, only=full_name)[name]
+            if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+                raise FlashMoEError(
+                    f"{self.directory}: transformers makes other numbers of {full_name} than "
+                    f"FlashMoE's {published.format.name}: report it, or use a checkpoint that is "
+                    "not quantised"
+                )
 
     def _entry(self, name: str) -> TensorEntry:
         return self._shard_of[name].tensors[name]
@@ -107,16 +175,34 @@ class Checkpoint:
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
         """All parameters of one expert by name, without the expert dimension, contiguous.
 
-        Raises FlashMoEError where a tensor does not fit the model.
+        The parts of those that lie in a published format, as they are. Raises FlashMoEError where
+        a tensor does not fit the model.
         """
-        return self._expert(module_name, expert, self._read)
+        result = self._expert(module_name, expert, self._read)
+        for full_name, (module, name) in self.expert_parameter_names.items():
+            if module == module_name and full_name in self._in_parts:
+                rows = self._rows_of_parts(full_name, expert)
+                result |= {
+                    part_name(name, part): self._row(row).contiguous() for part, row in rows.items()
+                }
+        return result
+
+    @property
+    def _in_parts(self) -> Collection[str]:
+        """The full names of experts' parameters that lie in a published format."""
+        return self.published.kinds if self.published else ()
+
+    def _rows_of_parts(self, full_name: str, expert: int) -> dict[str, TensorRow]:
+        return self.published.rows(full_name, expert) if self.published else {}
 
     def _expert(
-        self, module_name: str, expert: int, read_tensor: ReadTensor
+        self, module_name: str, expert: int, read_tensor: ReadTensor, only: str | None = None
     ) -> dict[str, torch.Tensor]:
+        """Parameters as the model has them; only: the full name of one; default: all plain ones."""
         result = {}
         for full_name, (module, _) in self.expert_parameter_names.items():
-            if module != module_name:
+            wanted = full_name not in self._in_parts if only is None else full_name == only
+            if module != module_name or not wanted:
                 continue
             rows = self._expert_tensors.by_pattern(full_name, expert)
             tensors = {pattern: [read_tensor(full_name, row)] for pattern, row in rows.items()}
@@ -144,22 +230,30 @@ class Checkpoint:
             words = torch.arange(first, first + count, dtype=torch.int32) * 2654435
             bytes_of[tensor_row] = words.view(torch.uint8)[:size_bytes]
             tensor = bytes_of[tensor_row].view(entry.dtype).view(shape)
-            return tensor.to(self.parameters[full_name].dtype)
+            return self._cast(full_name, tensor)
 
         result = {}
         for name, parameter in self._expert(module_name, 0, counted).items():
             full_name = f"{module_name}.{name}"
             tensor_names = self._conversion.recipes[full_name].tensor_names
-            rows = self._expert_tensors.in_order(full_name, 0)
-            stored = torch.cat([bytes_of[row] for row in rows])
+            rows = self._expert_tensors.by_pattern_in_order(full_name, 0)
+            stored = torch.cat([bytes_of[row] for _, row in rows])
             same_dtype = {self._entry(tensor).dtype for tensor in tensor_names} == {parameter.dtype}
             used = parameter.view(-1).view(torch.uint8)
             result[name] = same_dtype and torch.equal(stored, used)
         return result
 
     def places(self, module_name: str, name: str, expert: int) -> list[FileRange]:
-        """Where the tensors lie that one parameter of one expert is made of, in order."""
-        rows = self._expert_tensors.in_order(f"{module_name}.{name}", expert)
+        """Where the tensors lie that one parameter, or part of one, of one expert is made of.
+
+        They are in order. name: as `expert` has it.
+        """
+        parameter, _, part = name.partition("/")
+        full_name = f"{module_name}.{parameter}"
+        if part:
+            rows = [self._rows_of_parts(full_name, expert)[part]]
+        else:
+            rows = [r for _, r in self._expert_tensors.by_pattern_in_order(full_name, expert)]
         return [self._shard_of[tensor].place(tensor, row) for tensor, row in rows]
 
     def dense_bytes(self) -> int:
@@ -176,13 +270,22 @@ class Checkpoint:
     def _read(self, full_name: str, tensor_row: TensorRow) -> torch.Tensor:
         """A tensor on disk, cast as transformers does before it converts it."""
         name, row = tensor_row
-        return self._shard_of[name].read(name, row).to(self.parameters[full_name].dtype)
+        return self._cast(full_name, self._shard_of[name].read(name, row))
+
+    def _row(self, tensor_row: TensorRow) -> torch.Tensor:
+        """A tensor on disk, or a row of it without the expert dimension, as it is."""
+        name, row = tensor_row
+        tensor = self._shard_of[name].read(name, row)
+        return tensor if row is None else tensor[0]
+
+    def _cast(self, full_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self._conversion.cast(full_name, tensor, self.parameters[full_name].dtype)
 
     def _outline(self, full_name: str, tensor_row: TensorRow) -> torch.Tensor:
         """What `_read` gives of a whole tensor, on the meta device."""
         entry = self._entry(tensor_row.name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        return tensor.to(self.parameters[full_name].dtype)
+        return self._cast(full_name, tensor)
 
     def _check_shape(self, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != expected:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.quantizers import HfQuantizer
 
 from flashmoe.engines.transformers.model import moe_modules
 from flashmoe.errors import FlashMoEError
@@ -58,20 +59,32 @@ class Conversion:
         config: transformers.PretrainedConfig,
         model: transformers.PreTrainedModel,
         tensor_names: Iterable[str],
+        dequantiser: HfQuantizer | None = None,
     ) -> None:
-        """directory: for error messages. config: all of it; model: its empty model."""
+        """directory: for error messages. config: all of it; model: its empty model.
+
+        dequantiser: turns what was published quantised into what the model has.
+        """
         self.directory = directory
-        self.recipes = _find_recipes(model, tensor_names)
+        self.recipes = _find_recipes(model, tensor_names, dequantiser)
+        self._dequantiser = dequantiser
         self._config = config
         self._model = _OneExpertModel(model, moe_modules.expert_parameter_names(model))
+
+    def cast(self, target: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on disk as `convert` wants it; dtype: of the recipe's parameter."""
+        if self._dequantiser is not None:
+            converter = self.recipes[target].converter
+            dtype = self._dequantiser.get_new_dtype(converter, tensor, dtype) or tensor.dtype
+        return tensor.to(dtype)
 
     def convert(
         self, target: str, tensors: Mapping[str, list[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         """The parameters that the recipe of `target` makes, by full name.
 
-        tensors: by source pattern, as `Recipe.sources` has their names, each in the dtype of its
-            parameter. Of an expert's parameter: those of one expert, the result being [1, ...].
+        tensors: by source pattern, as `Recipe.sources` has their names, each as `cast`
+            gives it. Of an expert's parameter: those of one expert, the result being [1, ...].
         Raises FlashMoEError where the tensors do not fit each other.
         """
         recipe = self.recipes[target]
@@ -107,9 +120,11 @@ class _OneExpertModel:
 
 
 def _find_recipes(
-    model: transformers.PreTrainedModel, tensor_names: Iterable[str]
+    model: transformers.PreTrainedModel,
+    tensor_names: Iterable[str],
+    dequantiser: HfQuantizer | None,
 ) -> dict[str, Recipe]:
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=dequantiser)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}

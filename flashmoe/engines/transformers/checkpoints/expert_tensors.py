@@ -79,10 +79,10 @@ class ExpertTensors:
             for pattern, names in self._recipes[parameter].sources.items()
         }
 
-    def in_order(self, parameter: str, expert: int) -> list[TensorRow]:
+    def by_pattern_in_order(self, parameter: str, expert: int) -> list[tuple[str, TensorRow]]:
         """Those of `by_pattern`, in the order in which the converter puts them together."""
         rows = self.by_pattern(parameter, expert)
-        return [rows[pattern] for pattern in self._recipes[parameter].patterns]
+        return [(pattern, rows[pattern]) for pattern in self._recipes[parameter].patterns]
 
     def _is_of_all(self, names: list[str], count: int) -> bool:
         """Is this one tensor of all experts?"""

@@ -17,12 +17,13 @@ def pack(
 ) -> Manifest:
     """Pack the Hugging Face directory `checkpoint` into the directory `store`.
 
-    quant: the name of a scheme of `flashmoe.quant`. progress: called with the bytes of experts
+    quant: the name of a quantiser of `flashmoe.quant`; none: a checkpoint that was published
+    quantised stays as it is. progress: called with the bytes of experts
     that were written, and with those in all.
     Raises FlashMoEError when the checkpoint is unusable, and as `write_store` does; a store that
     was there stays usable then.
     """
-    with Checkpoint(checkpoint) as source:
+    with Checkpoint(checkpoint, dequantise=quant != NONE) as source:
         model = empty_model.build(source.config, source.dtype)
         dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
         return write_store(source, checkpoint, store, progress, quant)

@@ -1,4 +1,4 @@
-"""Refuses checkpoints that were published quantised: the tensors tell, not config.json."""
+"""Whether a checkpoint was published quantised: the tensors tell; and how: config.json tells."""
 
 from __future__ import annotations
 
@@ -9,45 +9,105 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from flashmoe import quant
 from flashmoe.disk.shards import TensorEntry
+from flashmoe.engines.transformers.checkpoints import ragged_blocks
+from flashmoe.engines.transformers.checkpoints.own_dequantiser import OwnDequantiser
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.manifest import dtype_name
 
 _SETTINGS = ("quantization_config", "compression_config")
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASK_OR_POSITION = (torch.bool, torch.int64)
+_ORDER = ".weight_g_idx"
+_REMEDY = "use the checkpoint's float16, bfloat16 or float32 version"
 _SCALE = re.compile(r"_(scale|scales|scale_inv|scale_2|zero_point|global_scale|absmax)$")
 
 
-def refuse(
+def dequantiser(
+    directory: Path, config: PretrainedConfig, tensors: Mapping[str, TensorEntry]
+) -> HfQuantizer | None:
+    """What loads weights that are quantised, if config.json says so: transformers' own, or ours.
+
+    It turns them into those of a plain model. tensors: all that is in the files.
+    Raises FlashMoEError where it cannot, and where the weights are plain all the same.
+    """
+    claims = dict(_claims(json.loads((directory / "config.json").read_text()), "config.json"))
+    if not claims:
+        return None
+    method = ", ".join(dict.fromkeys(claims.values()))
+    if all(_is_plain(name, entry) for name, entry in tensors.items()):
+        where = next(iter(claims))
+        kinds = sorted({dtype_name(e.dtype) for e in tensors.values() if e.dtype in _PLAIN})
+        raise FlashMoEError(
+            f"{directory}: {where} says that the weights are quantised ({method}), but they are "
+            f"{' and '.join(kinds)}: remove that entry from config.json"
+        )
+    settings = settings_of(config)
+    for kind in quant.formats().values():
+        if kind.has_own_loader and kind.reads(settings):
+            return OwnDequantiser(kind())
+    try:
+        quantizer = AutoHfQuantizer.from_config(
+            AutoQuantizationConfig.from_dict(settings | {"dequantize": True}), pre_quantized=True
+        )
+        quantizer.validate_environment()
+        if "dequantize" not in quantizer.get_load_operations():
+            raise ValueError("transformers makes no plain weights of them")
+        if isinstance(quantizer, FineGrainedFP8HfQuantizer):
+            ragged_blocks.allow(quantizer)
+    except Exception as error:  # each method checks its settings in its own way
+        raise FlashMoEError(
+            f"{directory} is already quantised ({method}), which cannot be loaded here "
+            f"({str(error).strip() or repr(error)}): {_REMEDY}"
+        ) from None
+    return quantizer
+
+
+def refuse_unsaid(
     directory: Path,
     tensors: Mapping[str, TensorEntry],
     used: Collection[str],
     floats: Collection[str],
 ) -> None:
-    """Raise FlashMoEError where weights are quantised, or where only config.json says so.
+    """Raise FlashMoEError where weights are quantised of which config.json says nothing.
 
     tensors: all that is in the files. used: the names of those that the model takes. floats: of
     these, the ones that it computes with as floating point.
     """
-    quantised = sorted(_quantised_tensors(tensors, used, floats))
-    claims = dict(_claims(json.loads((directory / "config.json").read_text()), "config.json"))
-    method = ", ".join(dict.fromkeys(claims.values()))
-    if quantised:
+    if quantised := sorted(_quantised_tensors(tensors, used, floats)):
         name = quantised[0]
         raise FlashMoEError(
-            f"{directory} is already quantised ({method or 'its config.json does not say how'}; "
-            f"{name.rpartition('.')[0] or name} holds {dtype_name(tensors[name].dtype)}), which "
-            "FlashMoE cannot stream yet: use the checkpoint's float16, bfloat16 or float32 version"
+            f"{directory} is already quantised (its config.json does not say how; "
+            f"{name.rpartition('.')[0] or name} holds {dtype_name(tensors[name].dtype)}): {_REMEDY}"
         )
-    if claims:
-        where = next(iter(claims))
-        kinds = {dtype_name(tensors[name].dtype) for name in floats}
-        raise FlashMoEError(
-            f"{directory}: {where} says that the weights are quantised ({method}), but they are "
-            f"{' and '.join(sorted(kinds))}: remove that entry from config.json"
-        )
+
+
+def refuse_unused(directory: Path, tensors: Collection[str], used: Collection[str]) -> None:
+    """Raise FlashMoEError for tensors without which numbers would be others, that nobody uses."""
+    for name in tensors:
+        if name.endswith(_ORDER) and name not in used:
+            raise FlashMoEError(
+                f"{directory}: its {name} gives an order of columns, which transformers would "
+                f"ignore: {_REMEDY}"
+            )
+
+
+def settings_of(config: PretrainedConfig) -> dict[str, Any]:
+    """config.json's `quantization_config`; empty where it has none."""
+    for part in (config, config.get_text_config()):
+        for key in _SETTINGS:
+            if isinstance(settings := getattr(part, key, None), dict):
+                return settings
+    return {}
+
+
+def _is_plain(name: str, entry: TensorEntry) -> bool:
+    return entry.dtype in (*_PLAIN, *_MASK_OR_POSITION) and not _SCALE.search(name)
 
 
 def _quantised_tensors(

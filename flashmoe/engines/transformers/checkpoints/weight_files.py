@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.modeling_utils import _get_dtype, _get_resolved_checkpoint_files
+from transformers.quantizers import HfQuantizer
 
 from flashmoe.disk.files import is_inside
 from flashmoe.errors import FlashMoEError
@@ -48,9 +49,12 @@ def find(directory: Path, config: PretrainedConfig) -> list[Path]:
     return files
 
 
-def dtype_of(directory: Path, config: PretrainedConfig) -> torch.dtype:
+def dtype_of(
+    directory: Path, config: PretrainedConfig, dequantiser: HfQuantizer | None = None
+) -> torch.dtype:
     """The dtype that `from_pretrained` would give the model; written into `config` as well.
 
+    dequantiser: of a checkpoint that was published quantised.
     Raises FlashMoEError when config.json names none that torch knows.
     """
     metadata = None
@@ -58,7 +62,9 @@ def dtype_of(directory: Path, config: PretrainedConfig) -> torch.dtype:
     if config.dtype is None:
         files, metadata = _resolved(directory, config)
     try:
-        _, dtype = _get_dtype("auto", [str(f) for f in files], config, metadata, None, True)
+        _, dtype = _get_dtype(
+            "auto", [str(f) for f in files], config, metadata, None, True, dequantiser
+        )
         if not dtype.is_floating_point:
             raise ValueError(f"{dtype} is no floating point")
     except Exception as error:

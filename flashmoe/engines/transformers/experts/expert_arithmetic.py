@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flashmoe.engines.transformers.experts.precision import Precision
-from flashmoe.quant import Parameters, Weight
+from flashmoe.quant import Parameters, Published, Weight
 
 
 def weighted_output(
@@ -45,6 +45,9 @@ def _linear(
     """x [n, in] -> [n, out] by the weight called `name`, and by its bias if it has one."""
     bias: Any = parameters[f"{name}_bias"] if module.has_bias else None
     weight = parameters[name]
+    if isinstance(weight, Weight) and isinstance(weight.scheme, Published):
+        stored = getattr(module, name).dtype  # of the numbers that it stands for
+        weight = weight.scheme.dense(weight.parts, stored, transposed=module.is_transposed)
     if isinstance(weight, Weight):  # quantised: its kernel takes x in one dtype only
         out = weight.linear(x)
         return out if bias is None else out + bias

@@ -49,6 +49,8 @@ def build(
     Raises FlashMoEError when transformers has no such model, or cannot make it.
     """
     model_class, config = _model_class(config)
+    for part in (config, config.get_text_config()):  # as a dequantised model's
+        vars(part).pop("quantization_config", None)
     # transformers' own function, because it writes the dtype into the sub-configurations too
     config, dtype = _get_dtype(
         dtype or config.dtype or torch.float32, None, config, None, None, True

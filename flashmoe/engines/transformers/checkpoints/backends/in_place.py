@@ -75,7 +75,7 @@ class InPlace(ModelBackend):
         self._checkpoint = Checkpoint(path)
         try:
             description = self._checkpoint.description
-            layers = lay_out_layers(description.layers, None)
+            layers = lay_out_layers(description, None)
             for layer in layers:
                 self._check_layout(layer)
             self._segments = [
@@ -97,6 +97,7 @@ class InPlace(ModelBackend):
             dense_file="",
             dense_bytes=self._checkpoint.dense_bytes(),
             layers=tuple(layers),
+            quantisation=layers[0].quantisation,
             dtype=dtype_name(self._checkpoint.dtype),
         )
 

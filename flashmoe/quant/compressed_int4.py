@@ -1,0 +1,51 @@
+"""int4 as compressed-tensors packs it: two weights a byte along a row, a factor for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from flashmoe.quant import nibbles
+from flashmoe.quant.base import Parts
+from flashmoe.quant.published import Kinds, Published
+
+_NUMBERS = tuple(float(bits - 8) for bits in range(16))
+
+
+class CompressedInt4(Published):
+    """Symmetric, as Kimi K2 and most others are; a group is part of a row, or all of it."""
+
+    name = "compressed-int4"
+    method = "compressed-tensors"
+    endings: ClassVar = {"values": ".weight_packed", "scales": ".weight_scale"}
+    unused = (".weight_shape",)
+
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
+        groups = settings.get("config_groups")
+        weights = [
+            group.get("weights") or {}
+            for group in (groups.values() if isinstance(groups, dict) else ())
+        ]
+        return super().reads(settings) and any(
+            (kind.get("num_bits"), kind.get("type"), kind.get("symmetric")) == (4, "int", True)
+            for kind in weights
+        )
+
+    def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
+        (dtype, values), (_, scales) = kinds["values"], kinds["scales"]
+        flat = len(values) == len(scales) == 2 and values[0] == scales[0]
+        return dtype == torch.int32 and flat and 8 * values[1] % scales[1] == 0
+
+    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        scales = parts["scales"]
+        values = parts["values"].view(torch.uint8)  # [out, in / 2]
+        numbers = torch.stack(list(nibbles.halves(values, _NUMBERS, scales.dtype)), 2)
+        groups = numbers.view(len(scales), scales.shape[1], -1)
+        return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
+
+    def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        rows, words = parts["values"]
+        return rows, 8 * words

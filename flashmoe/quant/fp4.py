@@ -1,0 +1,36 @@
+"""FP4 as DeepSeek-V4's experts have it: two weights a byte along a row, beside dense FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from flashmoe.quant import nibbles
+from flashmoe.quant.base import Parts
+from flashmoe.quant.fp8 import are_blocks, times_blocks
+from flashmoe.quant.mxfp4 import E2M1
+from flashmoe.quant.published import Kinds, Published
+
+
+class FP4(Published):
+    """The numbers of MXFP4, in bytes that config.json's fp8 has not spoken of."""
+
+    name = "fp4"
+    method = "fp8"
+    endings: ClassVar = {"values": ".weight", "scales": ".weight_scale_inv"}
+    unused = (".activation_scale",)
+
+    def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
+        (dtype, shape), (_, blocks) = kinds["values"], kinds["scales"]
+        return dtype == torch.int8 and are_blocks(blocks, (shape[0], 2 * shape[1]))
+
+    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        halves = nibbles.halves(parts["values"].view(torch.uint8), E2M1, torch.float32)
+        values = torch.stack(list(halves), 2).flatten(1)
+        return times_blocks(values, parts["scales"], dtype)
+
+    def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        rows, half = parts["values"]
+        return rows, 2 * half

@@ -1,0 +1,77 @@
+"""GPTQ in 4 bits: eight weights a word along a column; a factor and a zero point for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from flashmoe.quant import nibbles
+from flashmoe.quant.base import Parts
+from flashmoe.quant.published import Kinds, Published
+
+_NUMBERS = tuple(float(bits) for bits in range(16))
+_ONES = 0x11111111  # 1 in each of a word's eight places
+
+
+class GPTQ(Published):
+    """The first form of it, which stores a zero point less 1.
+
+    Which group an input belongs to is said for each (`desc_act`). The product is rounded once, to
+    the model's dtype, as gptqmodel dequantises.
+    """
+
+    name = "gptq"
+    method = "gptq"
+    form: ClassVar[str] = "gptq"
+    has_own_loader = True
+    endings: ClassVar = {
+        "values": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx",
+    }  # fmt: skip
+
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
+        form = settings.get("checkpoint_format") or "gptq"
+        return super().reads(settings) and settings.get("bits") == 4 and form == cls.form
+
+    def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
+        (dtype, values), (zero_dtype, zeros) = kinds["values"], kinds["zeros"]
+        (_, scales), (_, groups) = kinds["scales"], kinds["groups"]
+        words = {dtype, zero_dtype} == {torch.int32}
+        flat = len(values) == len(zeros) == len(scales) == 2
+        return words and flat and scales == (zeros[0], values[1]) and groups == (8 * values[0],)
+
+    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """As `Published.weight`; it lies in memory as [in, out]."""
+        scales, groups = parts["scales"], parts["groups"].long()
+        values = parts["values"].view(torch.uint8).view(*parts["values"].shape, 4)
+        values = values.permute(0, 2, 1).contiguous()  # [in / 8, 4, out]
+        numbers = torch.stack(list(nibbles.halves(values, _NUMBERS, torch.float32)), 2)
+        numbers = numbers.view(-1, scales.shape[1])
+        zeros = unpacked(self._zeros(parts["zeros"]))  # [groups, out]
+        return numbers.sub_(zeros[groups]).mul_(scales[groups]).to(dtype).T
+
+    def _zeros(self, stored: torch.Tensor) -> torch.Tensor:
+        """Words [groups, out / 8] of zero points."""
+        return stored + _ONES  # whole words, for a zero point of 0 was stored as a borrow
+
+    def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        words, rows = parts["values"]
+        return rows, 8 * words
+
+
+class GPTQv2(GPTQ):
+    """The second form, which stores zero points as they are."""
+
+    name = "gptq-v2"
+    form = "gptq_v2"
+
+    def _zeros(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored
+
+
+def unpacked(words: torch.Tensor) -> torch.Tensor:
+    """The eight numbers of each word, float32: [n, words] -> [n, 8 * words]."""
+    halves = nibbles.halves(words.contiguous().view(torch.uint8), _NUMBERS, torch.float32)
+    return torch.stack(list(halves), 2).flatten(1)

@@ -1,0 +1,48 @@
+"""MXFP4 as gpt-oss is published: 4 bits a weight (E2M1), and an exponent for each 32 of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from flashmoe.quant import nibbles
+from flashmoe.quant.base import Parts
+from flashmoe.quant.published import Kinds, Published
+
+GROUP = 32  # weights that share an exponent
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))  # what 4 bits stand for
+# The numbers are doubled, so that the largest exponent's factor is finite.
+_DOUBLED, _BIAS = tuple(2 * number for number in E2M1), 128
+
+
+class MXFP4(Published):
+    """Two weights a byte along a row, the first in the low half."""
+
+    name = "mxfp4"
+    method = "mxfp4"
+    endings: ClassVar = {"blocks": "_blocks", "scales": "_scales"}
+
+    def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
+        (dtype, blocks), (scale_dtype, scales) = kinds["blocks"], kinds["scales"]
+        bytes_ = {dtype, scale_dtype} == {torch.uint8}
+        return bytes_ and len(scales) == 2 and blocks == (*scales, GROUP // 2)
+
+    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """As `Published.weight`; it lies in memory as gpt-oss's modules want it, [in, out]."""
+        rows, groups, half = parts["blocks"].shape
+        factors = (parts["scales"].to(torch.float32) - _BIAS).exp2()
+        if dtype == torch.bfloat16:  # which has all of their exponents
+            factors = factors.to(dtype)
+        factors = factors.T.contiguous()[:, None, :]  # [groups, 1, out]
+        blocks = parts["blocks"].permute(1, 2, 0).contiguous()
+        weight = torch.empty(groups, half, 2, rows, dtype=dtype, device=blocks.device)
+        for number, values in enumerate(nibbles.halves(blocks, _DOUBLED, dtype)):
+            torch.mul(values, factors, out=weight[:, :, number])
+        return weight.view(groups * half * 2, rows).T
+
+    def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        rows, groups, half = parts["blocks"]
+        return rows, 2 * groups * half

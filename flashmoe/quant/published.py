@@ -1,0 +1,76 @@
+"""What a format is in which checkpoints are published."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+
+from flashmoe.quant.base import Parts, Scheme
+
+if TYPE_CHECKING:  # an engine without torch uses this room too
+    import torch
+
+T = TypeVar("T")
+# dtype and shape of each of a weight's parts
+Kinds: TypeAlias = "dict[str, tuple[torch.dtype, tuple[int, ...]]]"
+
+
+class Published(Scheme):
+    """Turns a weight's parts into the numbers that transformers' dequantised model has.
+
+    A parameter may be made of several weights, one above the other: their parts are told apart by
+    a number, as in `0.values` and `1.values`.
+    """
+
+    method: ClassVar[str]  # the quant_method of config.json
+    endings: ClassVar[Mapping[str, str]]  # part -> how its tensor's name ends, after the weight's
+    unused: ClassVar[tuple[str, ...]] = ()  # endings of tensors that say what is known anyway
+    has_own_loader: ClassVar[bool] = False  # transformers makes no plain model of it: we do
+
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
+        """May weights lie in this format, by config.json's `quantization_config`?"""
+        return settings.get("quant_method") == cls.method
+
+    @abstractmethod
+    def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
+        """Are these the parts of one weight in this format, which needs no settings besides?"""
+
+    @abstractmethod
+    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers [out, in] that the parts of one weight stand for, in any order in memory."""
+
+    @abstractmethod
+    def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        """(out, in) of one weight whose parts have these shapes."""
+
+    def dense(self, parts: Parts, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
+        """A parameter [out, in], or [in, out] if `transposed`, contiguous."""
+        import torch
+
+        weights = [self.weight(piece, dtype) for piece in pieces(parts)]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return (whole.T if transposed else whole).contiguous()
+
+    def linear(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        return x @ self.dense(parts, x.dtype, transposed=False).T
+
+    def shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+        shapes = [self.weight_shape(piece) for piece in pieces(parts)]
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
+def piece_name(number: int, part: str) -> str:
+    """What the parts of a parameter call a part of its weight of that number."""
+    return f"{number}.{part}"
+
+
+def pieces(parts: dict[str, T]) -> list[dict[str, T]]:
+    """The parts of each weight of a parameter, in order."""
+    by_number: dict[int, dict[str, T]] = defaultdict(dict)
+    for name, value in parts.items():
+        number, _, part = name.partition(".")
+        by_number[int(number)][part] = value
+    return [by_number[number] for number in sorted(by_number)]

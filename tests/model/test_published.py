@@ -1,0 +1,212 @@
+"""Checkpoints that were published quantised: read as they lie, computed as their plain form is."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+
+import pytest
+import torch
+import transformers
+from checkpoint_files import configure, rewrite, tensors_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published_checkpoints import FORMATS, fp8, make, settings_of
+from tiny import eager, prompt, run
+from transformers.quantizers import AutoQuantizationConfig
+
+import flashmoe
+from baselines.in_memory import with_own_memory
+from flashmoe import quant
+from flashmoe.engines.transformers.checkpoints import backends
+from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
+from flashmoe.engines.transformers.checkpoints.pack import pack
+from flashmoe.errors import FlashMoEError
+from flashmoe.residency import budget
+from flashmoe.store import manifest as manifests
+
+EACH = pytest.mark.parametrize("kind", FORMATS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(published, plain, a store of the published one) of a kind."""
+    known = {}
+
+    def get(kind: str):
+        if kind not in known:
+            if kind == "compressed":
+                pytest.importorskip("compressed_tensors")
+            folder = tmp_path_factory.mktemp(kind)
+            published, plain = make(kind, folder)
+            pack(published, folder / "store")
+            known[kind] = published, plain, folder / "store"
+        return known[kind]
+
+    return get
+
+
+@EACH
+@pytest.mark.parametrize("where", ["in place", "packed"])
+def test_output_is_that_of_the_plain_model(made, kind, where):
+    published, plain, store = made(kind)
+    path = store if where == "packed" else published
+    ids = prompt(9)
+    expected = run(eager(plain), ids)
+    with closing(backends.open_path(path)) as backend:
+        least = budget.least_bytes(backend.manifest)
+    for memory in (least, 4 * least):
+        model = flashmoe.load(path, memory=memory)
+        tokens, logits = run(model, ids)
+        model.flashmoe.close()
+        assert torch.equal(tokens, expected[0])
+        assert torch.equal(logits, expected[1])
+
+
+@pytest.mark.parametrize("kind", [kind for kind, of in FORMATS.items() if of.by_transformers])
+def test_the_plain_model_is_what_transformers_makes(made, kind):
+    published, plain, _ = made(kind)
+    theirs = AutoQuantizationConfig.from_dict(settings_of(published) | {"dequantize": True})
+    dequantised = transformers.AutoModelForCausalLM.from_pretrained(
+        published, quantization_config=theirs, experts_implementation="eager"
+    )
+    expected = eager(plain).state_dict()
+    for name, tensor in dequantised.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    ids = prompt(9)
+    assert torch.equal(run(with_own_memory(dequantised), ids)[1], run(eager(plain), ids)[1])
+
+
+@EACH
+def test_a_slot_holds_the_published_bytes(made, kind):
+    published, _, store = made(kind)
+    experts = [
+        tensor
+        for name, tensor in tensors_of(published).items()
+        if ".experts." in name and not name.endswith("weight_shape")
+    ]
+    layers = manifests.load(store).layers
+    held = sum(layer.n_experts * sum(t.size_bytes for t in layer.tensors) for layer in layers)
+    assert held == sum(tensor.nbytes for tensor in experts)
+    assert {layer.quantisation for layer in layers} == {FORMATS[kind].name}
+
+
+@EACH
+def test_quantising_it_again_begins_with_the_plain_numbers(made, kind, tmp_path):
+    published, plain, _ = made(kind)
+    stores = [pack(path, tmp_path / path.name, quant="int8") for path in (published, plain)]
+    first, second = ([layer.checksums for layer in store.layers] for store in stores)
+    assert first == second
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([8, 16]))
+@settings(max_examples=30, deadline=None)
+def test_fp8_blocks_of_any_weight(rows, columns, block):
+    parts, numbers = fp8(torch.randn(rows, columns), block)
+    values, scales = parts.values()
+    kinds = {"values": (values.dtype, tuple(values.shape)), "scales": (scales.dtype, scales.shape)}
+    accepted = quant.formats()["fp8"]().accepts(kinds, {"weight_block_size": [block, block]})
+    fits = all(size % block == 0 or size < block for size in (rows, columns))
+    assert accepted == fits
+    if accepted:
+        weight = quant.formats()["fp8"]().weight(
+            {"values": values, "scales": scales}, torch.bfloat16
+        )
+        assert torch.equal(weight, numbers.bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq-mixed", "gptq-v2", "awq", "fp4"])
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 1 << 20))
+@settings(max_examples=10, deadline=None)
+def test_four_bits_of_any_weight(kind, rows, columns, seed):
+    torch.manual_seed(seed)
+    of = FORMATS[kind]
+    tensors, numbers = of.quantise(torch.randn(8 * rows, 32 * columns))
+    format = quant.formats()[of.name]()
+    parts = {part: tensors[ending] for part, ending in format.endings.items()}
+    kinds = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
+    assert format.accepts(kinds, {})
+    assert format.weight_shape({part: shape for part, (_, shape) in kinds.items()}) == numbers.shape
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(format.weight(parts, dtype), numbers.to(dtype))
+
+
+def test_last_blocks_may_be_smaller_than_the_others(tmp_path):
+    """Of dense weights: transformers alone refuses them, or takes a wrong factor."""
+    folder = tmp_path / "ragged"
+    published, plain = make("fp8", folder)
+    tensors, numbers = tensors_of(published), tensors_of(plain)
+    changed = [name for name in numbers if "kv_a_proj" in name or "o_proj" in name]
+    assert changed
+    settings_ = settings_of(published) | {"weight_block_size": [24, 24]}
+    for name in [n for n in tensors if n.endswith("weight_scale_inv")]:
+        weight = name.removesuffix("_scale_inv")
+        parts, values = fp8(numbers[weight].float(), 24)
+        tensors[weight], tensors[name] = parts[".weight"], parts[".weight_scale_inv"]
+        numbers[weight] = values.to(numbers[weight].dtype)
+    rewrite(published, tensors)
+    rewrite(plain, numbers)
+    configure(published, quantization_config=settings_)
+    pack(published, tmp_path / "store")  # such experts are stored as the model has them
+    model = flashmoe.load(tmp_path / "store", memory="1GiB")
+    assert torch.equal(run(model, prompt(9))[1], run(eager(plain), prompt(9))[1])
+    with pytest.raises(FlashMoEError, match="flashmoe pack"):
+        flashmoe.load(published, memory="1GiB")
+
+
+def test_other_numbers_than_transformers_makes_are_refused(made, monkeypatch):
+    published, _, _ = made("mxfp4")
+    kind = quant.formats()["mxfp4"]
+    weight = kind.weight
+    monkeypatch.setattr(kind, "weight", lambda self, parts, dtype: weight(self, parts, dtype) * 2)
+    with pytest.raises(FlashMoEError, match="makes other numbers of model"):
+        flashmoe.load(published, memory="1GiB")
+
+
+def test_an_order_of_columns_that_would_be_ignored_is_refused(made, tmp_path):
+    published, _, _ = made("compressed")
+    shutil.copytree(published, tmp_path / "ordered")
+    tensors = tensors_of(published)
+    name = next(n for n in tensors if n.endswith("weight_packed"))
+    order = name.replace("weight_packed", "weight_g_idx")
+    rewrite(tmp_path / "ordered", tensors | {order: torch.zeros(64, dtype=torch.int32)})
+    with pytest.raises(FlashMoEError, match="weight_g_idx"):
+        flashmoe.load(tmp_path / "ordered", memory="1GiB")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bits": 8}, r"already quantised \(gptq\)"),
+        ({"quant_method": "secret"}, r"already quantised \(secret\)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"quantised \(bitsandbytes\)"),
+    ],
+)
+def test_what_nobody_makes_plain_is_refused(made, tmp_path, changes, complaint):
+    published, _, _ = made("gptq")
+    shutil.copytree(published, tmp_path / "other")
+    configure(tmp_path / "other", quantization_config=settings_of(published) | changes)
+    with pytest.raises(FlashMoEError, match=complaint):
+        flashmoe.load(tmp_path / "other", memory="1GiB")
+
+
+def test_a_missing_part_is_told(made, tmp_path):
+    for kind in ("gptq", "mxfp4"):
+        published, _, _ = made(kind)
+        shutil.copytree(published, tmp_path / kind)
+        tensors = tensors_of(published)
+        gone = next(n for n in tensors if n.endswith(("qzeros", "_scales")) and "experts" in n)
+        del tensors[gone]
+        rewrite(tmp_path / kind, tensors)
+        with pytest.raises(FlashMoEError, match="experts"):
+            flashmoe.load(tmp_path / kind, memory="1GiB")
+
+
+def test_the_model_is_no_longer_called_quantised(made):
+    published, _, store = made("fp8")
+    for path in (published, store):
+        model = flashmoe.load(path, memory="1GiB")
+        assert getattr(model.config, "quantization_config", None) is None
+        model.flashmoe.close()
+    with Checkpoint(published, dequantise=True) as source:
+        assert source.description.quantisation == quant.NONE
