@@ -207,14 +207,14 @@ def no_config(folder):
     (folder / "config.json").unlink()
 
 
-def said_to_be_quantised(folder):
+def said_to_be_quantised(folder, method="fp8"):
     path = folder / "config.json"
-    settings = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    settings = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
     path.write_text(json.dumps(settings))
 
 
 def quantised(folder):
-    said_to_be_quantised(folder)
+    said_to_be_quantised(folder, "bitsandbytes")
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard).items()
         save_file({n: t.to(torch.float8_e4m3fn) if t.dim() > 1 else t for n, t in tensors}, shard)
