@@ -8,7 +8,8 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.parts.by_address import machine_code, view
-from flashmoe.policies.parts.compiled import helper, touch, victim
+from flashmoe.policies.parts.compiled import touch, victim
+from flashmoe.util.machine_code import helper
 
 # Tokens times top_k above which an event is served in ascending order of expert, so that no
 # outputs have to be kept for the order of their sum (docs/speed.md#long-prompts).

@@ -31,6 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="continue the prompt as it stands: no chat template",
     )
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator, such as cuda")
+    parser.add_argument(
+        "--arithmetic",
+        choices=("exact", "fast"),
+        default="exact",
+        help="fast: quantised weights are multiplied as they lie, in float32",
+    )
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
         "--no-prefetch", action="store_true", help="read an expert only when a router has chosen it"
@@ -68,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         policy=arguments.policy,
         device=arguments.device,
         prefetch=not arguments.no_prefetch,
+        arithmetic=arguments.arithmetic,
     )
     try:
         if arguments.warm and arguments.warm.exists():

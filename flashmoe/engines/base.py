@@ -23,6 +23,7 @@ class Engine:
     Any thread may call any method; each takes the lock of `Residency`.
     """
 
+    arithmetic: str  # see `Stats`
     beside_bytes = 0  # what a prompt takes besides, which memory="auto" leaves free
     prefetch_layers = 0  # layers whose experts can be guessed
 
@@ -111,6 +112,7 @@ class Engine:
                 peak_resident_bytes=pools.peak_resident_bytes,
                 memory_bytes=pools.memory_bytes,
                 direct_io=residency.reader.backend.direct,
+                arithmetic=self.arithmetic,
             )
 
     def stats(self) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Stats:
     """The budget."""
     direct_io: bool
     """Reads bypass the page cache."""
+    arithmetic: str
+    """Whose kernels multiply: exact, fast (see `transformers.loading.load`), or llama.cpp's."""
 
     @property
     def misses(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event, Events
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 
 @helper

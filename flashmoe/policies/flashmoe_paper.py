@@ -11,7 +11,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
 from flashmoe.policies.parts import policy_file
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 SHIPPED_VECTOR = SHIPPED.with_name("flashmoe_paper_vector.safetensors")

@@ -11,8 +11,8 @@ import numpy as np
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope, least
 from flashmoe.policies.parts import policy_file
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.policies.parts.features import N_FEATURES, RoutingHistory, describe, recall, remember
+from flashmoe.util.machine_code import helper
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
 KIND = "learned"

@@ -6,7 +6,7 @@ import numpy as np
 
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 ARRIVALS, HAND = 0, 1  # positions in `clock`
 

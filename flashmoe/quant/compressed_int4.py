@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from flashmoe.quant import nibbles
+from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
+from flashmoe.util.machine_code import helper
 
 _NUMBERS = tuple(float(bits - 8) for bits in range(16))
 
@@ -46,6 +48,16 @@ class CompressedInt4(Published):
         groups = numbers.view(len(scales), scales.shape[1], -1)
         return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
 
+    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        scales = parts["scales"]
+        values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
+        return by_rows.halves(_number, values, scales.to(torch.float32), x)
+
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, words = parts["values"]
         return rows, 8 * words
+
+
+@helper
+def _number(bits):
+    return np.float32(bits - 8)

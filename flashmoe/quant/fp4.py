@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from flashmoe.quant import nibbles
+from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
-from flashmoe.quant.fp8 import are_blocks, times_blocks
-from flashmoe.quant.mxfp4 import E2M1
+from flashmoe.quant.fp8 import are_blocks, factors_of, times_blocks
+from flashmoe.quant.mxfp4 import E2M1, doubled
 from flashmoe.quant.published import Kinds, Published
 
 
@@ -30,6 +30,13 @@ class FP4(Published):
         halves = nibbles.halves(parts["values"].view(torch.uint8), E2M1, torch.float32)
         values = torch.stack(list(halves), 2).flatten(1)
         return times_blocks(values, parts["scales"], dtype)
+
+    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
+        values, scales = parts["values"].view(torch.uint8), parts["scales"]
+        if len(scales) != len(values):
+            return None
+        groups = values.view(*scales.shape, -1)
+        return by_rows.halves(doubled, groups, factors_of(scales) / 2, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from flashmoe.quant import by_rows
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
+from flashmoe.util.machine_code import helper
 
 _BIAS = 127  # of an exponent that is stored as a byte
 
@@ -37,6 +39,10 @@ class FP8(Published):
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return times_blocks(parts["values"].to(torch.float32), parts["scales"], dtype)
 
+    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        values = parts["values"].view(torch.uint8)
+        return by_rows.whole_bytes(_number, values, factors_of(parts["scales"]), x)
+
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]
         return rows, columns
@@ -51,11 +57,21 @@ def are_blocks(blocks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 def times_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values [out, in], float32, are overwritten; scales [rows, columns] of blocks."""
-    factors = (
-        (scales.to(torch.float32) - _BIAS).exp2()
-        if scales.dtype == torch.uint8
-        else scales.to(torch.float32)
-    )
+    factors = factors_of(scales)
     rows, columns = factors.shape
     blocks = values.view(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
     return blocks.mul_(factors[:, None, :, None]).view(values.shape).to(dtype)
+
+
+def factors_of(scales: torch.Tensor) -> torch.Tensor:
+    """As float32; bytes are exponents."""
+    factors = scales.to(torch.float32)
+    return (factors - _BIAS).exp2() if scales.dtype == torch.uint8 else factors
+
+
+_NUMBERS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+
+
+@helper
+def _number(bits):
+    return _NUMBERS[bits]

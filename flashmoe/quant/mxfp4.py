@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from flashmoe.quant import nibbles
+from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
+from flashmoe.util.machine_code import helper
 
 GROUP = 32  # weights that share an exponent
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -43,6 +46,25 @@ class MXFP4(Published):
             torch.mul(values, factors, out=weight[:, :, number])
         return weight.view(groups * half * 2, rows).T
 
+    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        scales = parts["scales"]
+        factors = _factors().index_select(0, scales.view(-1).int()).view(scales.shape)
+        return by_rows.halves(doubled, parts["blocks"], factors, x)
+
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, groups, half = parts["blocks"]
         return rows, 2 * groups * half
+
+
+@helper
+def doubled(bits):
+    """Twice the number of 4 bits, which is whole."""
+    exponent = (bits & 7) >> 1
+    steps = ((bits & 1) | (np.int32(exponent != 0) << 1)) << max(exponent - 1, 0)
+    return np.float32(-steps if bits & 8 else steps)
+
+
+@cache
+def _factors() -> torch.Tensor:
+    """[256]: of each exponent, for numbers that are doubled."""
+    return (torch.arange(256, dtype=torch.float32) - _BIAS).exp2()

@@ -46,6 +46,25 @@ class Published(Scheme):
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         """(out, in) of one weight whose parts have these shapes."""
 
+    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
+        """x [n, in] float32, of few tokens, times the parts of one weight as they lie: [n, out].
+
+        None where there is no kernel for it.
+        """
+        return None
+
+    def product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
+        """As `few`, of a parameter; x [n, in] in any dtype."""
+        import torch
+
+        wide = x.to(torch.float32)
+        products: list[torch.Tensor] = []
+        for piece in pieces(parts):
+            if (product := self.few(wide, piece)) is None:
+                return None
+            products.append(product)
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
     def dense(self, parts: Parts, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
         """A parameter [out, in], or [in, out] if `transposed`, contiguous."""
         import torch

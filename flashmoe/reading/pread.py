@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.util import libc
+from flashmoe.util.machine_code import helper
 
 ENDED = -1  # in place of an errno: the file ends too early
 _Pread = CFUNCTYPE(c_ssize_t, c_int, c_void_p, c_ssize_t, c_int64, use_errno=True)

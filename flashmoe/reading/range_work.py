@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.reading import pread
 from flashmoe.reading.pread import in_place_of_pread, read_bytes
 from flashmoe.reading.read_queue import GUESS_SECONDS
 from flashmoe.util import libc
+from flashmoe.util.machine_code import helper
 
 # Columns of a job: which bytes of which file go where. Past NEEDED, of LENGTH, the file may end.
 # LATE, 0 or 1: it is used only after all others of its ticket.

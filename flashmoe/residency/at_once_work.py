@@ -10,7 +10,6 @@ import numpy as np
 
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.by_address import call, machine_code, pointer, view
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.reading import range_work
 from flashmoe.reading.range_work import (
     BYTES,
@@ -37,6 +36,7 @@ from flashmoe.residency.place_work import (
     fill,
     seek,
 )
+from flashmoe.util.machine_code import helper
 
 _FILES = __file__, guess_record.__file__, place_work.__file__
 SOURCES = (*map(Path, _FILES), *range_work.SOURCES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 # Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
 # guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).

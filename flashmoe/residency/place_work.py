@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.util import libc
+from flashmoe.util.machine_code import helper
 
 # What is known of a place. FILLED: or about to be. RESIDENT: the cache's decision. NEEDED: by the
 # event at hand. GUESSED, LEAVING: bytes may come, of a guess or of a wrong one. LIKELY: scratch.

@@ -14,7 +14,6 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.events import Event, Events
 from flashmoe.policies.base import Scope
 from flashmoe.policies.lru import LRU
-from flashmoe.policies.parts.compiled import helper
 from flashmoe.policies.parts.features import (
     N_FEATURES,
     RoutingHistory,
@@ -25,6 +24,7 @@ from flashmoe.policies.parts.features import (
 from flashmoe.policies.parts.next_uses import Future, advance
 from flashmoe.policies.parts.random_numbers import draw
 from flashmoe.trace import Trace
+from flashmoe.util.machine_code import helper
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # shares of a layer's experts
 MIXED_SEQUENCES = 8  # how many sequences a mixed stream serves, in turn or one after the other

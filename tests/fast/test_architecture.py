@@ -18,6 +18,7 @@ ORDER = (
     "policies", "store", "quant", "trace", "events", "disk", "util", "errors",
 )  # fmt: skip
 
+MACHINE_CODE = "flashmoe.util.machine_code"
 PUBLIC = "flashmoe"  # what users import: its `load` reaches every engine
 
 
@@ -144,13 +145,17 @@ def test_the_key_of_compiled_code_covers_every_file_with_compiled_code(name):
     """Else an edit of such a file would go on running the machine code of before."""
     policy_class = policies.available()[name]
     covered = set(compiled.sources(policy_class))
-    home = "flashmoe.policies.parts.compiled"
     for module in _reachable(policy_class.__module__) | {"flashmoe.cache.serving"}:
-        if names_from(module, home) & {"helper", "kernel"}:
+        if _has_machine_code(module):
             assert modules()[module] in covered, module
             for target in set(imports(module)) & modules().keys():
                 constants = {name for name in names_from(module, target) if name.isupper()}
                 assert not constants or modules()[target] in covered, (module, target, constants)
+
+
+def _has_machine_code(module: str) -> bool:
+    kernels = names_from(module, "flashmoe.policies.parts.compiled") & {"kernel"}
+    return bool(kernels | (names_from(module, MACHINE_CODE) & {"helper", "compiled"}))
 
 
 def _reachable(module: str) -> set[str]:
@@ -176,8 +181,7 @@ def test_so_does_the_key_of_what_is_called_by_its_address(name):
     """Its own file is numba's to watch."""
     module = importlib.import_module(f"flashmoe.{name}")
     covered = {*compiled.sources(Policy), *module.SOURCES}
-    home = "flashmoe.policies.parts.compiled"
     for target in set(imports(module.__name__)) & modules().keys():
         constants = {name for name in names_from(module.__name__, target) if name.isupper()}
-        if constants or "helper" in names_from(target, home):
+        if constants or "helper" in names_from(target, MACHINE_CODE):
             assert modules()[target] in covered, target

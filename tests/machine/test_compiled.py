@@ -14,16 +14,19 @@ from flashmoe.events import Event
 from flashmoe.policies import get
 from flashmoe.policies.base import Scope
 from flashmoe.policies.parts import compiled
+from flashmoe.util import machine_code
 
 
 def serve_some() -> int:
     """Hits of a policy that is compiled anew, for whatever lies in the cache folder now."""
     compiled.kernel.cache_clear()
+    machine_code.compiled.cache_clear()
     cache = ExpertCache(get("lru", online=True)(Scope(8, 2, 1, 0, 1), 4))
     for rows in ([[1, 2]], [[2, 3]], [[1, 3]]):
         event = Event.of_rows(np.array(rows), 0, np.ones((1, 2), np.float32), None)
         list(cache.waves(event))
     compiled.kernel.cache_clear()
+    machine_code.compiled.cache_clear()
     return cache.hits
 
 
@@ -42,7 +45,7 @@ def test_policies_compile_where_nobody_has_a_home(monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(RuntimeError):
-        compiled.cache_folder()
+        machine_code.cache_folder()
     assert serve_some() == 3
 
 
@@ -57,10 +60,10 @@ def test_a_relative_cache_folder_does_not_count(monkeypatch, tmp_path, configure
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", configured)
-    assert compiled.cache_folder() == tmp_path / "home" / ".cache" / "flashmoe"
+    assert machine_code.cache_folder() == tmp_path / "home" / ".cache" / "flashmoe"
     monkeypatch.setenv("HOME", "home")
     with pytest.raises(RuntimeError, match="relative"):
-        compiled.cache_folder()
+        machine_code.cache_folder()
 
 
 def test_a_disk_that_fills_up_later_only_costs_time(own_cache, monkeypatch):

@@ -18,10 +18,10 @@ from tiny import budget, generate, prompt
 from torch.utils.data import DataLoader, Dataset
 
 import flashmoe
-from flashmoe.policies.parts import compiled
 from flashmoe.reading.read_queue import ReadQueue
 from flashmoe.residency import budget as budgets
 from flashmoe.residency import prefetch
+from flashmoe.util import machine_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 HANGS_AFTER_SECONDS = 120
@@ -150,7 +150,7 @@ def test_a_lock_that_another_thread_has_is_free_in_the_child():
     held, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with compiled._compiling:
+        with machine_code.compiling:
             held.set()
             leave.wait()
 
@@ -158,7 +158,7 @@ def test_a_lock_that_another_thread_has_is_free_in_the_child():
     thread.start()
     held.wait()
     threading.Timer(0.2, leave.set).start()
-    assert in_child(lambda: compiled._compiling.acquire(timeout=10))
+    assert in_child(lambda: machine_code.compiling.acquire(timeout=10))
     thread.join()
 
 

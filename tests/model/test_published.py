@@ -11,7 +11,7 @@ import transformers
 from checkpoint_files import configure, rewrite, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_checkpoints import FORMATS, fp8, make, settings_of
+from published_checkpoints import FORMATS, fp8, make, mxfp4, settings_of
 from tiny import eager, prompt, run
 from transformers.quantizers import AutoQuantizationConfig
 
@@ -210,3 +210,71 @@ def test_the_model_is_no_longer_called_quantised(made):
         model.flashmoe.close()
     with Checkpoint(published, dequantise=True) as source:
         assert source.description.quantisation == quant.NONE
+
+
+FAST = [kind for kind, of in FORMATS.items() if of.by_transformers]
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_arithmetic_gives_the_same_bits_at_every_budget(made, kind, monkeypatch):
+    published, plain, store = made(kind)
+    format = quant.formats()[FORMATS[kind].name]
+    few, asked = format.few, []
+    monkeypatch.setattr(format, "few", lambda *a: asked.append(len(a[1])) or few(*a))
+    with closing(backends.open_path(store)) as backend:
+        least = budget.least_bytes(backend.manifest)
+    ids, given = prompt(9), []
+    for path, memory, ahead in (
+        (published, least, True), (store, least, False), (store, "1GiB", True)
+    ):  # fmt: skip
+        model = flashmoe.load(path, memory=memory, arithmetic="fast", prefetch=ahead)
+        assert model.flashmoe.stats()["arithmetic"] == "fast"
+        given.append(run(model, ids)[1])
+        model.flashmoe.close()
+    assert torch.equal(given[0], given[1])
+    assert torch.equal(given[0], given[2])
+    exact = run(eager(plain), ids)[1]
+    assert (given[0][0] - exact[0]).abs().max() < 0.05 * exact[0].abs().max()
+    assert set(asked) >= {1}
+    assert max(asked) <= 8
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_products_are_no_less_accurate(kind):
+    if kind == "compressed":
+        pytest.importorskip("compressed_tensors")
+    torch.manual_seed(3)
+    of = FORMATS[kind]
+    format = quant.formats()[of.name]()
+    if of.quantise is None:
+        tensors, _ = mxfp4(torch.zeros(1, 64, 512))
+        tensors = {ending: tensor[0] for ending, tensor in tensors.items()}
+    else:
+        tensors, _ = of.quantise(torch.randn(512, 64))
+    parts = {f"0.{part}": tensors[ending] for part, ending in format.endings.items()}
+    x = torch.randn(5, 64).bfloat16()
+    scales = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in parts.items()}
+    weight = format.dense(scales, torch.float32, transposed=False).double()  # nothing is rounded
+    true = x.double() @ weight.T
+    exact = x @ format.dense(parts, torch.bfloat16, transposed=False).T
+    fast = format.product(x, parts)
+    assert fast is not None
+    error, allowed = (fast.bfloat16() - true).abs().mean(), (exact - true).abs().mean()
+    assert error <= 1.05 * allowed
+
+
+def test_gradients_are_exact_all_the_same(made):
+    published, _, _ = made("fp8")
+    hidden = []
+    for arithmetic in ("exact", "fast"):
+        model = flashmoe.load(published, memory="1GiB", arithmetic=arithmetic)
+        states = model.get_input_embeddings()(prompt(5)).detach().requires_grad_()
+        model(inputs_embeds=states).logits.float().sum().backward()
+        hidden.append(states.grad)
+        model.flashmoe.close()
+    assert torch.equal(*hidden)
+
+
+def test_an_unknown_arithmetic_is_refused(made):
+    with pytest.raises(FlashMoEError, match="choose from exact, fast"):
+        flashmoe.load(made("fp8")[0], memory="1GiB", arithmetic="quick")

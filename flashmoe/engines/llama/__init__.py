@@ -31,9 +31,14 @@ def open_session(
     *,
     device: str = "cpu",
     prefetch: bool = True,
+    arithmetic: str = "exact",
     **options: Any,
 ) -> LlamaSession:
     """As `session.LlamaSession`."""
+    if arithmetic != "exact":
+        raise FlashMoEError(
+            f"arithmetic {arithmetic!r}: llama.cpp's own kernels compute a GGUF file"
+        )
     if device != "cpu":
         raise FlashMoEError(f"device {device!r}: a GGUF file's experts are computed on the CPU")
     with _installed(path):

@@ -37,6 +37,8 @@ RESERVE_BYTES = 256 << 20
 class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
+    arithmetic = "llama.cpp"
+
     def __init__(
         self,
         experts: GGUFExperts,

@@ -11,7 +11,8 @@ import numpy as np
 
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.compiled import helper, kernel
+from flashmoe.policies.parts.compiled import kernel
+from flashmoe.util.machine_code import helper
 
 # Only so many of a prompt's last tokens vote, because more would change no guess.
 _VOTING_TOKENS = 64

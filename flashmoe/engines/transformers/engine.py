@@ -16,6 +16,8 @@ from flashmoe.memory.device_arena import arena_on
 from flashmoe.reading.backend import Backend
 from flashmoe.reading.reader import ExtentReader
 
+EXACT, FAST = ARITHMETIC = ("exact", "fast")
+
 
 class TransformersEngine(Engine):
     """An `Engine` that computes in the place of a model's experts modules.
@@ -33,11 +35,12 @@ class TransformersEngine(Engine):
         device: torch.device,
         prefetch: bool,
         check_reads: bool,
+        arithmetic: str = EXACT,
     ) -> None:
         """Take over the experts modules of `model`, of which `backend` reads the experts.
 
-        memory_bytes, policy, prefetch and check_reads are as for `flashmoe.load`; device is where
-        the model computes. Raises FlashMoEError as `Engine` does.
+        memory_bytes, policy, prefetch, check_reads and arithmetic are as for `flashmoe.load`;
+        device is where the model computes. Raises FlashMoEError as `Engine` does.
         """
         super().__init__(
             ExtentReader(backend, check_all=check_reads),
@@ -48,10 +51,13 @@ class TransformersEngine(Engine):
             prefetch=prefetch,
         )
         self.beside_bytes = most_waiting_bytes(model)
+        self.arithmetic = arithmetic
         self.modules = moe_modules.expert_modules(model)
         self.lookahead = Lookahead(model)
         for number, module in enumerate(self.modules.values()):
-            experts = StreamedExperts(number, self.residency, self.lookahead)
+            experts = StreamedExperts(
+                number, self.residency, self.lookahead, fast=arithmetic == FAST
+            )
             streamed_module.install(module, experts)
 
     @property

@@ -11,7 +11,7 @@ import transformers
 from flashmoe import quant
 from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.engines.transformers.checkpoints.backends import ModelBackend
-from flashmoe.engines.transformers.engine import TransformersEngine
+from flashmoe.engines.transformers.engine import ARITHMETIC, EXACT, TransformersEngine
 from flashmoe.engines.transformers.experts.mixture import most_waiting_bytes
 from flashmoe.engines.transformers.model import dense_weights, moe_modules, streamed_model
 from flashmoe.errors import FlashMoEError
@@ -28,6 +28,7 @@ def load(
     device: str = "cpu",
     prefetch: bool = True,
     check_reads: bool = False,
+    arithmetic: str = EXACT,
 ) -> transformers.PreTrainedModel:
     """A transformers model, ready for `.generate`, whose experts stay on the SSD.
 
@@ -42,9 +43,16 @@ def load(
         pays: experts of a MiB or more). Output does not depend on it either.
     check_reads: compare every read with its checksum, not only the first of each expert: for
         drives that are not trusted, where cores are idle (see docs/speed.md#checksums).
+    arithmetic: "exact" gives transformers' own output to the last bit. "fast" multiplies a few
+        tokens, such as one that is decoded, by weights that were published quantised as they lie,
+        and adds in float32; it too gives the same bits at every budget. Others: as "exact".
     Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
     for one token, or there is no such device. `model.flashmoe` is the engine.
     """
+    if arithmetic not in ARITHMETIC:
+        raise FlashMoEError(
+            f"arithmetic {arithmetic!r} is not known: choose from {', '.join(ARITHMETIC)}"
+        )
     torch_device = _find_device(device)
     memory_bytes = None if memory == "auto" else parse_bytes(memory)
     backend = backends.open_path(Path(path))
@@ -65,6 +73,7 @@ def load(
             device=torch_device,
             prefetch=prefetch,
             check_reads=check_reads,
+            arithmetic=arithmetic,
         )
     except BaseException:
         backend.close()

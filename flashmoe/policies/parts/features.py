@@ -13,7 +13,7 @@ import numpy as np
 
 from flashmoe.events import LAYERS_BELOW
 from flashmoe.policies.base import Scope
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 FADES_TOKENS = (3.0, 12.0, 40.0, 150.0)  # time constants of the fading counts, in tokens
 FADES_GAPS = (1.0, 5.0)  # and in gaps

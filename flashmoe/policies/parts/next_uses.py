@@ -8,7 +8,8 @@ import numpy as np
 
 from flashmoe.events import Events
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.compiled import helper, kernel
+from flashmoe.policies.parts.compiled import kernel
+from flashmoe.util.machine_code import helper
 
 
 class Future(NamedTuple):

@@ -7,7 +7,7 @@ whose element MOVES counts moves.
 
 from __future__ import annotations
 
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 MOVES = 0  # a position in a policy's `clock`
 

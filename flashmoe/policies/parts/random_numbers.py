@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe.policies.parts.compiled import helper
+from flashmoe.util.machine_code import helper
 
 MODULUS = 2**31
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from flashmoe.engines.transformers.experts.precision import Precision
 from flashmoe.quant import Parameters, Published, Weight
+from flashmoe.quant.by_rows import FEW
 
 
 def weighted_output(
@@ -18,34 +19,40 @@ def weighted_output(
 
     share: the router's weights for it, [n, 1].
     """
-    output = expert_output(module, parameters, x, precision.compute_dtype) * share
+    output = expert_output(module, parameters, x, precision) * share
     return output.to(precision.sum_dtype)
 
 
 def expert_output(
-    module: Any, parameters: Parameters, x: torch.Tensor, dtype: torch.dtype | None = None
+    module: Any, parameters: Parameters, x: torch.Tensor, precision: Precision | None = None
 ) -> torch.Tensor:
     """One expert on x [n, width] -> [n, width], before the router's share.
 
     module: the experts module, which says how. parameters: of that one expert, by name.
-    dtype: of the arithmetic, where it is not that of x and the parameters.
+    precision: default, that of x and the parameters.
     """
+    precision = precision or Precision(None, x.dtype)
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _linear(module, parameters, name, x, dtype)
+    hidden = _linear(module, parameters, name, x, precision)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    hidden = _linear(module, parameters, "down_proj", hidden, dtype)
+    hidden = _linear(module, parameters, "down_proj", hidden, precision)
     if module.has_post_expert_norm:
         hidden = module.post_expert_norm(hidden)
     return hidden
 
 
 def _linear(
-    module: Any, parameters: Parameters, name: str, x: torch.Tensor, dtype: torch.dtype | None
+    module: Any, parameters: Parameters, name: str, x: torch.Tensor, precision: Precision
 ) -> torch.Tensor:
     """x [n, in] -> [n, out] by the weight called `name`, and by its bias if it has one."""
     bias: Any = parameters[f"{name}_bias"] if module.has_bias else None
-    weight = parameters[name]
+    weight, dtype = parameters[name], precision.compute_dtype
     if isinstance(weight, Weight) and isinstance(weight.scheme, Published):
+        if precision.by_parts and len(x) <= FEW and x.device.type == "cpu":
+            product = weight.scheme.product(x, weight.parts)
+            if product is not None:
+                out = product.to(dtype or x.dtype)
+                return out if bias is None else out + bias.to(out.dtype)
         stored = getattr(module, name).dtype  # of the numbers that it stands for
         weight = weight.scheme.dense(weight.parts, stored, transposed=module.is_transposed)
     if isinstance(weight, Weight):  # quantised: its kernel takes x in one dtype only

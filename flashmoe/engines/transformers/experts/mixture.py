@@ -41,12 +41,18 @@ class Mixture:
         index: torch.Tensor,
         weights: torch.Tensor,
         precision: Precision | None = None,
+        *,
+        by_parts: bool = False,
     ) -> None:
-        """module: the experts module. precision: default, that of its own forward."""
+        """module: the experts module. precision: default, that of its own forward.
+
+        by_parts: few tokens are multiplied by quantised weights as they lie.
+        """
         self.module = module
         self.hidden = hidden
         self.weights = weights
-        self.precision = precision or precision_of(module, hidden, weights)
+        precision = precision or precision_of(module, hidden, weights)
+        self.precision = precision._replace(by_parts=by_parts)
         self._choices = _choices_by_expert(index)
         sums = torch.zeros_like(hidden, dtype=self.precision.sum_dtype)  # [tokens, width]
         self._sum = OrderedSum(sums, sorted(self._choices))

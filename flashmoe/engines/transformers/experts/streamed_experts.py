@@ -20,11 +20,15 @@ from flashmoe.residency.residency import Residency
 class StreamedExperts:
     """One layer's experts: `forward` stands in for the module's own.
 
-    number: of the layer, counted among the MoE layers from 0.
+    number: of the layer, counted among the MoE layers from 0. fast: as `loading.load`'s
+    arithmetic; where gradients are asked for, it is exact all the same.
     """
 
-    def __init__(self, number: int, residency: Residency, lookahead: Lookahead) -> None:
+    def __init__(
+        self, number: int, residency: Residency, lookahead: Lookahead, *, fast: bool = False
+    ) -> None:
         self.number = number
+        self.fast = fast
         self.residency = residency
         self.lookahead = lookahead
 
@@ -34,15 +38,21 @@ class StreamedExperts:
         """hidden [tokens, width], index and weights [tokens, top_k] -> [tokens, width]."""
         if gradients.needed(hidden, weights):
             return gradients.run(self, module, hidden, index, weights)
-        return self.run(module, hidden, index, weights)
+        return self.run(module, hidden, index, weights, fast=self.fast)
 
     def run(
-        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        module: nn.Module,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        fast: bool = False,
     ) -> torch.Tensor:
         """As `forward`, without gradients."""
         with self.residency.lock:
             started = time.perf_counter()
-            mixture = Mixture(module, hidden, index, weights)
+            mixture = Mixture(module, hidden, index, weights, by_parts=fast)
             with closing(self.serve(hidden, index, weights)) as arrivals:
                 for expert, parameters in arrivals:
                     mixture.add(expert, parameters)
