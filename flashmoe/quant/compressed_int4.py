@@ -49,9 +49,9 @@ class CompressedInt4(Published):
         return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
 
     def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        scales = parts["scales"]
+        scales, factor = by_rows.stored(parts["scales"])
         values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
-        return by_rows.halves(_number, values, scales.to(torch.float32), x)
+        return by_rows.halves(_number, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, words = parts["values"]

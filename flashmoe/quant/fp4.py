@@ -9,8 +9,8 @@ import torch
 
 from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
-from flashmoe.quant.fp8 import are_blocks, factors_of, times_blocks
-from flashmoe.quant.mxfp4 import E2M1, doubled
+from flashmoe.quant.fp8 import are_blocks, times_blocks
+from flashmoe.quant.mxfp4 import E2M1, doubled, of_exponent
 from flashmoe.quant.published import Kinds, Published
 
 
@@ -33,10 +33,10 @@ class FP4(Published):
 
     def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         values, scales = parts["values"].view(torch.uint8), parts["scales"]
-        if len(scales) != len(values):
+        if len(scales) != len(values) or scales.dtype.itemsize != 1:
             return None
         groups = values.view(*scales.shape, -1)
-        return by_rows.halves(doubled, groups, factors_of(scales) / 2, x)
+        return by_rows.halves(doubled, of_exponent, groups, scales.view(torch.uint8), x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]

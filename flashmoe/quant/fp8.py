@@ -41,7 +41,8 @@ class FP8(Published):
 
     def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         values = parts["values"].view(torch.uint8)
-        return by_rows.whole_bytes(_number, values, factors_of(parts["scales"]), x)
+        scales, factor = by_rows.stored(factors_of(parts["scales"]))
+        return by_rows.whole_bytes(_number, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]

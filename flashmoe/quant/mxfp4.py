@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,9 +46,7 @@ class MXFP4(Published):
         return weight.view(groups * half * 2, rows).T
 
     def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        scales = parts["scales"]
-        factors = _factors().index_select(0, scales.view(-1).int()).view(scales.shape)
-        return by_rows.halves(doubled, parts["blocks"], factors, x)
+        return by_rows.halves(doubled, of_exponent, parts["blocks"], parts["scales"], x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, groups, half = parts["blocks"]
@@ -64,7 +61,10 @@ def doubled(bits):
     return np.float32(-steps if bits & 8 else steps)
 
 
-@cache
-def _factors() -> torch.Tensor:
-    """[256]: of each exponent, for numbers that are doubled."""
-    return (torch.arange(256, dtype=torch.float32) - _BIAS).exp2()
+_FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
+
+
+@helper
+def of_exponent(bits):
+    """The factor of numbers that are doubled."""
+    return _FACTORS[bits]
