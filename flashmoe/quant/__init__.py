@@ -56,4 +56,6 @@ def get(name: str) -> Scheme | None:
 
     Raises FlashMoEError for an unknown name.
     """
+    if name == NONE:
+        return None
     return formats()[name]() if name in formats() else quantiser(name)

@@ -9,6 +9,7 @@ import torch
 
 from flashmoe.quant.base import Parts
 from flashmoe.quant.gptq import unpacked
+from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word, of its eight columns
@@ -33,9 +34,9 @@ class AWQ(Published):
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
         (dtype, values), (zero_dtype, zeros) = kinds["values"], kinds["zeros"]
-        _, scales = kinds["scales"]
-        words = {dtype, zero_dtype} == {torch.int32}
-        flat = len(values) == len(zeros) == len(scales) == 2
+        scale_dtype, scales = kinds["scales"]
+        words = {dtype, zero_dtype} == {torch.int32} and scale_dtype in FLOATS
+        flat = len(values) == len(zeros) == len(scales) == 2 and all(zeros)
         return (
             words
             and flat

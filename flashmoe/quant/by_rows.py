@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ _REORDERED = frozenset({"reassoc", "contract", "nsz"})
 Bits = Callable[[Any], Any]  # gives what some bits stand for, compiled or not
 
 
-def halves(
+def times_halves(
     number: Bits, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """x [n, in] float32 times a weight of two numbers a byte, the first in the low half: [n, out].
@@ -40,7 +40,7 @@ def halves(
     return _in_threads(_halves_kernel(number, factor), rows, values, scales, apart)
 
 
-def whole_bytes(
+def times_bytes(
     number: Bits, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """x [n, in] float32 times a weight of one number a byte: [n, out].
@@ -124,7 +124,10 @@ def _in_threads(
     shares = max(1, min(torch.get_num_threads(), rows // _ROWS))
     ours, *rest = pairwise(rows * share // shares for share in range(shares + 1))
     others = [_threads(os.getpid()).submit(products, *arrays, *bounds) for bounds in rest]
-    products(*arrays, *ours)
+    try:
+        products(*arrays, *ours)
+    finally:
+        wait(others)  # in any case: they read what may be overwritten afterwards
     for other in others:
         other.result()
     return out

@@ -10,6 +10,7 @@ import torch
 
 from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
+from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
 from flashmoe.util.machine_code import helper
 
@@ -37,21 +38,24 @@ class CompressedInt4(Published):
         )
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
-        (dtype, values), (_, scales) = kinds["values"], kinds["scales"]
-        flat = len(values) == len(scales) == 2 and values[0] == scales[0]
-        return dtype == torch.int32 and flat and 8 * values[1] % scales[1] == 0
+        (dtype, values), (scale_dtype, scales) = kinds["values"], kinds["scales"]
+        flat = len(values) == len(scales) == 2 and values[0] == scales[0] and all(scales)
+        known = dtype == torch.int32 and scale_dtype in FLOATS
+        return known and flat and 8 * values[1] % scales[1] == 0
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         scales = parts["scales"]
         values = parts["values"].view(torch.uint8)  # [out, in / 2]
-        numbers = torch.stack(list(nibbles.halves(values, _NUMBERS, scales.dtype)), 2)
+        numbers = torch.stack(list(nibbles.look_up(values, _NUMBERS, scales.dtype)), 2)
         groups = numbers.view(len(scales), scales.shape[1], -1)
         return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
 
-    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         scales, factor = by_rows.stored(parts["scales"])
+        if 4 * parts["values"].shape[1] % scales.shape[1]:
+            return None  # a byte of two groups
         values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
-        return by_rows.halves(_number, factor, values, scales, x)
+        return by_rows.times_halves(_number, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, words = parts["values"]

@@ -23,20 +23,21 @@ class FP4(Published):
     unused = (".activation_scale",)
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
-        (dtype, shape), (_, blocks) = kinds["values"], kinds["scales"]
-        return dtype == torch.int8 and are_blocks(blocks, (shape[0], 2 * shape[1]))
+        (dtype, shape), (scale_dtype, blocks) = kinds["values"], kinds["scales"]
+        return dtype == torch.int8 and are_blocks(scale_dtype, blocks, (shape[0], 2 * shape[-1]))
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        halves = nibbles.halves(parts["values"].view(torch.uint8), E2M1, torch.float32)
+        halves = nibbles.look_up(parts["values"].view(torch.uint8), E2M1, torch.float32)
         values = torch.stack(list(halves), 2).flatten(1)
         return times_blocks(values, parts["scales"], dtype)
 
-    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         values, scales = parts["values"].view(torch.uint8), parts["scales"]
-        if len(scales) != len(values) or scales.dtype.itemsize != 1:
+        by_row = len(scales) == len(values) and values.shape[1] % scales.shape[1] == 0
+        if not by_row or scales.dtype.itemsize != 1:
             return None
         groups = values.view(*scales.shape, -1)
-        return by_rows.halves(doubled, of_exponent, groups, scales.view(torch.uint8), x)
+        return by_rows.times_halves(doubled, of_exponent, groups, scales.view(torch.uint8), x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]

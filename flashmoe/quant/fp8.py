@@ -16,6 +16,9 @@ from flashmoe.quant.published import Kinds, Published
 from flashmoe.util.machine_code import helper
 
 _BIAS = 127  # of an exponent that is stored as a byte
+_EXPONENTS = torch.uint8, torch.float8_e8m0fnu
+_SCALES = (*_EXPONENTS, torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = (128, 128)  # where config.json names none, as transformers has it
 
 
 class FP8(Published):
@@ -27,10 +30,12 @@ class FP8(Published):
     unused = (".activation_scale",)
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
-        (dtype, shape), (_, blocks) = kinds["values"], kinds["scales"]
-        if dtype != torch.float8_e4m3fn or not are_blocks(blocks, shape):
+        (dtype, shape), (scale_dtype, blocks) = kinds["values"], kinds["scales"]
+        if dtype != torch.float8_e4m3fn or not are_blocks(scale_dtype, blocks, shape):
             return False
-        wanted = settings.get("weight_block_size") or (0, 0)
+        if not settings:
+            return True
+        wanted = settings.get("weight_block_size", _BLOCK) or (0, 0)
         return all(  # a last block that is smaller than the others is not known by the shapes
             count == 1 or size // count == block
             for count, size, block in zip(blocks, shape, wanted, strict=True)
@@ -39,21 +44,24 @@ class FP8(Published):
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return times_blocks(parts["values"].to(torch.float32), parts["scales"], dtype)
 
-    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         values = parts["values"].view(torch.uint8)
-        scales, factor = by_rows.stored(factors_of(parts["scales"]))
-        return by_rows.whole_bytes(_number, factor, values, scales, x)
+        if parts["scales"].dtype.itemsize == 1:
+            scales, factor = parts["scales"].view(torch.uint8), _of_exponent
+        else:
+            scales, factor = by_rows.stored(parts["scales"])
+        return by_rows.times_bytes(_number, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]
         return rows, columns
 
 
-def are_blocks(blocks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Do factors of shape `blocks` divide a weight evenly?"""
-    return (
-        len(blocks) == len(shape) == 2 and shape[0] % blocks[0] == 0 and shape[1] % blocks[1] == 0
-    )
+def are_blocks(dtype: torch.dtype, blocks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """May factors of this dtype and of shape `blocks` divide a weight evenly?"""
+    if dtype not in _SCALES or not len(blocks) == len(shape) == 2 or not all(blocks):
+        return False
+    return shape[0] % blocks[0] == 0 and shape[1] % blocks[1] == 0
 
 
 def times_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,6 +79,14 @@ def factors_of(scales: torch.Tensor) -> torch.Tensor:
 
 
 _NUMBERS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+
+
+_FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
+
+
+@helper
+def _of_exponent(bits):
+    return _FACTORS[bits]
 
 
 @helper

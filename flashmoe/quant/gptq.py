@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from flashmoe.errors import FlashMoEError
 from flashmoe.quant import nibbles
 from flashmoe.quant.base import Parts
+from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
 
 _NUMBERS = tuple(float(bits) for bits in range(16))
@@ -37,17 +39,19 @@ class GPTQ(Published):
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
         (dtype, values), (zero_dtype, zeros) = kinds["values"], kinds["zeros"]
-        (_, scales), (_, groups) = kinds["scales"], kinds["groups"]
-        words = {dtype, zero_dtype} == {torch.int32}
+        (scale_dtype, scales), (group_dtype, groups) = kinds["scales"], kinds["groups"]
+        words = {dtype, zero_dtype, group_dtype} == {torch.int32} and scale_dtype in FLOATS
         flat = len(values) == len(zeros) == len(scales) == 2
         return words and flat and scales == (zeros[0], values[1]) and groups == (8 * values[0],)
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """As `Published.weight`; it lies in memory as [in, out]."""
         scales, groups = parts["scales"], parts["groups"].long()
+        if not groups.is_meta:
+            _check(groups, len(scales))
         values = parts["values"].view(torch.uint8).view(*parts["values"].shape, 4)
         values = values.permute(0, 2, 1).contiguous()  # [in / 8, 4, out]
-        numbers = torch.stack(list(nibbles.halves(values, _NUMBERS, torch.float32)), 2)
+        numbers = torch.stack(list(nibbles.look_up(values, _NUMBERS, torch.float32)), 2)
         numbers = numbers.view(-1, scales.shape[1])
         zeros = unpacked(self._zeros(parts["zeros"]))  # [groups, out]
         return numbers.sub_(zeros[groups]).mul_(scales[groups]).to(dtype).T
@@ -73,5 +77,16 @@ class GPTQv2(GPTQ):
 
 def unpacked(words: torch.Tensor) -> torch.Tensor:
     """The eight numbers of each word, float32: [n, words] -> [n, 8 * words]."""
-    halves = nibbles.halves(words.contiguous().view(torch.uint8), _NUMBERS, torch.float32)
+    halves = nibbles.look_up(words.contiguous().view(torch.uint8), _NUMBERS, torch.float32)
     return torch.stack(list(halves), 2).flatten(1)
+
+
+def _check(groups: torch.Tensor, count: int) -> None:
+    """Raises FlashMoEError unless each input belongs to one of `count` groups."""
+    if not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise FlashMoEError("GPTQ: g_idx names groups that a weight does not have")
+    if count > 1 and not groups.any():
+        raise FlashMoEError(
+            "GPTQ: g_idx puts all inputs into one group of several, as some old writers do: use "
+            "another checkpoint"
+        )

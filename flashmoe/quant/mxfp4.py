@@ -41,12 +41,12 @@ class MXFP4(Published):
         factors = factors.T.contiguous()[:, None, :]  # [groups, 1, out]
         blocks = parts["blocks"].permute(1, 2, 0).contiguous()
         weight = torch.empty(groups, half, 2, rows, dtype=dtype, device=blocks.device)
-        for number, values in enumerate(nibbles.halves(blocks, _DOUBLED, dtype)):
+        for number, values in enumerate(nibbles.look_up(blocks, _DOUBLED, dtype)):
             torch.mul(values, factors, out=weight[:, :, number])
         return weight.view(groups * half * 2, rows).T
 
-    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        return by_rows.halves(doubled, of_exponent, parts["blocks"], parts["scales"], x)
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        return by_rows.times_halves(doubled, of_exponent, parts["blocks"], parts["scales"], x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, groups, half = parts["blocks"]

@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # of numbers of so many bytes
 
 
-def halves(
+def look_up(
     values: torch.Tensor, numbers: tuple[float, ...], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
     """What the low halves of bytes (uint8) stand for, then the high ones, each in values' shape.

@@ -36,7 +36,22 @@ class Published(Scheme):
 
     @abstractmethod
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
-        """Are these the parts of one weight in this format, which needs no settings besides?"""
+        """Are these the parts of one weight in this format, which needs no settings besides?
+
+        settings: config.json's; none where it was asked before, when a store was packed.
+        """
+
+    def fits(self, kinds: Kinds) -> bool:
+        """Are these the parts of one parameter, whose weights fit each other?"""
+        weights = pieces(kinds)
+        if not weights or not all(all(shape) for _, shape in kinds.values()):
+            return False
+        if any(weight.keys() != self.endings.keys() for weight in weights):
+            return False
+        if not all(self.accepts(weight, {}) for weight in weights):
+            return False
+        shapes = [{part: shape for part, (_, shape) in weight.items()} for weight in weights]
+        return len({self.weight_shape(each)[1] for each in shapes}) == 1
 
     @abstractmethod
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
@@ -46,7 +61,7 @@ class Published(Scheme):
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         """(out, in) of one weight whose parts have these shapes."""
 
-    def few(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         """x [n, in] float32, of few tokens, times the parts of one weight as they lie: [n, out].
 
         None where there is no kernel for it.
@@ -54,13 +69,13 @@ class Published(Scheme):
         return None
 
     def product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        """As `few`, of a parameter; x [n, in] in any dtype."""
+        """As `weight_product`, of a parameter; x [n, in] in any dtype."""
         import torch
 
-        wide = x.to(torch.float32)
+        wide = x.to(torch.float32).contiguous()
         products: list[torch.Tensor] = []
         for piece in pieces(parts):
-            if (product := self.few(wide, piece)) is None:
+            if (product := self.weight_product(wide, piece)) is None:
                 return None
             products.append(product)
         return products[0] if len(products) == 1 else torch.cat(products, 1)
@@ -87,7 +102,7 @@ def piece_name(number: int, part: str) -> str:
 
 
 def pieces(parts: dict[str, T]) -> list[dict[str, T]]:
-    """The parts of each weight of a parameter, in order."""
+    """The parts of each weight of a parameter, in order. Raises ValueError for other names."""
     by_number: dict[int, dict[str, T]] = defaultdict(dict)
     for name, value in parts.items():
         number, _, part = name.partition(".")

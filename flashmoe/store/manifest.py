@@ -245,4 +245,18 @@ def _parse(document: dict[str, Any]) -> Manifest:
         raise ValueError(f"dtype {manifest.dtype!r}")
     if {layer.quantisation for layer in layers} != {manifest.quantisation}:
         raise ValueError("layers differ in quantisation")
+    scheme = quant.get(manifest.quantisation)
+    if isinstance(scheme, quant.Published):
+        for layer in layers:
+            _check_parts(layer, scheme)
     return manifest
+
+
+def _check_parts(layer: LayerSpec, format: quant.Published) -> None:
+    """Raises ValueError unless a layer's parts are such that machine code may multiply by them."""
+    import torch
+
+    kinds = {t.name: (getattr(torch, t.dtype), t.shape) for t in layer.tensors}
+    for name, parts in quant.by_weight(kinds)[1].items():
+        if not format.fits(parts):
+            raise ValueError(f"parts of {layer.module}.{name} are not those of {format.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import closing
 
@@ -190,16 +191,121 @@ def test_what_nobody_makes_plain_is_refused(made, tmp_path, changes, complaint):
         flashmoe.load(tmp_path / "other", memory="1GiB")
 
 
-def test_a_missing_part_is_told(made, tmp_path):
-    for kind in ("gptq", "mxfp4"):
-        published, _, _ = made(kind)
-        shutil.copytree(published, tmp_path / kind)
-        tensors = tensors_of(published)
-        gone = next(n for n in tensors if n.endswith(("qzeros", "_scales")) and "experts" in n)
-        del tensors[gone]
-        rewrite(tmp_path / kind, tensors)
-        with pytest.raises(FlashMoEError, match="experts"):
-            flashmoe.load(tmp_path / kind, memory="1GiB")
+def edited(made, kind, folder, edit):
+    """A copy of a published checkpoint, whose tensors are what `edit` makes of them."""
+    published, _, _ = made(kind)
+    shutil.copytree(published, folder)
+    rewrite(folder, edit(tensors_of(published)))
+    return folder
+
+
+def without(ending, part="experts"):
+    def edit(tensors):
+        gone = next(name for name in tensors if name.endswith(ending) and part in name)
+        return {name: tensor for name, tensor in tensors.items() if name != gone}
+
+    return edit
+
+
+def renamed_scales(tensors):
+    return {name.replace("weight_scale_inv", "weight_scale"): t for name, t in tensors.items()}
+
+
+def other_dtype(tensors):
+    name = next(name for name in tensors if name.endswith("weight_scale_inv") and "experts" in name)
+    return tensors | {name: tensors[name].half()}
+
+
+def zeros(tensors):
+    name = next(name for name in tensors if name.endswith("g_idx") and "experts" in name)
+    return tensors | {name: torch.zeros_like(tensors[name])}
+
+
+def beyond(tensors):
+    name = next(name for name in tensors if name.endswith("g_idx") and "experts" in name)
+    return tensors | {name: tensors[name] + 100}
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "complaint"),
+    [
+        ("gptq", without("qzeros"), "7 tensors such as .*qzeros"),
+        ("gptq", without("qzeros", "self_attn"), "parts are missing"),
+        ("gptq", zeros, "all inputs into one group"),
+        ("gptq", beyond, "groups that a weight does not have"),
+        ("mxfp4", without("_scales"), "gate_up_proj|down_proj"),
+        ("fp8", without("weight_scale_inv"), "no scales beside it"),
+        ("fp8", without("weight_scale_inv", "self_attn"), "no scales beside it"),
+        ("fp8", renamed_scales, "no scales beside it"),
+    ],
+)
+def test_what_is_not_whole_is_refused(made, tmp_path, kind, edit, complaint):
+    folder = edited(made, kind, tmp_path / "edited", edit)
+    for use in (lambda: flashmoe.load(folder, memory="1GiB"), lambda: pack(folder, tmp_path / "s")):
+        with pytest.raises(FlashMoEError, match=complaint):
+            use()
+
+
+def test_a_layer_may_be_plain_beside_others(made, tmp_path):
+    _, plain, _ = made("fp8")
+    numbers = tensors_of(plain)
+
+    def with_a_plain_layer(tensors):
+        ours = [name for name in tensors if ".layers.1.mlp.experts." in name]
+        kept = {name: tensor for name, tensor in tensors.items() if name not in ours}
+        return kept | {name: numbers[name] for name in ours if name in numbers}
+
+    folder = edited(made, "fp8", tmp_path / "edited", with_a_plain_layer)
+    pack(folder, tmp_path / "store")
+    expected = run(eager(plain), prompt(9))[1]
+    for path in (folder, tmp_path / "store"):
+        model = flashmoe.load(path, memory="1GiB")
+        assert torch.equal(run(model, prompt(9))[1], expected)
+        model.flashmoe.close()
+    with Checkpoint(folder) as source:
+        in_parts = source.published.kinds
+    assert any("layers.2" in name for name in in_parts)
+    assert not any("layers.1" in name for name in in_parts)
+
+
+def test_experts_that_differ_in_dtype_are_packed_plain(made, tmp_path):
+    folder = edited(made, "fp8", tmp_path / "edited", other_dtype)
+    pack(folder, tmp_path / "store")
+    with Checkpoint(folder) as source:
+        differing = [n for n in source.expert_parameter_names if n not in source.published.kinds]
+    assert len(differing) == 1
+    with pytest.raises(FlashMoEError, match="flashmoe pack"):
+        flashmoe.load(folder, memory="1GiB")
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8", "gptq", "awq"])
+@pytest.mark.parametrize("damage", ["name", "dtype", "shape", "number", "gone"])
+def test_a_store_of_other_parts_is_refused(made, tmp_path, kind, damage):
+    """Its checksums may be right: machine code must not multiply by what does not fit."""
+    store = tmp_path / "store"
+    shutil.copytree(made(kind)[2], store)
+    path = store / manifests.FILE_NAME
+    document = json.loads(path.read_text())
+    for layer in document["layers"]:
+        parts = [tensor for tensor in layer["tensors"] if tensor["name"].startswith("down_proj/")]
+        last = parts[-1]
+        match damage:
+            case "name":
+                last["name"] = "down_proj/0.other"
+            case "dtype":  # of the same size
+                same = {"uint8": "int8", "float32": "int32", "float16": "bfloat16"}
+                last["dtype"] = same.get(last["dtype"], "float32")
+                if kind in ("gptq", "awq") and last["dtype"] == "bfloat16":
+                    parts[0]["dtype"] = "float32"
+            case "shape":
+                last["shape"] = [*last["shape"][:-1], last["shape"][-1] + 1]
+            case "number":
+                last["name"] = last["name"].replace("/0.", "/")
+            case "gone":
+                layer["tensors"].remove(last)
+    path.write_text(json.dumps(document))
+    with pytest.raises(FlashMoEError, match="pack it again"):
+        flashmoe.load(store, memory="1GiB", arithmetic="fast")
 
 
 def test_the_model_is_no_longer_called_quantised(made):
@@ -219,8 +325,14 @@ FAST = [kind for kind, of in FORMATS.items() if of.by_transformers]
 def test_fast_arithmetic_gives_the_same_bits_at_every_budget(made, kind, monkeypatch):
     published, plain, store = made(kind)
     format = quant.formats()[FORMATS[kind].name]
-    few, asked = format.few, []
-    monkeypatch.setattr(format, "few", lambda *a: asked.append(len(a[1])) or few(*a))
+    few, asked = format.weight_product, []
+
+    def counted(self, x, parts):
+        if (product := few(self, x, parts)) is not None:
+            asked.append(len(x))
+        return product
+
+    monkeypatch.setattr(format, "weight_product", counted)
     with closing(backends.open_path(store)) as backend:
         least = budget.least_bytes(backend.manifest)
     ids, given = prompt(9), []

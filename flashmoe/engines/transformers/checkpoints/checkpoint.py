@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from flashmoe.engines.transformers.checkpoints.published_experts import Publishe
 from flashmoe.engines.transformers.model import empty_model, moe_modules
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import part_name
-from flashmoe.store.layout import ModelDescription
 
 # (parameter's full name, tensor on disk) -> its values, or what stands for them, in the
 # parameter's dtype
@@ -79,12 +77,15 @@ class Checkpoint:
                 None
                 if dequantise or dequantiser is None
                 else published_experts.find(
-                    settings, self._expert_tensors, entries, self.expert_parameter_names
+                    settings,
+                    self._expert_tensors,
+                    entries,
+                    {n: tuple(self.parameters[n].shape[1:]) for n in self.expert_parameter_names},
                 )
             )
             if self.published:
                 self._check_published(self.published)
-                self.description = self._as_published(self.published)
+                self.description = self.published.described(self.description)
         except BaseException:
             self.close()
             raise
@@ -107,24 +108,18 @@ class Checkpoint:
             if self.parameters[target].is_floating_point():
                 floats.update(recipe.tensor_names)
         if said:
-            published_quantisation.refuse_unused(self.directory, entries, used)
+            recipes = self._conversion.recipes
+            published_quantisation.refuse_incomplete(
+                self.directory,
+                entries,
+                [
+                    recipe.tensor_names
+                    for target, recipe in recipes.items()
+                    if self.parameters[target].is_floating_point()
+                ],
+            )
         else:
             published_quantisation.refuse_unsaid(self.directory, entries, used, floats)
-
-    def _as_published(self, published: PublishedExperts) -> ModelDescription:
-        """`description`, with the parts in place of the weights that they stand for."""
-        layers = []
-        for layer in self.description.layers:
-            parameters: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-            for name, kind in layer.parameters.items():
-                parts = published.kinds.get(f"{layer.module}.{name}", {})
-                if parts:
-                    parameters |= {part_name(name, part): kind for part, kind in parts.items()}
-                else:
-                    parameters[name] = kind
-            layers.append(replace(layer, parameters=parameters))
-        name = published.format.name
-        return replace(self.description, layers=tuple(layers), quantisation=name)
 
     def _check_published(self, published: PublishedExperts) -> None:
         """Raises FlashMoEError unless parts stand for what transformers makes of them.
@@ -133,17 +128,16 @@ class Checkpoint:
         """
         seen = []
         for full_name, kinds in published.kinds.items():
-            if kinds in seen:
-                continue
-            seen.append(kinds)
             module, name = self.expert_parameter_names[full_name]
+            kind = type(self.experts[module]), name, kinds
+            if kind in seen:
+                continue
+            seen.append(kind)
+            theirs = self._expert(module, 0, self._read, only=full_name)[name]
             parts = {part: self._row(row) for part, row in published.rows(full_name, 0).items()}
             ours = published.format.dense(
-                parts,
-                self.parameters[full_name].dtype,
-                transposed=bool(self.experts[module].is_transposed),
+                parts, theirs.dtype, transposed=bool(self.experts[module].is_transposed)
             )
-            theirs = self._expert(module, 0, self._read, only=full_name)[name]
             if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
                 raise FlashMoEError(
                     f"{self.directory}: transformers makes other numbers of {full_name} than "

@@ -69,6 +69,13 @@ class ExpertTensors:
                         f"{list(shapes[names[0]])}: they do not match"
                     )
 
+    def alike(self, parameter: str) -> bool:
+        """Do all experts have a parameter's tensors in the same dtypes?"""
+        return all(
+            len({self._entries[name].dtype for name in names}) == 1
+            for names in self._recipes[parameter].sources.values()
+        )
+
     def by_pattern(self, parameter: str, expert: int) -> dict[str, TensorRow]:
         """By source pattern, the tensor on disk that holds one expert's part of a parameter."""
         count = self._n_experts[parameter]

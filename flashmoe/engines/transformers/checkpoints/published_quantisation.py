@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _SETTINGS = ("quantization_config", "compression_config")
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASK_OR_POSITION = (torch.bool, torch.int64)
 _ORDER = ".weight_g_idx"
+_FACTOR = re.compile(r"[._](scale|scales|scale_inv|qscale_weight)$")
 _REMEDY = "use the checkpoint's float16, bfloat16 or float32 version"
 _SCALE = re.compile(r"_(scale|scales|scale_inv|scale_2|zero_point|global_scale|absmax)$")
 
@@ -52,6 +53,8 @@ def dequantiser(
         if kind.has_own_loader and kind.reads(settings):
             return OwnDequantiser(kind())
     try:
+        if (settings.get("transform_config") or {}).get("config_groups"):
+            raise ValueError("transformers would leave its transforms out")
         quantizer = AutoHfQuantizer.from_config(
             AutoQuantizationConfig.from_dict(settings | {"dequantize": True}), pre_quantized=True
         )
@@ -87,13 +90,29 @@ def refuse_unsaid(
         )
 
 
-def refuse_unused(directory: Path, tensors: Collection[str], used: Collection[str]) -> None:
-    """Raise FlashMoEError for tensors without which numbers would be others, that nobody uses."""
-    for name in tensors:
-        if name.endswith(_ORDER) and name not in used:
+def refuse_incomplete(
+    directory: Path, tensors: Mapping[str, TensorEntry], recipes: Iterable[Sequence[str]]
+) -> None:
+    """Raise FlashMoEError where transformers would leave a scale or an order of columns out.
+
+    recipes: the tensors of each parameter that is computed with as floating point.
+    """
+    used: set[str] = set()
+    for names in recipes:
+        used.update(names)
+        scaled = {name.rpartition(".")[0] for name in names if _FACTOR.search(name)}
+        for name in names:
+            if tensors[name].dtype not in _PLAIN and name.rpartition(".")[0] not in scaled:
+                raise FlashMoEError(
+                    f"{directory}: {name} holds {dtype_name(tensors[name].dtype)} with no scales "
+                    f"beside it that transformers would use: {_REMEDY}"
+                )
+    for name in tensors.keys() - used:
+        owner = _SCALE.sub("", name)
+        if name.endswith(_ORDER) or (owner != name and owner in used):
             raise FlashMoEError(
-                f"{directory}: its {name} gives an order of columns, which transformers would "
-                f"ignore: {_REMEDY}"
+                f"{directory}: transformers would ignore {name}, without which the numbers are "
+                f"others: {_REMEDY}"
             )
 
 

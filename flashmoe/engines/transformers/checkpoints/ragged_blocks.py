@@ -33,11 +33,12 @@ class _Ragged(Fp8Dequantize):
         if quantized.dtype != torch.float8_e4m3fn or scales.dim() != 2:
             return super()._dequantize_one(quantized, scales, output_dtype)
         rows, columns = quantized.shape[-2:]
-        whole = tuple(
-            count * block if count > 1 else size
-            for count, block, size in zip(scales.shape, self._size, (rows, columns), strict=True)
+        whole = tuple(count * block for count, block in zip(scales.shape, self._size, strict=True))
+        counts = tuple(
+            -(-size // block) for size, block in zip((rows, columns), self._size, strict=True)
         )
-        if whole == (rows, columns):
+        # blocks of another size than config.json's are transformers' to judge
+        if whole == (rows, columns) or counts != tuple(scales.shape):
             return super()._dequantize_one(quantized, scales, output_dtype)
         filled = quantized.new_zeros(whole, dtype=torch.uint8)
         filled[:rows, :columns] = quantized.view(torch.uint8)
