@@ -12,6 +12,7 @@ import flashmoe
 from flashmoe import engines
 from flashmoe.cli import add_memory
 from flashmoe.disk import files
+from flashmoe.engines import hub
 
 HELP = "generate text from a prompt"
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         type=Path,
-        help="GGUF file, Hugging Face directory or store (default: the demo)",
+        help="GGUF file, Hugging Face directory, store, or a name on the hub (default: the demo)",
     )
     parser.add_argument("--prompt", required=True)
     add_memory(parser)
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise flashmoe.FlashMoEError("--max-new-tokens must be at least 1")
     if arguments.warm:
         files.check_replaceable(arguments.warm)
-    path = arguments.model or flashmoe.demo_path()
+    path = hub.on_disk(arguments.model) if arguments.model else flashmoe.demo_path()
     session = engines.engine_for(path).open_session(
         path,
         [arguments.prompt],

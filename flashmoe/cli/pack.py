@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flashmoe.engines import hub
 from flashmoe.util.sizes import format_bytes
 
 HELP = "turn a checkpoint into a store"
@@ -25,10 +26,9 @@ def run(arguments: argparse.Namespace) -> None:
     from flashmoe.engines.transformers.checkpoints.pack import pack
     from flashmoe.util.progress import byte_bar
 
+    checkpoint = hub.on_disk(arguments.checkpoint)
     with byte_bar("packing") as progress:
-        manifest = pack(
-            arguments.checkpoint, arguments.store, quant=arguments.quant, progress=progress
-        )
+        manifest = pack(checkpoint, arguments.store, quant=arguments.quant, progress=progress)
     layer = manifest.layers[0]
     print(
         f"{arguments.store}: {len(manifest.layers)} MoE layers x {layer.n_experts} experts of "

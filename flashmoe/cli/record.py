@@ -13,6 +13,7 @@ import flashmoe
 from flashmoe import engines
 from flashmoe.cli import add_memory
 from flashmoe.disk import files
+from flashmoe.engines import hub
 
 HELP = "write a trace of a model's routing"
 
@@ -64,8 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise flashmoe.FlashMoEError("--max-new-tokens must be 0 or more")
     files.check_replaceable(arguments.out)
     prompts = read_prompts(arguments.prompts)
-    session = engines.engine_for(arguments.model).open_session(
-        arguments.model,
+    path = hub.on_disk(arguments.model)
+    session = engines.engine_for(path).open_session(
+        path,
         list(prompts.values()),
         max_new_tokens=arguments.max_new_tokens,
         raw=arguments.raw,

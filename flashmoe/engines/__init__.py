@@ -5,7 +5,8 @@ load(path, *, memory, ...)       a model as its users know it, with `.flashmoe` 
 open_session(path, prompts, ...) prompts and the model that continues them (`session.Session`)
 verify(path, progress)           read every byte and check it; what was right, in one line
 
-`engine_for` finds the one that takes a path; commands know engines by these functions alone.
+`engine_for` finds the one that takes a path, `hub.on_disk` what a name on the hub stands for.
+Commands know engines by these functions alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+from flashmoe.engines import hub
 from flashmoe.errors import FlashMoEError
 
 
@@ -38,14 +40,19 @@ def engine_for(path: str | os.PathLike[str]) -> Any:
     )
 
 
-def load(path: str | os.PathLike[str], *, memory: int | str, **options: Any) -> Any:
+def load(
+    path: str | os.PathLike[str], *, memory: int | str, revision: str | None = None, **options: Any
+) -> Any:
     """A model whose experts stay on the SSD, by the engine that takes what lies at `path`.
 
     path: a Hugging Face directory or a packed store (see `engines.transformers.loading.load`), or
         a GGUF file (see `engines.llama.hosts.llama_cpp.load`).
+        Where nothing lies there, org/name and org/name:file.gguf are names on the hub (`hub`).
     memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free.
+    revision: of a name on the hub: a branch, tag or commit.
     options: the engine's own. What is returned is what the engine's users know, with
         `.flashmoe`, an `engines.base.Engine`, beside it.
     Raises FlashMoEError when no engine takes the path, and as the engine does.
     """
-    return engine_for(path).load(path, memory=memory, **options)
+    found = hub.on_disk(path, revision)
+    return engine_for(found).load(found, memory=memory, **options)

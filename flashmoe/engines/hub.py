@@ -1,0 +1,122 @@
+"""Models by their names on the Hugging Face hub: found in its cache, or fetched into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashmoe.disk.files import check_room
+from flashmoe.errors import FlashMoEError
+
+# org/name, and of a repository of GGUF files the one that is meant
+_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(:(?P<file>[^:]+\.gguf))?")
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_NEEDED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")  # of a checkpoint
+
+
+def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Where a model lies: `path` itself, unless it is a name on the hub and nothing lies there.
+
+    Such a model, org/name or org/name:file.gguf, is fetched by huggingface_hub first, as far as
+    its cache lacks it. revision: a branch, tag or commit.
+    Raises FlashMoEError when it cannot be had, or the disk has too little room, before weights
+    are fetched.
+    """
+    name = _NAME.fullmatch(os.fspath(path))
+    if name is None or os.path.lexists(path):
+        if revision is not None:
+            raise FlashMoEError(f"revision {revision!r}: {path} is no name on the hub")
+        return Path(path)
+    repository, file = name["repository"], name["file"]
+    from huggingface_hub import constants, snapshot_download
+
+    with _told(os.fspath(path), revision):
+        listed, folder = _files(repository, revision, file or "config.json")
+        wanted = _checkpoint(repository, listed) if file is None else _gguf(file, listed)
+        if folder is None:
+            planned = snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, dry_run=True
+            )
+            missing_bytes = sum(one.file_size or 0 for one in planned if one.will_download)
+            check_room(Path(constants.HF_HUB_CACHE), repository, missing_bytes)
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    return folder if file is None else folder / file
+
+
+def _files(repository: str, revision: str | None, sought: str) -> tuple[list[str], Path | None]:
+    """Every file of a repository; where the hub cannot be reached, those in the cache, and where.
+
+    sought: one of them, without which the cache is of no use.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        found = HfApi().model_info(repository, revision=revision)
+        return [sibling.rfilename for sibling in found.siblings or []], None
+    except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code < 500:
+            raise
+    except Exception:  # no network, or HF_HUB_OFFLINE: each library raises its own
+        pass
+    folder = Path(
+        snapshot_download(
+            repository, revision=revision, local_files_only=True, allow_patterns=[sought]
+        )
+    )
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()], folder
+
+
+def _checkpoint(repository: str, listed: list[str]) -> list[str]:
+    """The files of a checkpoint; folders hold the same weights in other forms."""
+    if "config.json" in listed and any(_is_weights(name) for name in listed):
+        return [name for name in listed if "/" not in name and name.endswith(_NEEDED)]
+    ggufs = [name for name in listed if name.endswith(".gguf") and "mmproj" not in name]
+    if ggufs:
+        raise FlashMoEError(
+            f"{repository} holds GGUF files: name one, such as {repository}:{ggufs[0]}"
+        )
+    raise FlashMoEError(f"{repository} holds no safetensors with a config.json, and no GGUF file")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name
+
+
+def _gguf(file: str, listed: list[str]) -> list[str]:
+    """A GGUF file with all its parts."""
+    if file not in listed:
+        others = ", ".join(name for name in listed if name.endswith(".gguf")) or "none"
+        raise FlashMoEError(f"there is no {file}; its GGUF files: {others}")
+    if part := _PART.search(file):
+        stem = file[: part.start()]
+        return [n for n in listed if n.startswith(stem) and n.endswith(f"-of-{part[1]}.gguf")]
+    return [file]
+
+
+@contextmanager
+def _told(path: str, revision: str | None) -> Iterator[None]:
+    """What huggingface_hub raises within becomes one sentence."""
+    from huggingface_hub import errors
+
+    where = f"{path} at revision {revision}" if revision else path
+    try:
+        yield
+    except FlashMoEError as error:
+        raise FlashMoEError(f"{where}: {error}") from None
+    except errors.GatedRepoError:
+        why = "its owner gives it on request: ask there, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "neither a file here nor a model on the hub that you may see"
+    except errors.RevisionNotFoundError:
+        why = "the hub has no such revision of it"
+    except errors.LocalEntryNotFoundError:
+        why = "it is not in the hub's cache, and the hub cannot be reached"
+    except Exception as error:  # of the network: each library raises its own
+        lines = str(error).strip().splitlines() or [repr(error)]
+        why = f"it cannot be fetched ({lines[0]})"
+    else:
+        return
+    raise FlashMoEError(f"{where}: {why}")
