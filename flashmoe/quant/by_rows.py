@@ -7,21 +7,19 @@ result depends on its parts and on the token alone.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from flashmoe.quant.shares import in_shares
 from flashmoe.util.machine_code import compiled, helper
 
-FEW = 8  # tokens; for more, a plain weight is worth making
-_ROWS = 256  # fewer are not worth handing to another thread
+FEW = 3  # tokens; for more, a plain weight is worth making
+_LEAST_ROWS = 256
 # Sums may be taken in another order than they are written in, but always in the same one.
 _REORDERED = frozenset({"reassoc", "contract", "nsz"})
 Bits = Callable[[Any], Any]  # gives what some bits stand for, compiled or not
@@ -37,7 +35,7 @@ def times_halves(
     """
     rows, groups, half = values.shape
     apart = x.view(len(x), groups, half, 2).transpose(2, 3).contiguous()
-    return _in_threads(_halves_kernel(number, factor), rows, values, scales, apart)
+    return _product(_halves_kernel(number, factor), rows, values, scales, apart)
 
 
 def times_bytes(
@@ -48,7 +46,7 @@ def times_bytes(
     number: of 8 bits. factor: of a scale as it is stored.
     values: uint8 [out, in]. scales: of blocks, which divide it evenly.
     """
-    return _in_threads(_bytes_kernel(number, factor), len(values), values, scales, x.contiguous())
+    return _product(_bytes_kernel(number, factor), len(values), values, scales, x.contiguous())
 
 
 def stored(scales: torch.Tensor) -> tuple[torch.Tensor, Bits]:
@@ -111,29 +109,14 @@ def _sources(*functions: Bits) -> tuple[Path, ...]:
     return Path(__file__), *(Path(inspect.getfile(function)) for function in functions)
 
 
-def _in_threads(
+def _product(
     products: Callable[..., None],
     rows: int,
     values: torch.Tensor,
     scales: torch.Tensor,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """As many as torch computes with, this one among them."""
     out = torch.empty(len(x), rows)
     arrays = [tensor.numpy() for tensor in (values, scales.contiguous(), x, out)]
-    shares = max(1, min(torch.get_num_threads(), rows // _ROWS))
-    ours, *rest = pairwise(rows * share // shares for share in range(shares + 1))
-    others = [_threads(os.getpid()).submit(products, *arrays, *bounds) for bounds in rest]
-    try:
-        products(*arrays, *ours)
-    finally:
-        wait(others)  # in any case: they read what may be overwritten afterwards
-    for other in others:
-        other.result()
+    in_shares(lambda first, last: products(*arrays, first, last), rows, _LEAST_ROWS)
     return out
-
-
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """process: its number, for a forked child has none of its parent's threads."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "flashmoe-rows")

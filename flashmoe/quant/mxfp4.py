@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flashmoe.quant import by_rows, nibbles
+from flashmoe.quant import by_rows, nibbles, plain_halves
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
 from flashmoe.util.machine_code import helper
@@ -34,6 +34,8 @@ class MXFP4(Published):
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """As `Published.weight`; it lies in memory as gpt-oss's modules want it, [in, out]."""
+        if dtype == torch.bfloat16 and parts["blocks"].device.type == "cpu":
+            return plain_halves.transposed(doubled, of_exponent, parts["blocks"], parts["scales"]).T
         rows, groups, half = parts["blocks"].shape
         factors = (parts["scales"].to(torch.float32) - _BIAS).exp2()
         if dtype == torch.bfloat16:  # which has all of their exponents
@@ -53,15 +55,16 @@ class MXFP4(Published):
         return rows, 2 * groups * half
 
 
+_FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
+
+
+_TABLE = np.array(_DOUBLED, np.float32)
+
+
 @helper
 def doubled(bits):
-    """Twice the number of 4 bits, which is whole."""
-    exponent = (bits & 7) >> 1
-    steps = ((bits & 1) | (np.int32(exponent != 0) << 1)) << max(exponent - 1, 0)
-    return np.float32(-steps if bits & 8 else steps)
-
-
-_FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
+    """Twice the number of 4 bits."""
+    return _TABLE[bits]
 
 
 @helper
