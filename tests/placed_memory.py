@@ -12,6 +12,7 @@ import numpy as np
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.reading.pread import read_through
 from flashmoe.reading.range_reader import PlacedExperts
+from flashmoe.residency.place_work import LEAVING
 from flashmoe.store.manifest import LayerSpec, Manifest
 
 EXTENT_BYTES, EXPERTS, LAYERS, TOP_K = 4096, 8, 3, 2
@@ -62,13 +63,20 @@ class Memory(PlacedExperts):
         return bool((place == layer * EXPERTS + expert + 1).all())
 
     def settled_content(self, engine: LlamaEngine) -> dict[tuple[int, int], tuple[int, int]]:
-        """Of each place, whose bytes lie in it, if anyone's, once no read is under way."""
+        """Of each place, whose bytes lie in it, if anyone's, once no read is under way.
+
+        A wrong guess may have come by half when the rest was taken back: its place is to be
+        emptied before anybody uses it.
+        """
         engine.residency.reader.queue.settle()
         found = {}
         for layer, expert in np.ndindex(LAYERS, EXPERTS):
             if self.places[layer, expert].any():
-                (number,) = np.unique(self.places[layer, expert])
-                found[layer, expert] = divmod(int(number) - 1, EXPERTS)
+                number, *others = np.unique(self.places[layer, expert]).tolist()
+                if others:
+                    assert engine.at_once.places.marks[layer * EXPERTS + expert] & LEAVING
+                    number = others[-1]
+                found[layer, expert] = divmod(number - 1, EXPERTS)
         return found
 
     def check_unchanged(self) -> None:
