@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
-from flashmoe.quant.fp8 import are_blocks, times_blocks
+from flashmoe.quant.fp8 import FP8, are_blocks
 from flashmoe.quant.mxfp4 import E2M1, doubled, of_exponent
-from flashmoe.quant.published import Kinds, Published
+from flashmoe.quant.published import Kinds
 
 
-class FP4(Published):
-    """The numbers of MXFP4, in bytes that config.json's fp8 has not spoken of."""
+class FP4(FP8):
+    """The numbers of MXFP4 where config.json speaks of FP8, and under the same names."""
 
     name = "fp4"
-    method = "fp8"
-    endings: ClassVar = {"values": ".weight", "scales": ".weight_scale_inv"}
-    unused = (".activation_scale",)
 
     def accepts(self, kinds: Kinds, settings: Mapping[str, Any]) -> bool:
         (dtype, shape), (scale_dtype, blocks) = kinds["values"], kinds["scales"]
         return dtype == torch.int8 and are_blocks(scale_dtype, blocks, (shape[0], 2 * shape[-1]))
 
-    def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        halves = nibbles.look_up(parts["values"].view(torch.uint8), E2M1, torch.float32)
-        values = torch.stack(list(halves), 2).flatten(1)
-        return times_blocks(values, parts["scales"], dtype)
+    def _numbers(self, values: torch.Tensor) -> torch.Tensor:
+        halves = nibbles.look_up(values.view(torch.uint8), E2M1, torch.float32)
+        return torch.stack(list(halves), 2).flatten(1)
 
     def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         values, scales = parts["values"].view(torch.uint8), parts["scales"]

@@ -42,9 +42,17 @@ class FP8(Published):
         )
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return times_blocks(parts["values"].to(torch.float32), parts["scales"], dtype)
+        values = self._numbers(parts["values"])  # [out, in]
+        factors = _factors(parts["scales"])
+        rows, columns = factors.shape
+        blocks = values.view(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
+        return blocks.mul_(factors[:, None, :, None]).view(values.shape).to(dtype)
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    def _numbers(self, values: torch.Tensor) -> torch.Tensor:
+        """What the stored values stand for, in float32, to be overwritten."""
+        return values.to(torch.float32)
+
+    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
         values = parts["values"].view(torch.uint8)
         if parts["scales"].dtype.itemsize == 1:
             scales, factor = parts["scales"].view(torch.uint8), _of_exponent
@@ -64,23 +72,13 @@ def are_blocks(dtype: torch.dtype, blocks: tuple[int, ...], shape: tuple[int, ..
     return shape[0] % blocks[0] == 0 and shape[1] % blocks[1] == 0
 
 
-def times_blocks(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """values [out, in], float32, are overwritten; scales [rows, columns] of blocks."""
-    factors = factors_of(scales)
-    rows, columns = factors.shape
-    blocks = values.view(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
-    return blocks.mul_(factors[:, None, :, None]).view(values.shape).to(dtype)
-
-
-def factors_of(scales: torch.Tensor) -> torch.Tensor:
+def _factors(scales: torch.Tensor) -> torch.Tensor:
     """As float32; bytes are exponents."""
     factors = scales.to(torch.float32)
     return (factors - _BIAS).exp2() if scales.dtype == torch.uint8 else factors
 
 
 _NUMBERS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
-
-
 _FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
 
 

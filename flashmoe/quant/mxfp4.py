@@ -38,8 +38,6 @@ class MXFP4(Published):
             return plain_halves.transposed(doubled, of_exponent, parts["blocks"], parts["scales"]).T
         rows, groups, half = parts["blocks"].shape
         factors = (parts["scales"].to(torch.float32) - _BIAS).exp2()
-        if dtype == torch.bfloat16:  # which has all of their exponents
-            factors = factors.to(dtype)
         factors = factors.T.contiguous()[:, None, :]  # [groups, 1, out]
         blocks = parts["blocks"].permute(1, 2, 0).contiguous()
         weight = torch.empty(groups, half, 2, rows, dtype=dtype, device=blocks.device)
@@ -56,8 +54,6 @@ class MXFP4(Published):
 
 
 _FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
-
-
 _TABLE = np.array(_DOUBLED, np.float32)
 
 

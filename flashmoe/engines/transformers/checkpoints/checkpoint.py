@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -102,24 +103,17 @@ class Checkpoint:
 
     def _refuse_quantised(self, entries: dict[str, TensorEntry], said: bool) -> None:
         """said: by config.json, so that it can be made plain."""
-        used, floats = set(), set()
-        for target, recipe in self._conversion.recipes.items():
-            used.update(recipe.tensor_names)
-            if self.parameters[target].is_floating_point():
-                floats.update(recipe.tensor_names)
+        recipes = self._conversion.recipes
+        floats = [
+            recipe.tensor_names
+            for target, recipe in recipes.items()
+            if self.parameters[target].is_floating_point()
+        ]
         if said:
-            recipes = self._conversion.recipes
-            published_quantisation.refuse_incomplete(
-                self.directory,
-                entries,
-                [
-                    recipe.tensor_names
-                    for target, recipe in recipes.items()
-                    if self.parameters[target].is_floating_point()
-                ],
-            )
+            published_quantisation.refuse_incomplete(self.directory, entries, floats)
         else:
-            published_quantisation.refuse_unsaid(self.directory, entries, used, floats)
+            used = {name for recipe in recipes.values() for name in recipe.tensor_names}
+            published_quantisation.refuse_unsaid(self.directory, entries, used, {*chain(*floats)})
 
     def _check_published(self, published: PublishedExperts) -> None:
         """Raises FlashMoEError unless parts stand for what transformers makes of them.
