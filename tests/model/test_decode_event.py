@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -180,6 +181,48 @@ def test_whatever_fails_to_be_read_nothing_wrong_is_computed(steps, extents):
                 assert len(run.memory.settled_content(run.engine)) <= extents
     finally:
         run.engine.close()
+
+
+def test_half_of_a_wrong_guess_is_emptied_before_it_is_used():
+    """Its other half was taken back before a thread came to it."""
+    memory, begun = Memory(), []
+    run, read = Run(memory, EXPERTS * LAYERS, "lru"), memory._read
+    first_halves, all_halves = threading.Event(), threading.Event()
+
+    def when_let(descriptor, buffers, offset):
+        is_late = offset % EXTENT_BYTES != 0
+        expert = offset // EXTENT_BYTES % EXPERTS
+        begun.append((expert, is_late))
+        gate = first_halves if expert in (5, 6) and not is_late else all_halves
+        assert gate.wait(10)
+        return read(descriptor, buffers, offset)
+
+    some = np.array([0, 1])
+    run.serve(0, some, some)
+    run.serve(1, some, some)  # all that is needed below is there
+    read_through(when_let)
+    run.serve(0, some, np.array([5, 6]))
+    wait_until(lambda: len(begun) == 4)  # no more guesses are read at once
+    run.serve(0, some, np.array([2, 3]))
+    first_halves.set()
+    wait_until(lambda: {(2, False), (3, False)} <= set(begun))
+    run.serve(0, some, some)
+    all_halves.set()
+    content = memory.settled_content(run.engine)
+    assert {(1, 2), (1, 3)} <= content.keys()
+    assert all(memory.holds(1, expert, 0) and not memory.holds(1, expert) for expert in (2, 3))
+    read_through(read)
+    run.serve(1, np.array([2, 3]), some)
+    assert memory.holds(1, 2)
+    assert memory.holds(1, 3)
+    run.engine.close()
+
+
+def wait_until(reached):
+    until = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 def test_a_failed_read_is_told_and_the_next_one_comes():
