@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashmoe.events import Event
-from flashmoe.policies.parts.by_address import machine_code, view
-from flashmoe.policies.parts.compiled import touch, victim
+from flashmoe.policies.parts.compiled import c_kernel, touch, victim
+from flashmoe.util.by_address import view
 from flashmoe.util.machine_code import helper
 
 # Tokens times top_k above which an event is served in ascending order of expert, so that no
@@ -194,7 +194,7 @@ class Decision(NamedTuple):
 
 def decide(decision: Decision, policy_class: type) -> Any:
     """Machine code of `serve`: of the address of such a decision's table of words."""
-    return machine_code(_decide, decision, policy_class)
+    return c_kernel(_decide, decision, policy_class)
 
 
 def _decide(at):

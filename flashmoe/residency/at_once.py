@@ -13,7 +13,6 @@ from flashmoe.cache.serving import decide
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.by_address import words_of
 from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.range_reader import RangeReader
 from flashmoe.reading.range_work import BYTES, FAILURE
@@ -36,6 +35,7 @@ from flashmoe.residency.at_once_work import (
 )
 from flashmoe.residency.place_work import FILLED, GUESSED, LEAVING, LIMIT_BYTES, NEEDED, Places
 from flashmoe.residency.residency import Residency
+from flashmoe.util.by_address import words_of
 
 Likely = Callable[[], Sequence[int]]  # experts of the next layer, most probable first
 

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.by_address import call, machine_code, pointer, view
+from flashmoe.policies.parts.compiled import c_kernel
 from flashmoe.reading import range_work
 from flashmoe.reading.range_work import (
     BYTES,
@@ -36,6 +36,7 @@ from flashmoe.residency.place_work import (
     fill,
     seek,
 )
+from flashmoe.util.by_address import call, pointer, view
 from flashmoe.util.machine_code import helper
 
 _FILES = __file__, guess_record.__file__, place_work.__file__
@@ -101,7 +102,7 @@ class Whole(NamedTuple):
 
 def compiled(whole: Whole) -> Any:
     """Machine code of `work`, for any such state."""
-    return machine_code(work, whole, Policy, 3, also=SOURCES)
+    return c_kernel(work, whole, Policy, 3, also=SOURCES)
 
 
 def work(at, step, layer, decision):

@@ -8,7 +8,6 @@ from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.serving import decide
 from flashmoe.policies.base import Policy, Scope
-from flashmoe.policies.parts.by_address import words_of
 from flashmoe.policies.parts.compiled import kernel
 from flashmoe.reading.range_queue import RangeQueue
 from flashmoe.reading.range_work import COLUMNS
@@ -17,6 +16,7 @@ from flashmoe.residency.at_once_work import Whole
 from flashmoe.residency.guess_record import GuessRecord
 from flashmoe.residency.place_work import Places
 from flashmoe.residency.routing import Routing
+from flashmoe.util.by_address import words_of
 
 _EXPERTS, _TOP_K, _LAYERS, _SLOTS = 8, 2, 2, 4
 

@@ -17,7 +17,7 @@ from flashmoe.engines.llama import lookahead
 from flashmoe.engines.llama.lookahead import rank
 from flashmoe.events import LAYERS_BELOW, Event
 from flashmoe.policies.base import Policy
-from flashmoe.policies.parts.by_address import call, machine_code, pointer, view
+from flashmoe.policies.parts.compiled import c_kernel
 from flashmoe.reading.range_work import EACH, seconds_now
 from flashmoe.residency import at_once_work, rehearsal
 from flashmoe.residency.at_once_work import (
@@ -38,6 +38,7 @@ from flashmoe.residency.guess_record import add_event, add_guess, is_worth_a_cal
 from flashmoe.residency.place_work import FILLED
 from flashmoe.residency.routing import Routing
 from flashmoe.util import libc
+from flashmoe.util.by_address import call, pointer, view
 from flashmoe.util.machine_code import helper
 
 # What `decode` answers beside `at_once_work`'s: Python shall do it all, or a file changed.
@@ -112,7 +113,7 @@ class Decoding(NamedTuple):
 
 def compiled(decoding: Decoding) -> Any:
     """Machine code of `decode`, for any such state."""
-    return machine_code(decode, decoding, Policy, 2, also=SOURCES)
+    return c_kernel(decode, decoding, Policy, 2, also=SOURCES)
 
 
 def rehearse() -> None:

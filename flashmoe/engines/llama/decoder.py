@@ -15,7 +15,7 @@ from flashmoe.engines.llama.decode_event import (
     Decoding,
     compiled,
 )
-from flashmoe.policies.parts.by_address import words_of
+from flashmoe.util.by_address import words_of
 
 if TYPE_CHECKING:
     from flashmoe.engines.llama.engine import LlamaEngine

@@ -18,9 +18,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.policies.parts.by_address import call, pointer
 from flashmoe.residency.at_once_work import PART, READY
 from flashmoe.util import libc
+from flashmoe.util.by_address import call, pointer
 from flashmoe.util.native_lock import NativeLock
 
 _MOST_FILES = 1024  # parts of split models

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from numba.extending import overload
 
 from flashmoe.util import machine_code
+from flashmoe.util.by_address import c_function
 
 # The sources of every policy's compiled code, relative to the package.
 SHARED_SOURCES = (
@@ -25,6 +26,7 @@ SHARED_SOURCES = (
     "cache/serving.py",
     "policies/base.py",
     "policies/parts/*.py",
+    "util/by_address.py",
     "util/libc.py",
 )
 
@@ -73,21 +75,23 @@ def kernel(
 ) -> Callable[..., Any]:
     """`function` compiled for one class of policies, whose state is its first argument.
 
-    A function that takes no policy is compiled for `Policy` itself. also: see `save_code`.
+    A function that takes no policy is compiled for `Policy` itself. also: which other sources
+    decide what it does.
     """
     name, files = policy_class.__name__, (*sources(policy_class), *also)
     return machine_code.compiled(function, name, files)
 
 
-def save_code(
-    compiled: Any, function: Callable[..., Any], policy_class: type, also: Sequence[Path] = ()
-) -> None:
-    """Keep what `compiled` compiles of `function` on disk, for as long as its sources stay.
-
-    Those are policy_class's, and `also`.
-    """
+def c_kernel(
+    function: Callable[..., Any],
+    state: Any,
+    policy_class: type,
+    words: int = 0,
+    also: tuple[Path, ...] = (),
+) -> Any:
+    """As `by_address.c_function`, compiled for one class of policies. also: as for `kernel`."""
     files = (*sources(policy_class), *also)
-    machine_code.keep(compiled, function, policy_class.__name__, files)
+    return c_function(function, state, policy_class.__name__, files, words)
 
 
 def sources(policy_class: type) -> list[Path]:

@@ -13,8 +13,8 @@ from numba import types
 
 from flashmoe.engines.llama.redirect import redirect
 from flashmoe.errors import FlashMoEError
-from flashmoe.policies.parts.by_address import pointer
 from flashmoe.util import libc
+from flashmoe.util.by_address import pointer
 
 _NAME = "accept4"
 _LOOK_EVERY_MILLISECONDS = 10

@@ -22,7 +22,7 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import populate_array
 
-from flashmoe.policies.parts.compiled import save_code
+from flashmoe.util.machine_code import keep
 
 _WORD = ir.IntType(64)
 
@@ -129,28 +129,24 @@ def call(typing_context, function, arguments):
     return types.int64(types.int64, arguments), generate
 
 
-def machine_code(
-    function: Callable[..., Any],
-    state: Any,
-    policy_class: type,
-    words: int = 0,
-    also: tuple[Path, ...] = (),
+def c_function(
+    function: Callable[..., Any], state: Any, name: str, sources: tuple[Path, ...], words: int = 0
 ) -> Any:
     """`function` as a C function: of the address of a state's table, then of so many words.
 
-    It returns a word. state: a tuple as those that it will be called with. policy_class, also:
-    whose sources, and which others, decide what it does.
+    It returns a word. state: a tuple as those that it will be called with. name, sources: as for
+    `machine_code.keep`.
     """
-    return _compiled(function, At(numba.typeof(state)), policy_class, words, also)
+    return _compiled(function, At(numba.typeof(state)), name, sources, words)
 
 
 @cache
 def _compiled(
-    function: Callable[..., Any], state: At, policy_class: type, words: int, also: tuple[Path, ...]
+    function: Callable[..., Any], state: At, name: str, sources: tuple[Path, ...], words: int
 ) -> Any:
     kinds = (ctypes.c_void_p, *[ctypes.c_int64] * words)
     compiled: Any = CFunc(function, ((state, *[types.int64] * words), types.int64), {}, {})
-    save_code(compiled, function, policy_class, also)
+    keep(compiled, function, name, sources)
     compiled.compile()
     run = ctypes.CFUNCTYPE(ctypes.c_int64, *kinds)(compiled.address)
     run.address = compiled.address
