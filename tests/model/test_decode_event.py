@@ -20,6 +20,7 @@ from flashmoe.engines.llama.decoder import Decoder
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.errors import FlashMoEError
 from flashmoe.reading.pread import read_through
+from flashmoe.reading.range_work import GUESS_LIMIT
 from flashmoe.residency import prefetch
 from flashmoe.residency.at_once_work import FAILED, PART, READY
 from flashmoe.residency.guess_record import MISSES
@@ -188,7 +189,8 @@ def test_half_of_a_wrong_guess_is_emptied_before_it_is_used():
     """Its other half was taken back before a thread came to it."""
     memory, begun = Memory(), []
     run, read = Run(memory, EXPERTS * LAYERS, "lru"), memory._read
-    run.engine.at_once.whole.record[MISSES] = 1e9  # a guess pays however slow the machine is
+    whole = run.engine.at_once.whole  # guesses pay however slow the machine is
+    whole.record[MISSES], whole.queue.times[GUESS_LIMIT] = 1e9, np.inf
     first_halves, all_halves = threading.Event(), threading.Event()
 
     def when_let(descriptor, buffers, offset):
