@@ -10,53 +10,64 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from flashmoe.quant.shares import in_shares
-from flashmoe.util.machine_code import compiled, helper
+from flashmoe.kernels.by_rows import of_bfloat16
+from flashmoe.kernels.torch_threads import REORDERED, Threaded
+from flashmoe.util.machine_code import helper
 
-FEW = 3  # tokens; for more, a plain weight is worth making
-_LEAST_ROWS = 256
-# Sums may be taken in another order than they are written in, but always in the same one.
-_REORDERED = frozenset({"reassoc", "contract", "nsz"})
+FEW = 6  # tokens; for more, a plain weight is worth making
+_LEAST_ROWS = 64
 Bits = Callable[[Any], Any]  # gives what some bits stand for, compiled or not
 
 
+class Halves(NamedTuple):
+    """How to read two numbers in a byte: times `unit` they are what its halves stand for."""
+
+    low: Bits
+    high: Bits
+    unit: float = 1.0
+
+
+class Bytes(NamedTuple):
+    """How to read a number of a byte: times `unit` it is what the byte stands for."""
+
+    number: Bits
+    unit: float = 1.0
+
+
 def times_halves(
-    number: Bits, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+    numbers: Halves, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """x [n, in] float32 times a weight of two numbers a byte, the first in the low half: [n, out].
 
-    number: of 4 bits. factor: of a scale as it is stored.
+    factor: of a scale as it is stored.
     values: uint8 [out, groups, in / groups / 2]. scales: [out, groups].
     """
     rows, groups, half = values.shape
-    apart = x.view(len(x), groups, half, 2).transpose(2, 3).contiguous()
-    return _product(_halves_kernel(number, factor), rows, values, scales, apart)
+    apart = x.mul(numbers.unit).view(len(x), groups, half, 2).transpose(2, 3).contiguous()
+    return _product(_halves_kernel(numbers, factor, half), rows, values, scales, apart)
 
 
 def times_bytes(
-    number: Bits, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+    numbers: Bytes, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """x [n, in] float32 times a weight of one number a byte: [n, out].
 
-    number: of 8 bits. factor: of a scale as it is stored.
+    factor: of a scale as it is stored.
     values: uint8 [out, in]. scales: of blocks, which divide it evenly.
     """
-    return _product(_bytes_kernel(number, factor), len(values), values, scales, x.contiguous())
+    kernel = _bytes_kernel(numbers, factor, values.shape[1] // scales.shape[1])
+    return _product(kernel, len(values), values, scales, x.mul(numbers.unit).contiguous())
 
 
 def stored(scales: torch.Tensor) -> tuple[torch.Tensor, Bits]:
-    """Floats of any dtype as machine code takes them, and what gives their factors.
-
-    Large tensors are not cast here: torch's threads would spin on for a while, and take the
-    processor from those of this module.
-    """
+    """Floats of any dtype as machine code takes them, and what gives their factors."""
     if scales.dtype == torch.bfloat16:
-        return scales.view(torch.uint16), _of_bfloat16
+        return scales, of_bfloat16
     return scales.to(torch.float32), _as_it_is
 
 
@@ -65,35 +76,39 @@ def _as_it_is(scale):
     return scale
 
 
-@helper
-def _of_bfloat16(bits):
-    return np.int32(np.int32(bits) << 16).view(np.float32)
+# The width of a group is a constant of the machine code: numba unrolls no other one.
 
 
 @cache
-def _halves_kernel(number: Bits, factor: Bits) -> Callable[..., None]:
-    def products(values, scales, x, out, first, last):
-        for token in range(len(x)):
-            for row in range(first, last):
+def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
+    low, high = numbers.low, numbers.high
+
+    def products(tensors, first, last):
+        values, scales, x, out = tensors
+        for row in range(first, last):
+            for token in range(x.shape[0]):
                 total = np.float32(0)
                 for group in range(values.shape[1]):
                     part = np.float32(0)
-                    for k in range(values.shape[2]):
+                    for k in range(half):
                         both = np.int32(values[row, group, k])
-                        part += number(both & 15) * x[token, group, 0, k]
-                        part += number(both >> 4) * x[token, group, 1, k]
+                        part += low(both) * x[token, group, 0, k]
+                        part += high(both) * x[token, group, 1, k]
                     total += factor(scales[row, group]) * part
                 out[token, row] = total
 
-    return compiled(products, number.__module__, _sources(number, factor), _REORDERED)
+    return Threaded(products, low.__module__, _sources(low, high, factor), REORDERED)
 
 
 @cache
-def _bytes_kernel(number: Bits, factor: Bits) -> Callable[..., None]:
-    def products(values, scales, x, out, first, last):
-        tall, wide = values.shape[0] // len(scales), values.shape[1] // scales.shape[1]
-        for token in range(len(x)):
-            for row in range(first, last):
+def _bytes_kernel(numbers: Bytes, factor: Bits, wide: int) -> Threaded:
+    number = numbers.number
+
+    def products(tensors, first, last):
+        values, scales, x, out = tensors
+        tall = values.shape[0] // scales.shape[0]
+        for row in range(first, last):
+            for token in range(x.shape[0]):
                 total = np.float32(0)
                 for block in range(scales.shape[1]):
                     part = np.float32(0)
@@ -102,7 +117,7 @@ def _bytes_kernel(number: Bits, factor: Bits) -> Callable[..., None]:
                     total += factor(scales[row // tall, block]) * part
                 out[token, row] = total
 
-    return compiled(products, number.__module__, _sources(number, factor), _REORDERED)
+    return Threaded(products, number.__module__, _sources(number, factor), REORDERED)
 
 
 def _sources(*functions: Bits) -> tuple[Path, ...]:
@@ -110,13 +125,8 @@ def _sources(*functions: Bits) -> tuple[Path, ...]:
 
 
 def _product(
-    products: Callable[..., None],
-    rows: int,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    x: torch.Tensor,
+    products: Threaded, rows: int, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     out = torch.empty(len(x), rows)
-    arrays = [tensor.numpy() for tensor in (values, scales.contiguous(), x, out)]
-    in_shares(lambda first, last: products(*arrays, first, last), rows, _LEAST_ROWS)
+    products((values, scales.contiguous(), x, out), rows, _LEAST_ROWS)
     return out

@@ -55,7 +55,7 @@ class CompressedInt4(Published):
         if 4 * parts["values"].shape[1] % scales.shape[1]:
             return None  # a byte of two groups
         values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
-        return by_rows.times_halves(_number, factor, values, scales, x)
+        return by_rows.times_halves(_HALVES, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, words = parts["values"]
@@ -63,5 +63,13 @@ class CompressedInt4(Published):
 
 
 @helper
-def _number(bits):
-    return np.float32(bits - 8)
+def _low(byte):
+    return np.float32((byte & 15) - 8)
+
+
+@helper
+def _high(byte):
+    return np.float32((byte >> 4) - 8)
+
+
+_HALVES = by_rows.Halves(_low, _high)

@@ -10,7 +10,7 @@ import torch
 from flashmoe.quant import by_rows, nibbles
 from flashmoe.quant.base import Parts
 from flashmoe.quant.fp8 import FP8, are_blocks
-from flashmoe.quant.mxfp4 import E2M1, doubled, of_exponent
+from flashmoe.quant.mxfp4 import DOUBLED, E2M1, of_exponent
 from flashmoe.quant.published import Kinds
 
 
@@ -33,7 +33,7 @@ class FP4(FP8):
         if not by_row or scales.dtype.itemsize != 1:
             return None
         groups = values.view(*scales.shape, -1)
-        return by_rows.times_halves(doubled, of_exponent, groups, scales.view(torch.uint8), x)
+        return by_rows.times_halves(DOUBLED, of_exponent, groups, scales.view(torch.uint8), x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]

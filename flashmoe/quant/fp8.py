@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from flashmoe.quant import by_rows
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
+from flashmoe.quant.small_floats import E4M3_UNIT, e4m3
 from flashmoe.util.machine_code import helper
 
 _BIAS = 127  # of an exponent that is stored as a byte
@@ -58,7 +60,7 @@ class FP8(Published):
             scales, factor = parts["scales"].view(torch.uint8), _of_exponent
         else:
             scales, factor = by_rows.stored(parts["scales"])
-        return by_rows.times_bytes(_number, factor, values, scales, x)
+        return by_rows.times_bytes(_BYTES, factor, values, scales, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]
@@ -78,7 +80,6 @@ def _factors(scales: torch.Tensor) -> torch.Tensor:
     return (factors - _BIAS).exp2() if scales.dtype == torch.uint8 else factors
 
 
-_NUMBERS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 _FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
 
 
@@ -87,6 +88,12 @@ def _of_exponent(bits):
     return _FACTORS[bits]
 
 
+_NAN = 127  # with or without the sign's bit
+
+
 @helper
-def _number(bits):
-    return _NUMBERS[bits]
+def _number(byte):
+    return np.float32(np.nan) if byte & 127 == _NAN else e4m3(byte)
+
+
+_BYTES = by_rows.Bytes(_number, E4M3_UNIT)

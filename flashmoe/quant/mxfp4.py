@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from flashmoe.quant import by_rows, nibbles, plain_halves
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
+from flashmoe.quant.small_floats import E2M1_UNIT, high_e2m1, low_e2m1
 from flashmoe.util.machine_code import helper
 
 GROUP = 32  # weights that share an exponent
@@ -35,7 +35,7 @@ class MXFP4(Published):
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """As `Published.weight`; it lies in memory as gpt-oss's modules want it, [in, out]."""
         if dtype == torch.bfloat16 and parts["blocks"].device.type == "cpu":
-            return plain_halves.transposed(doubled, of_exponent, parts["blocks"], parts["scales"]).T
+            return plain_halves.transposed(DOUBLED, of_exponent, parts["blocks"], parts["scales"]).T
         rows, groups, half = parts["blocks"].shape
         factors = (parts["scales"].to(torch.float32) - _BIAS).exp2()
         factors = factors.T.contiguous()[:, None, :]  # [groups, 1, out]
@@ -46,7 +46,7 @@ class MXFP4(Published):
         return weight.view(groups * half * 2, rows).T
 
     def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        return by_rows.times_halves(doubled, of_exponent, parts["blocks"], parts["scales"], x)
+        return by_rows.times_halves(DOUBLED, of_exponent, parts["blocks"], parts["scales"], x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, groups, half = parts["blocks"]
@@ -54,13 +54,7 @@ class MXFP4(Published):
 
 
 _FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
-_TABLE = np.array(_DOUBLED, np.float32)
-
-
-@helper
-def doubled(bits):
-    """Twice the number of 4 bits."""
-    return _TABLE[bits]
+DOUBLED = by_rows.Halves(low_e2m1, high_e2m1, 2 * E2M1_UNIT)
 
 
 @helper

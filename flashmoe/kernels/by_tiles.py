@@ -1,0 +1,21 @@
+"""Multiplies many tokens in float32, for processors whose bfloat16 products are slow."""
+
+from __future__ import annotations
+
+import torch
+
+_TILE_ROWS = 256  # they and their results stay in the processor's cache
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [n, in] times a weight [out, in] of any strides: float32 [n, out].
+
+    So many rows at a time are made float32, which takes a few MB.
+    """
+    columns = x.to(torch.float32).T.contiguous()  # [in, n]
+    out = torch.empty(len(weight), len(x))
+    tile = torch.empty(min(_TILE_ROWS, len(weight)), weight.shape[1])
+    for first in range(0, len(weight), _TILE_ROWS):
+        rows = weight[first : first + _TILE_ROWS]
+        torch.mm(tile[: len(rows)].copy_(rows), columns, out=out[first : first + len(rows)])
+    return out.T
