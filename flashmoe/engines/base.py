@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flashmoe.engines.stats import Stats
@@ -23,7 +25,8 @@ class Engine:
     Any thread may call any method; each takes the lock of `Residency`.
     """
 
-    arithmetic: str  # see `Stats`
+    arithmetic: str  # see `Stats`, and the next one
+    kernels: Mapping[str, str] = MappingProxyType({})
     beside_bytes = 0  # what a prompt takes besides, which memory="auto" leaves free
     prefetch_layers = 0  # layers whose experts can be guessed
 
@@ -113,6 +116,7 @@ class Engine:
                 memory_bytes=pools.memory_bytes,
                 direct_io=residency.reader.backend.direct,
                 arithmetic=self.arithmetic,
+                kernels=dict(self.kernels),
             )
 
     def stats(self) -> dict[str, Any]:

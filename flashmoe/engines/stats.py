@@ -52,6 +52,8 @@ class Stats:
     """Reads bypass the page cache."""
     arithmetic: str
     """Whose kernels multiply: exact, fast (see `transformers.loading.load`), or llama.cpp's."""
+    kernels: dict[str, str]
+    """In fast arithmetic, by the shape of a weight, what multiplies up to so many tokens."""
 
     @property
     def misses(self) -> int:

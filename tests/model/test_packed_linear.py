@@ -16,6 +16,7 @@ from torch import nn
 
 import flashmoe
 from baselines.in_memory import with_own_memory
+from flashmoe import kernels
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.model import packed_linear
 from flashmoe.engines.transformers.model.packed_linear import PackedLinear
@@ -151,8 +152,8 @@ def test_small_tied_and_other_weights_are_left_alone():
 
 @needs_kernel
 def test_other_bits_are_noticed(monkeypatch):
-    product = packed_linear._product
-    monkeypatch.setattr(packed_linear, "_product", lambda *a: product(*a) * 1.01)
+    product = kernels.packed.product
+    monkeypatch.setattr(kernels.packed, "product", lambda *a: product(*a) * 1.01)
     assert not isinstance(packed(linear(1024, 600))[0], PackedLinear)
 
 

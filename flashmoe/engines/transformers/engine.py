@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from flashmoe.engines.base import Engine
+from flashmoe.engines.transformers.arithmetic import EXACT, FAST, choices
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
 from flashmoe.engines.transformers.experts.mixture import most_waiting_bytes
 from flashmoe.engines.transformers.experts.streamed_experts import StreamedExperts
@@ -15,8 +16,6 @@ from flashmoe.engines.transformers.model import moe_modules, streamed_module
 from flashmoe.memory.device_arena import arena_on
 from flashmoe.reading.backend import Backend
 from flashmoe.reading.reader import ExtentReader
-
-EXACT, FAST = ARITHMETIC = ("exact", "fast")
 
 
 class TransformersEngine(Engine):
@@ -52,6 +51,8 @@ class TransformersEngine(Engine):
         )
         self.beside_bytes = most_waiting_bytes(model)
         self.arithmetic = arithmetic
+        if arithmetic == FAST and device.type == "cpu":
+            self.kernels = {str(shape): str(found) for shape, found in choices(model).items()}
         self.modules = moe_modules.expert_modules(model)
         self.lookahead = Lookahead(model)
         for number, module in enumerate(self.modules.values()):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flashmoe.engines.transformers.experts.precision import Precision
+from flashmoe.kernels import choice
 from flashmoe.quant import Parameters, Published, Weight
 from flashmoe.quant.by_rows import FEW
 
@@ -48,7 +49,7 @@ def _linear(
     bias: Any = parameters[f"{name}_bias"] if module.has_bias else None
     weight, dtype = parameters[name], precision.compute_dtype
     if isinstance(weight, Weight) and isinstance(weight.scheme, Published):
-        if precision.by_parts and len(x) <= FEW and x.device.type == "cpu":
+        if precision.fast and len(x) <= FEW and x.device.type == "cpu":
             product = weight.scheme.product(x, weight.parts)
             if product is not None:
                 out = product.to(dtype or x.dtype)
@@ -61,6 +62,9 @@ def _linear(
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
+    if precision.fast and choice.takes(x, weight):
+        out = choice.product(x, weight.T if module.is_transposed else weight)
+        return out if bias is None else out + bias
     if module.is_transposed:
         out = x @ weight
         return out if bias is None else out + bias

@@ -42,17 +42,17 @@ class Mixture:
         weights: torch.Tensor,
         precision: Precision | None = None,
         *,
-        by_parts: bool = False,
+        fast: bool = False,
     ) -> None:
         """module: the experts module. precision: default, that of its own forward.
 
-        by_parts: few tokens are multiplied by quantised weights as they lie.
+        fast: see `loading.load`'s arithmetic.
         """
         self.module = module
         self.hidden = hidden
         self.weights = weights
         precision = precision or precision_of(module, hidden, weights)
-        self.precision = precision._replace(by_parts=by_parts)
+        self.precision = precision._replace(fast=fast)
         self._choices = _choices_by_expert(index)
         sums = torch.zeros_like(hidden, dtype=self.precision.sum_dtype)  # [tokens, width]
         self._sum = OrderedSum(sums, sorted(self._choices))

@@ -25,7 +25,7 @@ class Precision(NamedTuple):
 
     compute_dtype: torch.dtype | None  # of an expert's arithmetic; None: as its inputs are
     sum_dtype: torch.dtype  # of the sum of the experts' outputs
-    by_parts: bool = False  # few tokens are multiplied by quantised weights as they lie
+    fast: bool = False  # see `loading.load`'s arithmetic
 
 
 # (module, hidden [tokens, width], index and weights [tokens, top_k], precision) -> hidden's shape

@@ -52,7 +52,7 @@ class StreamedExperts:
         """As `forward`, without gradients."""
         with self.residency.lock:
             started = time.perf_counter()
-            mixture = Mixture(module, hidden, index, weights, by_parts=fast)
+            mixture = Mixture(module, hidden, index, weights, fast=fast)
             with closing(self.serve(hidden, index, weights)) as arrivals:
                 for expert, parameters in arrivals:
                     mixture.add(expert, parameters)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from flashmoe.engines.transformers.model import moe_modules, packed_linear
+from flashmoe.engines.transformers.model import fast_linear, moe_modules, packed_linear
 from flashmoe.engines.transformers.model.streamed_parameter import StreamedParameter
 from flashmoe.errors import FlashMoEError
 
@@ -26,19 +26,25 @@ def fill(
     path: Path,
     remedy: str,
     device: torch.device | str = "cpu",
+    *,
+    fast: bool = False,
 ) -> None:
     """Give `model` its weights, buffers and generation settings, but for the experts.
 
     model: fresh from `empty_model.build`; its experts' parameters become placeholders.
     tensors: everything that belongs to no expert, by the model's own names.
     path: the directory that they are from. remedy: what to do when some are missing, for messages.
+    fast: as for `loading.load`'s arithmetic.
     transformers ties weights, casts them and initialises what no checkpoint holds (such as rotary
     frequencies) as in `from_pretrained`.
     Raises FlashMoEError when a weight does not fit, or is missing, where transformers would draw
     it at random. A persistent buffer that is missing gets its family's default, with a warning.
     """
     _load(model, dict(tensors), path, remedy, torch.device(device))
-    packed_linear.pack_all(model)
+    if fast:
+        fast_linear.hasten_all(model)
+    else:
+        packed_linear.pack_all(model)
     _take_generation_settings(model, path)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flashmoe.kernels import packed
+
 # Smaller weights stay in the processor's cache, or are a router's, which some families read
 # instead of calling it (docs/speed.md#packed-weights).
 PACK_FROM_BYTES = 1 << 20
@@ -36,7 +38,9 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # past nn.Module's own bookkeeping, which would list them as parameters
         frozen = not linear.weight.requires_grad
-        self.__dict__.update(_packed=_rearranged(linear.weight), _bias=linear.bias, _frozen=frozen)
+        self.__dict__.update(
+            _packed=packed.rearranged(linear.weight), _bias=linear.bias, _frozen=frozen
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot trace oneDNN's layout
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -45,7 +49,7 @@ class PackedLinear(nn.Linear):
         if wants_gradient or input.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
             plain = self.unpack()
             return F.linear(input, plain.weight, plain.bias)
-        return _product(input, self.__dict__["_packed"], self.__dict__["_bias"])
+        return packed.product(input, self.__dict__["_packed"], self.__dict__["_bias"])
 
     def unpack(self) -> nn.Linear:
         """Become a plain nn.Linear, for good; the result is this object."""
@@ -90,8 +94,10 @@ class PackedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}"
 
 
-def pack_all(model: nn.Module) -> None:
+def pack_all(model: nn.Module, wanted: Callable[[nn.Linear], bool] = lambda linear: True) -> None:
     """Pack the linear layers of a filled model, in place, where it is faster and changes no bit.
+
+    wanted: which of them at most.
 
     The heap is trimmed after each, because the holes that plain weights leave hold no packed one.
     """
@@ -102,12 +108,12 @@ def pack_all(model: nn.Module) -> None:
     # names, because a list of the modules would keep every plain weight alive until the end
     for name in [name for name, _ in model.named_modules()]:
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear or not _is_worth_packing(module.weight):
+        if type(module) is not nn.Linear or not is_large(module.weight) or not wanted(module):
             continue
         if n_users[id(module.weight)] > 1:  # such as a head's, whose rows the embeddings look up
             continue
-        if packed := _packed_if_same_bits(module, same_bits):
-            model.set_submodule(name, packed)
+        if layer := _packed_if_same_bits(module, same_bits):
+            model.set_submodule(name, layer)
             del module  # its weight is to be gone before the heap is trimmed
             _trim_heap()
 
@@ -123,41 +129,29 @@ def _packed_if_same_bits(
     if not same_bits.get(shape, True):
         return None
     try:
-        packed = PackedLinear(linear)
+        layer = PackedLinear(linear)
         if shape not in same_bits:
-            same_bits[shape] = _same_bits(linear, packed)
+            same_bits[shape] = _same_bits(linear, layer)
     except (AttributeError, RuntimeError):  # of PackedLinear: there is no such kernel here
         same_bits[shape] = False
-    return packed if same_bits[shape] else None
+    return layer if same_bits[shape] else None
 
 
-def _is_worth_packing(weight: torch.Tensor) -> bool:
+def is_large(weight: torch.Tensor) -> bool:
+    """In bfloat16 for the CPU, and of `PACK_FROM_BYTES` or more."""
     large = weight.nbytes >= PACK_FROM_BYTES
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and large
-
-
-@torch.no_grad()
-def _rearranged(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] in oneDNN's own layout."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-    return packed
-
-
-def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., in] -> [..., out]."""
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return out
+    return weight.device.type in ("cpu", "meta") and weight.dtype == torch.bfloat16 and large
 
 
 @torch.inference_mode()
-def _same_bits(linear: nn.Linear, packed: PackedLinear) -> bool:
+def _same_bits(linear: nn.Linear, layer: PackedLinear) -> bool:
     """Tried on this machine, because the processor decides which kernels multiply."""
     generator = torch.Generator().manual_seed(0)
     trials = (
         torch.randn(rows, linear.in_features, generator=generator).bfloat16()
         for rows in _TRIAL_ROWS
     )
-    return all(torch.equal(linear(x), packed(x)) for x in trials)
+    return all(torch.equal(linear(x), layer(x)) for x in trials)
 
 
 def _trim_heap() -> None:

@@ -1,0 +1,181 @@
+"""Multiplies by a plain bfloat16 weight in the way that is the fastest on this machine.
+
+Which way that is gets measured once for each shape, and kept on disk: so a model gives the same
+bits whenever it is loaded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from flashmoe.kernels import by_rows, by_tiles, packed
+from flashmoe.util.machine_code import cache_folder
+
+logger = logging.getLogger(__name__)
+
+TOKENS = (1, 2, 4, 8, 16, 32, 128)  # for so many it is measured; others count as the next of them
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+WAYS: dict[str, Product] = {"torch": F.linear, "rows": by_rows.product, "tiles": by_tiles.product}
+_ROWS = 1024  # of a weight are enough to measure
+_WEIGHTS = 9  # in turn, so that large ones come from memory
+_LONG_SECONDS = 0.05  # one such time is enough
+_GAIN = 0.95  # another way than torch's own must take less than this share of its time
+
+
+class Shape(NamedTuple):
+    """Of a weight: out, in, and whether it lies in memory as [in, out]."""
+
+    rows: int
+    columns: int
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}{'-transposed' * self.transposed}"
+
+
+class Choice(NamedTuple):
+    """ways: of each of TOKENS. packed: oneDNN's own layout is faster still for one token."""
+
+    ways: tuple[str, ...]
+    packed: bool
+
+    def __str__(self) -> str:
+        named = groupby(zip(TOKENS, self.ways, strict=True), key=lambda pair: pair[1])
+        return ", ".join(f"{way} to {[t for t, _ in pairs][-1]}" for way, pairs in named)
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Is there more than one way to multiply these?"""
+    return (x.dtype, weight.dtype, x.device.type) == (torch.bfloat16, torch.bfloat16, "cpu")
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [n, in] times a weight [out, in], or a view of an [in, out] one: [n, out], bfloat16."""
+    ways = choice(Shape(weight.shape[0], weight.shape[1], not weight.is_contiguous())).ways
+    way = ways[min(bisect_left(TOKENS, len(x)), len(ways) - 1)]
+    return WAYS[way](x, weight).to(x.dtype)
+
+
+@cache
+def choice(shape: Shape) -> Choice:
+    """What is the fastest for weights of this shape: as it was measured here the first time."""
+    try:
+        path = cache_folder() / "kernels" / f"{_machine()}-{shape}.json"
+    except RuntimeError as error:  # no home
+        logger.debug("not kept: %s", error)
+        return _measure(shape)
+    return _kept(path) or _keep(path, _measure(shape))
+
+
+def _kept(path: Path) -> Choice | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_bytes())
+        ways = tuple(str(found["ways"][str(tokens)]) for tokens in TOKENS)
+        if WAYS.keys() >= set(ways):
+            return Choice(ways, bool(found["packed"]))
+    return None
+
+
+def _keep(path: Path, measured: Choice) -> Choice:
+    """What is there now: another process may have been first."""
+    named = dict(zip(TOKENS, measured.ways, strict=True))
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"ways": named, "packed": measured.packed}))
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            if kept := _kept(path):
+                return kept
+            partial.replace(path)  # it is damaged
+    except OSError as error:
+        logger.debug("not kept: %s", error)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return measured
+
+
+@cache
+def _machine() -> str:
+    """A digest of all that decides which way is the fastest."""
+    cpus = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name.*", cpus.read_text() if cpus.exists() else "")
+    words = [
+        os.uname().machine,
+        cpu[0] if cpu else "",
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        *(os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME")),
+        *(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))),
+    ]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def _measure(shape: Shape) -> Choice:
+    weights = _weights(shape)
+    ways = []
+    names = list(WAYS) if not shape.transposed else [name for name in WAYS if name != "rows"]
+    for tokens in TOKENS:
+        x = torch.ones(tokens, shape.columns, dtype=torch.bfloat16)
+        seconds = {name: _seconds(WAYS[name], x, weights) for name in names}
+        fastest = min(seconds, key=seconds.__getitem__)
+        ways.append(fastest if seconds[fastest] < _GAIN * seconds["torch"] else "torch")
+        # by rows every token costs as much as the first one
+        if "rows" in seconds and seconds["rows"] > 2 * seconds[fastest]:
+            names.remove("rows")
+        if tokens == 1:
+            one = seconds[ways[0]]
+    return Choice(tuple(ways), not shape.transposed and _packed_seconds(weights) < _GAIN * one)
+
+
+def _weights(shape: Shape) -> list[torch.Tensor]:
+    rows = min(shape.rows, _ROWS)
+    size = rows * shape.columns
+    parts = torch.ones(_WEIGHTS, size, dtype=torch.bfloat16)
+    if shape.transposed:
+        return [part.view(shape.columns, rows).T for part in parts]
+    return [part.view(rows, shape.columns) for part in parts]
+
+
+def _packed_seconds(weights: list[torch.Tensor]) -> float:
+    try:
+        rearranged = [packed.rearranged(weight) for weight in weights]
+    except (AttributeError, RuntimeError):
+        return float("inf")
+    x = torch.ones(1, weights[0].shape[1], dtype=torch.bfloat16)
+    return _seconds(packed.product, x, rearranged)
+
+
+def _seconds(way: Product, x: torch.Tensor, weights: list[torch.Tensor]) -> float:
+    """The least of a few times; the first one counts only where it is long."""
+    best = float("inf")
+    first, *others = weights[: 4 if len(x) > TOKENS[2] else _WEIGHTS]
+    for weight in (first, *others):
+        started = time.perf_counter()
+        way(x, weight)
+        seconds = time.perf_counter() - started
+        if weight is not first:
+            best = min(best, seconds)
+        if seconds > _LONG_SECONDS:
+            return min(best, seconds)
+    return best
