@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from flashmoe.kernels.torch_threads import REORDERED, Threaded
 from flashmoe.util.machine_code import helper
 
-_LEAST_ROWS = 64
+LEAST_ROWS = 64  # a thread is woken for
 
 
 @helper
@@ -21,8 +22,15 @@ def of_bfloat16(bits):
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [n, in] times a bfloat16 weight [out, in] in C order: float32 [n, out]."""
-    out = torch.empty(len(x), len(weight))
-    _products((weight, x.to(torch.float32).contiguous(), out), len(weight), _LEAST_ROWS)
+    return products(x[None], [weight])[0]
+
+
+def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As `product`, of many weights of one shape at once: x [many, n, in] -> [many, n, out]."""
+    rows = len(weights[0])
+    x = x.to(torch.float32)
+    out = torch.empty(*x.shape[:2], rows)
+    _products(list(zip(weights, x, out, strict=True)), rows, LEAST_ROWS)
     return out
 
 

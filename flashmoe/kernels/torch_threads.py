@@ -6,7 +6,7 @@ Threads of our own would compete with torch's, which spin for a while after each
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numba.extending import register_jitable
 from flashmoe.util import by_address
 from flashmoe.util.by_address import c_function, call, view
 
+Tensors = tuple[torch.Tensor, ...]
 Kinds = tuple[tuple[torch.dtype, int], ...]  # dtype and dimensions of each tensor
 # Sums may be taken in another order than they are written in, but always in the same one.
 REORDERED = frozenset({"reassoc", "contract", "nsz"})
@@ -24,10 +25,7 @@ _SOURCES = (Path(__file__), Path(by_address.__file__))
 
 
 class Threaded:
-    """A function of tensors that computes a range of its results, compiled for all threads.
-
-    Calling it computes all `count` results. Each thread takes one share of them.
-    """
+    """A function of tensors that computes a range of its results, compiled for all threads."""
 
     def __init__(
         self,
@@ -46,43 +44,66 @@ class Threaded:
         self._sources = (*_SOURCES, *sources)
         self._by_kinds: dict[Kinds, Any] = {}
 
-    def __call__(self, tensors: tuple[torch.Tensor, ...], count: int, least: int) -> None:
-        """least: fewer results than that are not worth handing to another thread."""
-        code = self._code(tensors)
-        words: list[int] = []
-        for tensor in tensors:
-            assert tensor.is_contiguous()
-            words += tensor.data_ptr(), *tensor.shape
-        run, thread_number = _openmp()
-        shares = max(1, min(torch.get_num_threads(), count // least)) if run else 1
-        words += count, shares, thread_number if shares > 1 else 0
-        table = (ctypes.c_int64 * len(words))(*words)
-        if shares > 1:
-            run(code.address, table, shares, 0)
-        else:
-            code(table)
+    def __call__(self, many: Sequence[Tensors], count: int, least: int) -> None:
+        """Compute all `count` results for each of many tensors, which are alike.
 
-    def _code(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        Each thread takes one share of the results, of all of them.
+        least: fewer than that are not worth handing to another thread.
+        """
+        words = [word for tensors in many for word in _words(tensors)]
+        tables = (ctypes.c_int64 * len(words))(*words)
+        run, thread_number = _openmp()
+        shares = max(1, min(torch.get_num_threads(), count * len(many) // least)) if run else 1
+        state = (ctypes.c_int64 * 7)(
+            self._code(many[0]).address, ctypes.addressof(tables), len(many),
+            len(words) // len(many), count, shares, thread_number if shares > 1 else 0,
+        )  # fmt: skip
+        share = _compiled_share()
+        if shares > 1:
+            run(share.address, state, shares, 0)
+        else:
+            share(state)
+
+    def _code(self, tensors: Tensors) -> Any:
         kinds = tuple((tensor.dtype, tensor.dim()) for tensor in tensors)
         if kinds not in self._by_kinds:
-            arrays = tuple(_bits(torch.empty([1] * n, dtype=dtype)).numpy() for dtype, n in kinds)
-            state = (arrays, 0, 0, 0)
-            self._by_kinds[kinds] = c_function(_share(self._body), state, self._name, self._sources)
+            state = tuple(_bits(torch.empty([1] * n, dtype=dtype)).numpy() for dtype, n in kinds)
+            work = _work(self._body)
+            self._by_kinds[kinds] = c_function(work, state, self._name, self._sources, words=2)
         return self._by_kinds[kinds]
 
 
-def _share(body: Any) -> Any:
-    """What each thread runs."""
+def _words(tensors: Tensors) -> Iterator[int]:
+    """The table by which `view` makes the tuple of arrays."""
+    for tensor in tensors:
+        assert tensor.is_contiguous()
+        yield tensor.data_ptr()
+        yield from tensor.shape
 
-    def share(at):  # type: ignore[no-untyped-def]
-        tensors, count, shares, thread_number = view(at)
-        number = 0
-        if thread_number:
-            number = call(thread_number, ()) & 0xFFFF  # of its result only an int counts
-        body(tensors, count * number // shares, count * (number + 1) // shares)
+
+def _work(body: Any) -> Any:
+    def work(at, first, last):
+        body(view(at), first, last)
         return 0
 
-    return share
+    return work
+
+
+def _share(at):
+    """What each thread runs."""
+    work, tables, many, stride, count, shares, thread_number = view(at)
+    number = 0
+    if thread_number:
+        number = call(thread_number, ()) & 0xFFFF  # of its result only an int counts
+    first, last = count * number // shares, count * (number + 1) // shares
+    for table in range(many):
+        call(work, (tables + 8 * stride * table, first, last))
+    return 0
+
+
+@cache
+def _compiled_share() -> Any:
+    return c_function(_share, (0,) * 7, __name__, _SOURCES)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ result depends on its parts and on the token alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flashmoe.kernels.by_rows import of_bfloat16
+from flashmoe.kernels.by_rows import LEAST_ROWS, of_bfloat16
 from flashmoe.kernels.torch_threads import REORDERED, Threaded
 from flashmoe.util.machine_code import helper
 
 FEW = 6  # tokens; for more, a plain weight is worth making
-_LEAST_ROWS = 64
 Bits = Callable[[Any], Any]  # gives what some bits stand for, compiled or not
 
 
@@ -32,6 +31,13 @@ class Halves(NamedTuple):
     unit: float = 1.0
 
 
+class Quantised(NamedTuple):
+    """A weight as it lies."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
 class Bytes(NamedTuple):
     """How to read a number of a byte: times `unit` it is what the byte stands for."""
 
@@ -40,35 +46,42 @@ class Bytes(NamedTuple):
 
 
 def times_halves(
-    numbers: Halves, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+    numbers: Halves, factor: Bits, weights: Sequence[Quantised], x: torch.Tensor
 ) -> torch.Tensor:
-    """x [n, in] float32 times a weight of two numbers a byte, the first in the low half: [n, out].
+    """x [many, n, in] float32 times weights of two numbers a byte, the first in the low half.
 
     factor: of a scale as it is stored.
-    values: uint8 [out, groups, in / groups / 2]. scales: [out, groups].
+    weights: alike; values uint8 [out, groups, in / groups / 2], scales [out, groups].
+    Returns [many, n, out].
     """
-    rows, groups, half = values.shape
-    apart = x.mul(numbers.unit).view(len(x), groups, half, 2).transpose(2, 3).contiguous()
-    return _product(_halves_kernel(numbers, factor, half), rows, values, scales, apart)
+    rows, groups, half = weights[0].values.shape
+    apart = x.mul(numbers.unit).view(*x.shape[:2], groups, half, 2).transpose(3, 4).contiguous()
+    return _products(_halves_kernel(numbers, factor, half), rows, weights, apart)
 
 
 def times_bytes(
-    numbers: Bytes, factor: Bits, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+    numbers: Bytes, factor: Bits, weights: Sequence[Quantised], x: torch.Tensor
 ) -> torch.Tensor:
-    """x [n, in] float32 times a weight of one number a byte: [n, out].
+    """x [many, n, in] float32 times weights of one number a byte: [many, n, out].
 
     factor: of a scale as it is stored.
-    values: uint8 [out, in]. scales: of blocks, which divide it evenly.
+    weights: alike; values uint8 [out, in], scales of blocks, which divide it evenly.
     """
-    kernel = _bytes_kernel(numbers, factor, values.shape[1] // scales.shape[1])
-    return _product(kernel, len(values), values, scales, x.mul(numbers.unit).contiguous())
+    (rows, columns), (_, blocks) = weights[0].values.shape, weights[0].scales.shape
+    kernel = _bytes_kernel(numbers, factor, columns // blocks)
+    return _products(kernel, rows, weights, x.mul(numbers.unit).contiguous())
 
 
-def stored(scales: torch.Tensor) -> tuple[torch.Tensor, Bits]:
-    """Floats of any dtype as machine code takes them, and what gives their factors."""
-    if scales.dtype == torch.bfloat16:
-        return scales, of_bfloat16
-    return scales.to(torch.float32), _as_it_is
+def stored(scales: torch.Tensor) -> torch.Tensor:
+    """Scales of any dtype as machine code takes them: bytes, bfloat16 or float32."""
+    if scales.dtype.itemsize == 1:
+        return scales.view(torch.uint8)
+    return scales if scales.dtype == torch.bfloat16 else scales.to(torch.float32)
+
+
+def factor_of(scales: torch.Tensor) -> Bits:
+    """What gives the factors of such scales that are floats."""
+    return of_bfloat16 if scales.dtype == torch.bfloat16 else _as_it_is
 
 
 @helper
@@ -124,9 +137,10 @@ def _sources(*functions: Bits) -> tuple[Path, ...]:
     return Path(__file__), *(Path(inspect.getfile(function)) for function in functions)
 
 
-def _product(
-    products: Threaded, rows: int, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+def _products(
+    kernel: Threaded, rows: int, weights: Sequence[Quantised], x: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.empty(len(x), rows)
-    products((values, scales.contiguous(), x, out), rows, _LEAST_ROWS)
+    out = torch.empty(*x.shape[:2], rows)
+    whole = [(values, scales.contiguous()) for values, scales in weights]
+    kernel([(*w, *each) for w, *each in zip(whole, x, out, strict=True)], rows, LEAST_ROWS)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,12 +50,17 @@ class CompressedInt4(Published):
         groups = numbers.view(len(scales), scales.shape[1], -1)
         return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        scales, factor = by_rows.stored(parts["scales"])
-        if 4 * parts["values"].shape[1] % scales.shape[1]:
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        shape = many[0]["scales"].shape
+        if 4 * many[0]["values"].shape[1] % shape[1]:
             return None  # a byte of two groups
-        values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
-        return by_rows.times_halves(_HALVES, factor, values, scales, x)
+        weights = [
+            by_rows.Quantised(
+                parts["values"].view(torch.uint8).view(*shape, -1), by_rows.stored(parts["scales"])
+            )
+            for parts in many
+        ]
+        return by_rows.times_halves(_HALVES, by_rows.factor_of(weights[0].scales), weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, words = parts["values"]

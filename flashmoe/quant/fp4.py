@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,19 @@ class FP4(FP8):
         halves = nibbles.look_up(values.view(torch.uint8), E2M1, torch.float32)
         return torch.stack(list(halves), 2).flatten(1)
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        values, scales = parts["values"].view(torch.uint8), parts["scales"]
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        values, scales = many[0]["values"], many[0]["scales"]
         by_row = len(scales) == len(values) and values.shape[1] % scales.shape[1] == 0
         if not by_row or scales.dtype.itemsize != 1:
             return None
-        groups = values.view(*scales.shape, -1)
-        return by_rows.times_halves(DOUBLED, of_exponent, groups, scales.view(torch.uint8), x)
+        weights = [
+            by_rows.Quantised(
+                parts["values"].view(torch.uint8).view(*scales.shape, -1),
+                parts["scales"].view(torch.uint8),
+            )
+            for parts in many
+        ]
+        return by_rows.times_halves(DOUBLED, of_exponent, weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]

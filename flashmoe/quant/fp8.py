@@ -5,7 +5,7 @@ As DeepSeek-V3 is published, and whatever is called -FP8 after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -54,13 +54,14 @@ class FP8(Published):
         """What the stored values stand for, in float32, to be overwritten."""
         return values.to(torch.float32)
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        values = parts["values"].view(torch.uint8)
-        if parts["scales"].dtype.itemsize == 1:
-            scales, factor = parts["scales"].view(torch.uint8), _of_exponent
-        else:
-            scales, factor = by_rows.stored(parts["scales"])
-        return by_rows.times_bytes(_BYTES, factor, values, scales, x)
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        weights = [
+            by_rows.Quantised(parts["values"].view(torch.uint8), by_rows.stored(parts["scales"]))
+            for parts in many
+        ]
+        scales = weights[0].scales
+        factor = _of_exponent if scales.dtype == torch.uint8 else by_rows.factor_of(scales)
+        return by_rows.times_bytes(_BYTES, factor, weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]

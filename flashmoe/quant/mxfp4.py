@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +45,9 @@ class MXFP4(Published):
             torch.mul(values, factors, out=weight[:, :, number])
         return weight.view(groups * half * 2, rows).T
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-        return by_rows.times_halves(DOUBLED, of_exponent, parts["blocks"], parts["scales"], x)
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor:
+        weights = [by_rows.Quantised(parts["blocks"], parts["scales"]) for parts in many]
+        return by_rows.times_halves(DOUBLED, of_exponent, weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, groups, half = parts["blocks"]

@@ -28,7 +28,7 @@ def transposed(
     values, scales = values.permute(1, 2, 0).contiguous(), scales.T.contiguous()
     weight = torch.empty(groups * half * 2, rows, dtype=torch.bfloat16)
     kernel = _kernel(numbers, factor)
-    kernel((values, scales, weight), groups, _LEAST_GROUPS)
+    kernel([(values, scales, weight)], groups, _LEAST_GROUPS)
     return weight
 
 

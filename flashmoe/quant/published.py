@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from flashmoe.quant.base import Parts, Scheme
@@ -61,24 +61,24 @@ class Published(Scheme):
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         """(out, in) of one weight whose parts have these shapes."""
 
-    def weight_product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        """x [n, in] float32, of few tokens, times the parts of one weight as they lie: [n, out].
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        """x [many, n, in] float32, of few tokens, times the parts of weights as they lie.
 
-        None where there is no kernel for it.
+        The weights are of one shape. Returns [many, n, out]; None where there is no kernel for it.
         """
         return None
 
-    def product(self, x: torch.Tensor, parts: Parts) -> torch.Tensor | None:
-        """As `weight_product`, of a parameter; x [n, in] in any dtype."""
+    def products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        """As `weight_products`, of parameters; x [many, n, in] in any dtype."""
         import torch
 
-        wide = x.to(torch.float32).contiguous()
+        wide = x.to(torch.float32)
         products: list[torch.Tensor] = []
-        for piece in pieces(parts):
-            if (product := self.weight_product(wide, piece)) is None:
+        for weights in zip(*(pieces(parts) for parts in many), strict=True):
+            if (product := self.weight_products(wide, weights)) is None:
                 return None
             products.append(product)
-        return products[0] if len(products) == 1 else torch.cat(products, 1)
+        return products[0] if len(products) == 1 else torch.cat(products, 2)
 
     def dense(self, parts: Parts, dtype: torch.dtype, *, transposed: bool) -> torch.Tensor:
         """A parameter [out, in], or [in, out] if `transposed`, contiguous."""

@@ -20,6 +20,9 @@ PIECE_BYTES = 2 << 20
 class Arriving(Protocol):
     """An expert that is being read."""
 
+    def done(self) -> bool:
+        """It was read, or cannot be."""
+
     def result(self) -> None:
         """Wait for it. Raises FlashMoEError where it cannot be read."""
 

@@ -22,6 +22,7 @@ from flashmoe.residency.routing import Routing
 from flashmoe.residency.timings import Timings
 from flashmoe.util.native_lock import NativeLock
 
+Group = list[tuple[int, Parameters]]  # experts, each with its parameters
 Likely = Callable[[], Sequence[int] | None]  # experts of the next layer, most probable first
 
 
@@ -62,11 +63,12 @@ class Residency:
 
     def serve(
         self, layer: int, rows: np.ndarray, weights: np.ndarray, likely: Likely
-    ) -> Generator[tuple[int, Parameters], None, None]:
+    ) -> Generator[Group, None, None]:
         """Each expert that `rows` [tokens, top_k] name, once, with its parameters when it is there.
 
+        They come in groups of those that are there by then, such as all that were resident.
         weights: the router's, [tokens, top_k]. likely: what the layer above will probably need.
-        The parameters may be used until the next expert is asked for. Raises FlashMoEError when a
+        The parameters may be used until the next group is asked for. Raises FlashMoEError when a
         read fails; then, and when the caller stops early, nothing half-read stays resident.
         """
         with self.lock:
@@ -92,8 +94,8 @@ class Residency:
         guess: Callable[[], None] | None,
         *,
         ascending: bool,
-    ) -> Generator[tuple[int, Parameters], None, None]:
-        """Resident experts first, while the others are read; or all in ascending order.
+    ) -> Generator[Group, None, None]:
+        """Resident experts first, while the others are read; or each in ascending order.
 
         Of a long event, an output that came before its turn in the sum would have to be kept.
         """
@@ -106,11 +108,16 @@ class Residency:
             if guess:
                 guess()  # now that the drive is busy with what is surely needed
             turns = wave.hits + [(key, missing[key]) for key in reads]
-            for key, slot in sorted(turns) if ascending else turns:
-                self._wait_for(reads.get(key))
-                missing.pop(key, None)
+            turns = (sorted(turns) if ascending else turns)[::-1]
+            while turns:
+                group = [turns.pop()]
+                self._wait_for(reads.get(group[0][0]))
+                while turns and not ascending and self._is_there(reads.get(turns[-1][0])):
+                    group.append(turns.pop())
+                for key, _ in group:
+                    missing.pop(key, None)
                 started = time.perf_counter()
-                yield key - first_key, pool.arena.parameters[slot]
+                yield [(key - first_key, pool.arena.parameters[slot]) for key, slot in group]
                 self.timings.compute_seconds += self.timings.since(started, "experts")
         except BaseException:  # a failed read, Ctrl-C, or a caller that stops early
             for read in reads.values():
@@ -132,6 +139,9 @@ class Residency:
         extents = [(e, pool.arena.memory_for(slot, layer, e)) for e, slot in experts]
         futures = self.reader.submit(layer, extents)
         reads.update(zip((key for key, _ in others), futures, strict=True))
+
+    def _is_there(self, read: Arriving | None) -> bool:
+        return read is None or (read.done() and read.exception() is None)
 
     def _wait_for(self, read: Arriving | None) -> None:
         if read:

@@ -50,9 +50,9 @@ def _linear(
     weight, dtype = parameters[name], precision.compute_dtype
     if isinstance(weight, Weight) and isinstance(weight.scheme, Published):
         if precision.fast and len(x) <= FEW and x.device.type == "cpu":
-            product = weight.scheme.product(x, weight.parts)
+            product = weight.scheme.products(x[None], [weight.parts])
             if product is not None:
-                out = product.to(dtype or x.dtype)
+                out = product[0].to(dtype or x.dtype)
                 return out if bias is None else out + bias.to(out.dtype)
         stored = getattr(module, name).dtype  # of the numbers that it stands for
         weight = weight.scheme.dense(weight.parts, stored, transposed=module.is_transposed)

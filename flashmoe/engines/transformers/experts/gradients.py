@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_output
 from flashmoe.engines.transformers.experts.mixture import precision_of
-from flashmoe.quant import Parameters
+from flashmoe.residency.residency import Group
 
 
 class ServingExperts(Protocol):
@@ -25,7 +26,7 @@ class ServingExperts(Protocol):
 
     def serve(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> Generator[tuple[int, Parameters], None, None]:
+    ) -> Generator[Group, None, None]:
         """Each expert that `index` names, once, with its parameters."""
 
 
@@ -77,8 +78,8 @@ class _Streamed(torch.autograd.Function):
         hidden, index, weights = context.saved_tensors
         hidden_gradient, weights_gradient = torch.zeros_like(hidden), torch.zeros_like(weights)
 
-        with closing(context.experts.serve(hidden, index, weights)) as arrivals:
-            for expert, parameters in arrivals:
+        with closing(context.experts.serve(hidden, index, weights)) as groups:
+            for expert, parameters in chain.from_iterable(groups):
                 token, position = torch.where(index == expert)
                 x = hidden[token].detach().requires_grad_()
                 share = weights[token, position].detach().requires_grad_()

@@ -8,6 +8,7 @@ in which order the others arrived.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,21 +42,20 @@ class Mixture:
         index: torch.Tensor,
         weights: torch.Tensor,
         precision: Precision | None = None,
-        *,
-        fast: bool = False,
     ) -> None:
-        """module: the experts module. precision: default, that of its own forward.
-
-        fast: see `loading.load`'s arithmetic.
-        """
+        """module: the experts module. precision: default, that of its own forward."""
         self.module = module
         self.hidden = hidden
         self.weights = weights
-        precision = precision or precision_of(module, hidden, weights)
-        self.precision = precision._replace(fast=fast)
+        self.precision = precision or precision_of(module, hidden, weights)
         self._choices = _choices_by_expert(index)
         sums = torch.zeros_like(hidden, dtype=self.precision.sum_dtype)  # [tokens, width]
         self._sum = OrderedSum(sums, sorted(self._choices))
+
+    def add_all(self, group: Iterable[tuple[int, Parameters]]) -> None:
+        """As `add`, of several experts."""
+        for expert, parameters in group:
+            self.add(expert, parameters)
 
     def add(self, expert: int, parameters: Parameters) -> None:
         """Compute one expert and add its output; its parameters are needed until this returns."""
@@ -85,8 +85,7 @@ def _example_total(
     precision: Precision,
 ) -> torch.Tensor:
     mixture = Mixture(example, hidden, index, weights, precision)
-    for expert in index.unique().tolist():
-        mixture.add(expert, dict(example.expert(expert)))
+    mixture.add_all((expert, dict(example.expert(expert))) for expert in index.unique().tolist())
     return mixture.total()
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from flashmoe.engines.transformers.experts import gradients
+from flashmoe.engines.transformers.experts.lone_token import LoneToken
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
-from flashmoe.engines.transformers.experts.mixture import Mixture
-from flashmoe.quant import Parameters
-from flashmoe.residency.residency import Residency
+from flashmoe.engines.transformers.experts.mixture import Mixture, precision_of
+from flashmoe.residency.residency import Group, Residency
 
 
 class StreamedExperts:
@@ -52,10 +52,10 @@ class StreamedExperts:
         """As `forward`, without gradients."""
         with self.residency.lock:
             started = time.perf_counter()
-            mixture = Mixture(module, hidden, index, weights, fast=fast)
-            with closing(self.serve(hidden, index, weights)) as arrivals:
-                for expert, parameters in arrivals:
-                    mixture.add(expert, parameters)
+            mixture = mixture_of(module, hidden, index, weights, fast=fast)
+            with closing(self.serve(hidden, index, weights)) as groups:
+                for group in groups:
+                    mixture.add_all(group)
             total = mixture.total()
             timings = self.residency.timings
             timings.total_seconds += timings.since(started, "layer")
@@ -63,7 +63,7 @@ class StreamedExperts:
 
     def serve(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> Generator[tuple[int, Parameters], None, None]:
+    ) -> Generator[Group, None, None]:
         """Each expert that `index` names, once, with its parameters when they are in a slot."""
         with self.residency.lock:
             # On an accelerator this waits for all earlier arithmetic, so that no slot is
@@ -72,3 +72,20 @@ class StreamedExperts:
             shares = weights.detach().float().cpu().numpy()
             likely = partial(self.lookahead.likely, self.number + 1, hidden)
             yield from self.residency.serve(self.number, rows, shares, likely)
+
+
+def mixture_of(
+    module: nn.Module,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    fast: bool,
+) -> Mixture | LoneToken:
+    """What computes these tokens. Raises FlashMoEError as `Mixture` does."""
+    precision = precision_of(module, hidden, weights)
+    if fast and len(index) == 1 and hidden.device.type == "cpu":
+        experts = index[0].tolist()
+        if len(set(experts)) == len(experts):
+            return LoneToken(module, hidden, weights, experts, precision._replace(fast=True))
+    return Mixture(module, hidden, index, weights, precision._replace(fast=fast))
