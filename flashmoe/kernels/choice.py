@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
@@ -67,9 +67,21 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [n, in] times a weight [out, in], or a view of an [in, out] one: [n, out], bfloat16."""
+    return WAYS[_way(len(x), weight)](x, weight).to(x.dtype)
+
+
+def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As `product`, of many weights alike: x [many, n, in] float32 -> [many, n, out] float32."""
+    way = _way(x.shape[1], weights[0])
+    if way == "rows":
+        return by_rows.products(x, weights)
+    each = zip(x.to(torch.bfloat16), weights, strict=True)
+    return torch.stack([WAYS[way](x, weight).to(torch.float32) for x, weight in each])
+
+
+def _way(tokens: int, weight: torch.Tensor) -> str:
     ways = choice(Shape(weight.shape[0], weight.shape[1], not weight.is_contiguous())).ways
-    way = ways[min(bisect_left(TOKENS, len(x)), len(ways) - 1)]
-    return WAYS[way](x, weight).to(x.dtype)
+    return ways[min(bisect_left(TOKENS, tokens), len(ways) - 1)]
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 
 from flashmoe.engines.transformers.experts.expert_arithmetic import expert_output
 from flashmoe.engines.transformers.experts.precision import Precision
-from flashmoe.kernels import by_rows, choice
+from flashmoe.kernels import choice
 from flashmoe.kernels.choice import Shape
 from flashmoe.quant import Parameters, Published, Weight
 from flashmoe.residency.residency import Group
@@ -95,10 +95,9 @@ class LoneToken:
             return first.scheme.products(x, [weight.parts for weight in weights])
         if not choice.takes(self.hidden, first):
             return None
-        shape = shape_of(first, self.module.is_transposed)
-        if choice.choice(shape).ways[0] != "rows":
-            return None
-        return by_rows.products(x, weights)
+        if self.module.is_transposed:
+            weights = [weight.T for weight in weights]
+        return choice.products(x, weights)
 
 
 def shape_of(weight: torch.Tensor | Weight, transposed: bool) -> Shape:
