@@ -21,10 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", action="store_true", help="write a store at once, with no checkpoint beside it"
     )
-    group = parser.add_argument_group("of a GGUF file")
-    group.add_argument(
-        "--quant", metavar="TYPE", help="such as q4_k_m, q8_0 or mxfp4 (default: as --dtype)"
+    parser.add_argument(
+        "--quant",
+        metavar="TYPE",
+        help="of a GGUF file such as q4_k_m, q8_0 or mxfp4; of a store int8, int4, or as it is "
+        "published: mxfp4, fp8 (default: as --dtype)",
     )
+    group = parser.add_argument_group("of a GGUF file")
     group.add_argument("--split", metavar="SIZE", help="in parts of this size, such as 2GiB")
     group.add_argument("--fuse", action="store_true", help="gate and up as one tensor")
 
@@ -34,9 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     is_gguf = llama.accepts(arguments.path)
     _check(arguments, is_gguf)
-    quantised = arguments.dtype
+    quantised = arguments.quant or arguments.dtype
     if is_gguf:
         quantised = _write_gguf(arguments)
+    elif arguments.store:
+        _write_store(arguments)
     else:
         _write_checkpoint(arguments)
     print(f"{arguments.path}: {arguments.name}, random weights, {quantised}")
@@ -46,24 +51,41 @@ def _check(arguments: argparse.Namespace, is_gguf: bool) -> None:
     """Raises FlashMoEError for an option of another kind of file."""
     if is_gguf and arguments.store:
         raise FlashMoEError("--store makes a directory: leave it out for a GGUF file")
-    if not is_gguf and (arguments.quant or arguments.split or arguments.fuse):
+    if not is_gguf and (arguments.split or arguments.fuse):
+        raise FlashMoEError("--split and --fuse are for GGUF files: end the path with .gguf")
+    if arguments.quant and not (is_gguf or arguments.store):
         raise FlashMoEError(
-            "--quant, --split and --fuse are for GGUF files: end the path with .gguf"
+            "--quant is for GGUF files and stores: end the path with .gguf, or add --store"
         )
 
 
 def _write_checkpoint(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.checkpoints.synth import synthesise, synthesise_store
+    from flashmoe.engines.transformers.checkpoints.synth import synthesise
     from flashmoe.util.progress import byte_bar
 
-    write = synthesise_store if arguments.store else synthesise
     with byte_bar("writing") as progress:
-        write(
+        synthesise(
             arguments.name,
             arguments.path,
             dtype=arguments.dtype,
             seed=arguments.seed,
             progress=progress,
+        )
+
+
+def _write_store(arguments: argparse.Namespace) -> None:
+    from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
+    from flashmoe.quant import NONE
+    from flashmoe.util.progress import byte_bar
+
+    with byte_bar("writing") as progress:
+        synthesise_store(
+            arguments.name,
+            arguments.path,
+            dtype=arguments.dtype,
+            seed=arguments.seed,
+            progress=progress,
+            quant=arguments.quant or NONE,
         )
 
 

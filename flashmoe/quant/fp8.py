@@ -54,6 +54,13 @@ class FP8(Published):
         """What the stored values stand for, in float32, to be overwritten."""
         return values.to(torch.float32)
 
+    def random(self, rows: int, columns: int, generator: torch.Generator) -> Parts | None:
+        if rows % _BLOCK[0] or columns % _BLOCK[1]:
+            return None
+        values = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
+        shape = rows // _BLOCK[0], columns // _BLOCK[1]
+        return {"values": values, "scales": torch.full(shape, columns**-0.5)}
+
     def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
         weights = [
             by_rows.Quantised(parts["values"].view(torch.uint8), by_rows.stored(parts["scales"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from flashmoe.util.machine_code import helper
 GROUP = 32  # weights that share an exponent
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_POSITIVE, *(-number for number in _POSITIVE))  # what 4 bits stand for
+_DEVIATION = math.sqrt(sum(number**2 for number in E2M1) / len(E2M1))
 # The numbers are doubled, so that the largest exponent's factor is finite.
 _DOUBLED, _BIAS = tuple(2 * number for number in E2M1), 128
 
@@ -44,6 +46,14 @@ class MXFP4(Published):
         for number, values in enumerate(nibbles.look_up(blocks, _DOUBLED, dtype)):
             torch.mul(values, factors, out=weight[:, :, number])
         return weight.view(groups * half * 2, rows).T
+
+    def random(self, rows: int, columns: int, generator: torch.Generator) -> Parts | None:
+        if columns % GROUP:
+            return None
+        exponent = 127 - round(math.log2(_DEVIATION * math.sqrt(columns)))
+        shape = rows, columns // GROUP
+        blocks = torch.randint(0, 256, (*shape, GROUP // 2), dtype=torch.uint8, generator=generator)
+        return {"blocks": blocks, "scales": torch.full(shape, exponent, dtype=torch.uint8)}
 
     def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor:
         weights = [by_rows.Quantised(parts["blocks"], parts["scales"]) for parts in many]

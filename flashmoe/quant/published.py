@@ -61,6 +61,13 @@ class Published(Scheme):
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         """(out, in) of one weight whose parts have these shapes."""
 
+    def random(self, rows: int, columns: int, generator: torch.Generator) -> Parts | None:
+        """Parts of a weight whose numbers have a mean of about 0 and a variance of 1 / columns.
+
+        None where nobody has needed any.
+        """
+        return None
+
     def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
         """x [many, n, in] float32, of few tokens, times the parts of weights as they lie.
 

@@ -35,6 +35,8 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "server_tests": ("test", "plain", "flashmoe", "same"),
     "quant": ("cap_share", "quant", "slots", "hit_rate", "bytes_per_token", "tokens_per_second",
               "share_of_roofline", "over_bf16"),
+    "published": ("experts_share", "quant", "system", "hit_rate", "bytes_per_token",
+                  "tokens_per_second", "share_of_roofline", "over_bf16"),
     "timeline": None,
     "quality": ("system", "slots", "perplexity", "perplexity_of_the_model", "tokens_differing",
                 "prediction_accuracy"),

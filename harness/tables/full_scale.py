@@ -221,6 +221,21 @@ def label_rows(
     ]
 
 
+def over_bf16(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as the row of bf16 under the same limit: median and range."""
+    return {
+        "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
+        "over_bf16_min": row["tokens_per_second_min"] / plain["tokens_per_second_max"],
+        "over_bf16_max": row["tokens_per_second_max"] / plain["tokens_per_second_min"],
+    }
+
+
+def of_itself(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that compare systems on one set of weights."""
+    compared = "flashmoe_speedup", "tokens_differing", "same_output"
+    return {column: value for column, value in row.items() if not column.startswith(compared)}
+
+
 def cap_for(manifest: Manifest, slots: int) -> int:
     """The cap that leaves FlashMoE `slots` experts of every layer, and its spare ones."""
     layers = manifest.layers

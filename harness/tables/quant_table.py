@@ -60,20 +60,14 @@ def speed(
     rows = []
     for (share, scheme), row in zip(cases, measurements, strict=True):
         plain = measurements[cases.index((share, quant.NONE))]
-        of_plain = {
+        kinds = {
+            "model": name,
+            "cap_share": share,
+            "quant": scheme,
             "expert_bytes": contents[scheme].layers[0].extent_bytes,
-            "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
-            "over_bf16_min": row["tokens_per_second_min"] / plain["tokens_per_second_max"],
-            "over_bf16_max": row["tokens_per_second_max"] / plain["tokens_per_second_min"],
         }
-        kinds = {"model": name, "cap_share": share, "quant": scheme}
-        rows.append(kinds | of_plain | {k: v for k, v in row.items() if not _of_pairs(k)})
+        rows.append(kinds | full_scale.over_bf16(row, plain) | full_scale.of_itself(row))
     full_scale.publish(folder, title, rows, command)
-
-
-def _of_pairs(column: str) -> bool:
-    """Columns that compare systems on one set of weights."""
-    return column.startswith(("flashmoe_speedup", "tokens_differing", "same_output"))
 
 
 def perplexities(folder: Path, command: str, texts: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import transformers
 
+from flashmoe import quant
 from flashmoe.engines.transformers.model import empty_model, moe_modules
+from flashmoe.errors import FlashMoEError
+from flashmoe.quant import part_name
+from flashmoe.quant.published import piece_name
 
 _BLOCK_ELEMENTS = 8 << 20  # the most random numbers that are drawn for one tensor
 _ROLL_ELEMENTS = 1_000_003  # a prime, so that no two blocks of a tensor are alike
@@ -50,8 +55,46 @@ class RandomWeights:
         """There are none: nothing is read from a file."""
 
     def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        return torch.cat(list(blocks(shape, generator, dtype))).view(shape)
+        return torch.cat(list(blocks(shape, self._generator(name), dtype))).view(shape)
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+
+
+class RandomParts(RandomWeights):
+    """The same model with its experts' weights as they would be published in a format."""
+
+    def __init__(
+        self, config: transformers.PretrainedConfig, seed: int, format: quant.Published
+    ) -> None:
+        """Raises FlashMoEError as RandomWeights does, and for shapes that are not drawn in it."""
+        super().__init__(config, seed)
+        self.format = format
+        layers = []
+        for layer in self.description.layers:
+            first = self.expert(layer.module, 0)
+            kinds = {name: (part.dtype, tuple(part.shape)) for name, part in first.items()}
+            layers.append(replace(layer, parameters=kinds))
+        self.description = replace(self.description, layers=tuple(layers), quantisation=format.name)
+
+    def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
+        module = self.experts[module_name]
+        drawn: dict[str, torch.Tensor] = {}
+        for name, parameter in moe_modules.expert_parameters(module).items():
+            shape = tuple(parameter.shape[1:])
+            key = f"{module_name}.{name}.{expert}"
+            if len(shape) == 1:
+                drawn[name] = self._draw(key, shape, parameter.dtype)
+                continue
+            rows, columns = shape[::-1] if module.is_transposed else shape
+            parts = self.format.random(rows, columns, self._generator(key))
+            if parts is None:
+                raise FlashMoEError(
+                    f"a weight of {rows} x {columns} cannot be drawn at random in "
+                    f"{self.format.name}: choose another --quant"
+                )
+            drawn |= {part_name(name, piece_name(0, part)): t for part, t in parts.items()}
+        return drawn
 
 
 def blocks(

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +22,15 @@ import transformers
 from flashmoe.disk.files import check_room
 from flashmoe.disk.shards import header
 from flashmoe.engines.transformers.checkpoints.named_models import DTYPE_OPTIONS, config_of
-from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights, blocks
+from flashmoe.engines.transformers.checkpoints.random_weights import (
+    RandomParts,
+    RandomWeights,
+    blocks,
+)
 from flashmoe.engines.transformers.checkpoints.weight_files import INDEX_NAME
 from flashmoe.engines.transformers.model import empty_model
 from flashmoe.errors import FlashMoEError, reading
-from flashmoe.quant import NONE
+from flashmoe.quant import NONE, formats
 from flashmoe.store.writer import Progress, Source, write_store
 
 SHARD_BYTES = 2 << 30  # of tensors, at most, in one file of a checkpoint, unless one is larger
@@ -97,11 +102,14 @@ def synthesise_store(
 ) -> None:
     """Write a store at once, for disks that do not hold the checkpoint beside it.
 
-    weights: makes them of configuration and seed (default: RandomWeights). The rest is as for
-    `synthesise` and `pack`, and so are the errors raised.
+    weights: makes them of configuration and seed (default: RandomWeights). quant: as for `pack`,
+    or a format in which checkpoints are published. The rest is as for `synthesise` and `pack`, and
+    so are the errors raised.
     """
     _refuse_occupied(store)
     config = config_of(name, dtype)
+    if quant in formats():
+        weights, quant = partial(RandomParts, format=formats()[quant]()), NONE
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         source = (weights or RandomWeights)(config, seed)

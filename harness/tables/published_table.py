@@ -1,0 +1,60 @@
+"""What experts read as they were published bring in speed, against the same model in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flashmoe import quant
+from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
+from flashmoe.store import manifest as manifests
+from harness.progress import say
+from harness.report import report
+from harness.tables import full_scale
+
+SHARES = (0.25, 0.4)
+
+
+def speed(
+    folder: Path,
+    command: str,
+    name: str,
+    format: str,
+    *,
+    shares: Sequence[float] = SHARES,
+    rounds: int = 2,
+    stores: Path | None = None,
+) -> None:
+    """The same bytes for experts, in shares of their published size; interleaved."""
+    routing = full_scale.shipped_routing(name)
+    with report.scratch(stores or folder) as work:
+        home = stores or work
+        paths = {scheme: home / f"store-{scheme}" for scheme in (quant.NONE, format)}
+        for scheme, store in paths.items():
+            if not manifests.is_store(store):
+                say(f"writing {name}, {scheme}")
+                synthesise_store(name, store, quant=scheme)
+        contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
+        systems = [(quant.NONE, "flashmoe"), (format, "flashmoe"), (format, "flashmoe-fast")]
+        cases = [(share, *system) for share in shares for system in systems]
+        jobs = []
+        for share, scheme, system in cases:
+            base = full_scale.job(routing, paths[scheme], paths[scheme])
+            experts_bytes = share * contents[format].experts_bytes
+            cap_bytes = contents[scheme].dense_bytes + full_scale.BESIDE_BYTES + experts_bytes
+            limited = full_scale.with_cap(base, contents[scheme], cap_bytes)
+            jobs.append(replace(limited, system=system))
+        title = f"published-{name}-{format}"
+        measurements = full_scale.measure(folder, title, jobs, rounds)
+    rows = []
+    for (share, scheme, _), row in zip(cases, measurements, strict=True):
+        plain = measurements[cases.index((share, quant.NONE, "flashmoe"))]
+        kinds = {
+            "model": name,
+            "experts_share": share,
+            "quant": scheme,
+            "expert_bytes": contents[scheme].layers[0].extent_bytes,
+        }
+        rows.append(kinds | full_scale.over_bf16(row, plain) | full_scale.of_itself(row))
+    full_scale.publish(folder, title, rows, command)
