@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flashmoe.quant import by_rows, nibbles
+from flashmoe.quant import by_rows, nibbles, plain
 from flashmoe.quant.base import Parts
 from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
@@ -45,21 +45,18 @@ class CompressedInt4(Published):
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         scales = parts["scales"]
+        on_cpu, groups = scales.device.type == "cpu", _by_group(parts)
+        if on_cpu and groups and dtype == scales.dtype == torch.bfloat16:
+            return plain.of_halves(_HALVES, by_rows.factor_of(scales), *groups)
         values = parts["values"].view(torch.uint8)  # [out, in / 2]
         numbers = torch.stack(list(nibbles.look_up(values, _NUMBERS, scales.dtype)), 2)
-        groups = numbers.view(len(scales), scales.shape[1], -1)
-        return groups.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
+        whole = numbers.view(len(scales), scales.shape[1], -1)
+        return whole.mul_(scales[:, :, None]).view(len(scales), -1).to(dtype)
 
     def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
-        shape = many[0]["scales"].shape
-        if 4 * many[0]["values"].shape[1] % shape[1]:
-            return None  # a byte of two groups
-        weights = [
-            by_rows.Quantised(
-                parts["values"].view(torch.uint8).view(*shape, -1), by_rows.stored(parts["scales"])
-            )
-            for parts in many
-        ]
+        weights = [groups for parts in many if (groups := _by_group(parts))]
+        if len(weights) < len(many):
+            return None
         return by_rows.times_halves(_HALVES, by_rows.factor_of(weights[0].scales), weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -78,3 +75,12 @@ def _high(byte):
 
 
 _HALVES = by_rows.Halves(_low, _high)
+
+
+def _by_group(parts: Parts) -> by_rows.Quantised | None:
+    """Values and scales of each row's groups; None where a byte belongs to two."""
+    scales = parts["scales"]
+    if 4 * parts["values"].shape[1] % scales.shape[1]:
+        return None
+    values = parts["values"].view(torch.uint8).view(*scales.shape, -1)
+    return by_rows.Quantised(values, by_rows.stored(scales))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashmoe.quant import by_rows, nibbles
+from flashmoe.quant import by_rows, nibbles, plain
 from flashmoe.quant.base import Parts
 from flashmoe.quant.fp8 import FP8, are_blocks
 from flashmoe.quant.mxfp4 import DOUBLED, E2M1, of_exponent
@@ -23,24 +23,30 @@ class FP4(FP8):
         (dtype, shape), (scale_dtype, blocks) = kinds["values"], kinds["scales"]
         return dtype == torch.int8 and are_blocks(scale_dtype, blocks, (shape[0], 2 * shape[-1]))
 
+    def _plain(self, parts: Parts) -> torch.Tensor | None:
+        if (groups := _by_group(parts)) is None:
+            return None
+        return plain.of_halves(DOUBLED, of_exponent, *groups)
+
     def _numbers(self, values: torch.Tensor) -> torch.Tensor:
         halves = nibbles.look_up(values.view(torch.uint8), E2M1, torch.float32)
         return torch.stack(list(halves), 2).flatten(1)
 
     def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
-        values, scales = many[0]["values"], many[0]["scales"]
-        by_row = len(scales) == len(values) and values.shape[1] % scales.shape[1] == 0
-        if not by_row or scales.dtype.itemsize != 1:
+        weights = [groups for parts in many if (groups := _by_group(parts))]
+        if len(weights) < len(many):
             return None
-        weights = [
-            by_rows.Quantised(
-                parts["values"].view(torch.uint8).view(*scales.shape, -1),
-                parts["scales"].view(torch.uint8),
-            )
-            for parts in many
-        ]
         return by_rows.times_halves(DOUBLED, of_exponent, weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, half = parts["values"]
         return rows, 2 * half
+
+
+def _by_group(parts: Parts) -> by_rows.Quantised | None:
+    """Values and scales of each row's groups; None where rows share scales, or these are floats."""
+    values, scales = parts["values"].view(torch.uint8), parts["scales"]
+    by_row = len(scales) == len(values) and values.shape[1] % scales.shape[1] == 0
+    if not by_row or scales.dtype.itemsize != 1:
+        return None
+    return by_rows.Quantised(values.view(*scales.shape, -1), scales.view(torch.uint8))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flashmoe.quant import by_rows
+from flashmoe.quant import by_rows, plain
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
 from flashmoe.quant.small_floats import E4M3_UNIT, e4m3
@@ -44,11 +44,19 @@ class FP8(Published):
         )
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        on_cpu = parts["values"].device.type == "cpu"
+        if dtype == torch.bfloat16 and on_cpu and (made := self._plain(parts)) is not None:
+            return made
         values = self._numbers(parts["values"])  # [out, in]
         factors = _factors(parts["scales"])
         rows, columns = factors.shape
         blocks = values.view(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
         return blocks.mul_(factors[:, None, :, None]).view(values.shape).to(dtype)
+
+    def _plain(self, parts: Parts) -> torch.Tensor | None:
+        """In bfloat16, by machine code; None where there is none for it."""
+        scales = by_rows.stored(parts["scales"])
+        return plain.of_bytes(_BYTES, _factor_of(scales), parts["values"].view(torch.uint8), scales)
 
     def _numbers(self, values: torch.Tensor) -> torch.Tensor:
         """What the stored values stand for, in float32, to be overwritten."""
@@ -66,9 +74,7 @@ class FP8(Published):
             by_rows.Quantised(parts["values"].view(torch.uint8), by_rows.stored(parts["scales"]))
             for parts in many
         ]
-        scales = weights[0].scales
-        factor = _of_exponent if scales.dtype == torch.uint8 else by_rows.factor_of(scales)
-        return by_rows.times_bytes(_BYTES, factor, weights, x)
+        return by_rows.times_bytes(_BYTES, _factor_of(weights[0].scales), weights, x)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         rows, columns = parts["values"]
@@ -94,6 +100,11 @@ _FACTORS = (torch.arange(256, dtype=torch.float32) - _BIAS).exp2().numpy()
 @helper
 def _of_exponent(bits):
     return _FACTORS[bits]
+
+
+def _factor_of(scales: torch.Tensor) -> by_rows.Bits:
+    """What gives the factors of scales that are stored so."""
+    return _of_exponent if scales.dtype == torch.uint8 else by_rows.factor_of(scales)
 
 
 _NAN = 127  # with or without the sign's bit

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from flashmoe.quant import by_rows, nibbles, plain_halves
+from flashmoe.quant import by_rows, nibbles, plain
 from flashmoe.quant.base import Parts
 from flashmoe.quant.published import Kinds, Published
 from flashmoe.quant.small_floats import E2M1_UNIT, high_e2m1, low_e2m1
@@ -37,7 +37,9 @@ class MXFP4(Published):
     def weight(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """As `Published.weight`; it lies in memory as gpt-oss's modules want it, [in, out]."""
         if dtype == torch.bfloat16 and parts["blocks"].device.type == "cpu":
-            return plain_halves.transposed(DOUBLED, of_exponent, parts["blocks"], parts["scales"]).T
+            return plain.of_halves_transposed(
+                DOUBLED, of_exponent, parts["blocks"], parts["scales"]
+            ).T
         rows, groups, half = parts["blocks"].shape
         factors = (parts["scales"].to(torch.float32) - _BIAS).exp2()
         factors = factors.T.contiguous()[:, None, :]  # [groups, 1, out]

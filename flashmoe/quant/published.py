@@ -92,8 +92,12 @@ class Published(Scheme):
         import torch
 
         weights = [self.weight(piece, dtype) for piece in pieces(parts)]
-        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return (whole.T if transposed else whole).contiguous()
+        if len(weights) == 1 and (weights[0].T if transposed else weights[0]).is_contiguous():
+            return weights[0].T if transposed else weights[0]
+        rows, columns = sum(map(len, weights)), weights[0].shape[1]
+        whole = _empty((columns, rows) if transposed else (rows, columns), weights[0])
+        torch.cat(weights, out=whole.T if transposed else whole)
+        return whole
 
     def linear(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         return x @ self.dense(parts, x.dtype, transposed=False).T
@@ -101,6 +105,14 @@ class Published(Scheme):
     def shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         shapes = [self.weight_shape(piece) for piece in pieces(parts)]
         return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
+def _empty(shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    from flashmoe.quant import plain_memory
+
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return plain_memory.empty(shape, like.dtype)
 
 
 def piece_name(number: int, part: str) -> str:

@@ -1,0 +1,135 @@
+"""Makes the bfloat16 numbers of quantised weights by machine code.
+
+A number times its factor is computed in float32, and rounded to the nearest, as torch does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashmoe.kernels.torch_threads import Threaded
+from flashmoe.quant.by_rows import Bits, Bytes, Halves
+from flashmoe.quant.plain_memory import empty
+from flashmoe.util.machine_code import helper
+
+_LEAST_ROWS, _LEAST_GROUPS = 64, 8
+
+
+def of_halves(
+    numbers: Halves, factor: Bits, values: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """[out, in] of two numbers a byte, the first in the low half.
+
+    factor: of a scale as it is stored.
+    values: uint8 [out, groups, in / groups / 2]. scales: [out, groups].
+    """
+    rows, groups, half = values.shape
+    weight = empty((rows, groups * half * 2), torch.bfloat16)
+    kernel = _halves_kernel(numbers, factor, half)
+    kernel([(values, scales.contiguous(), weight)], rows, _LEAST_ROWS)
+    return weight
+
+
+def of_halves_transposed(
+    numbers: Halves, factor: Bits, values: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """As `of_halves`, but [in, out]."""
+    rows, groups, half = values.shape
+    # so that machine code goes through all rows at once
+    values = empty((groups, half, rows), torch.uint8).copy_(values.permute(1, 2, 0))
+    weight = empty((groups * half * 2, rows), torch.bfloat16)
+    _transposing_kernel(numbers, factor)(
+        [(values, scales.T.contiguous(), weight)], groups, _LEAST_GROUPS
+    )
+    return weight
+
+
+def of_bytes(
+    numbers: Bytes, factor: Bits, values: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """[out, in] of one number a byte.
+
+    factor: of a scale as it is stored.
+    values: uint8 [out, in]. scales: of blocks, which divide it evenly.
+    """
+    rows, columns = values.shape
+    weight = empty((rows, columns), torch.bfloat16)
+    kernel = _bytes_kernel(numbers, factor, columns // scales.shape[1])
+    kernel([(values, scales.contiguous(), weight)], rows, _LEAST_ROWS)
+    return weight
+
+
+@helper
+def _rounded(number):
+    """The bits of the bfloat16 nearest to a float32; of two, the even one."""
+    bits = np.float32(number).view(np.int32)
+    if bits & 0x7FFFFFFF > 0x7F800000:
+        return np.uint16(0x7FC0)  # no number
+    return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
+
+
+@cache
+def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
+    low, high, unit = numbers.low, numbers.high, np.float32(numbers.unit)
+
+    def make_plain(tensors, first, last):
+        values, scales, weight = tensors
+        for row in range(first, last):
+            for group in range(values.shape[1]):
+                scale = np.float32(factor(scales[row, group]))
+                start = 2 * half * group
+                for k in range(half):
+                    both = np.int32(values[row, group, k])
+                    weight[row, start + 2 * k] = _rounded(low(both) * unit * scale)
+                    weight[row, start + 2 * k + 1] = _rounded(high(both) * unit * scale)
+
+    return _threaded(make_plain, low, high, factor)
+
+
+@cache
+def _transposing_kernel(numbers: Halves, factor: Bits) -> Threaded:
+    low_half, high_half, unit = numbers.low, numbers.high, np.float32(numbers.unit)
+
+    def make_plain(tensors, first, last):
+        values, scales, weight = tensors
+        rows = values.shape[2]
+        factors = np.empty(rows, np.float32)
+        for group in range(first, last):
+            for row in range(rows):
+                factors[row] = factor(scales[group, row])
+            for k in range(values.shape[1]):
+                low = 2 * (group * values.shape[1] + k)
+                for row in range(rows):
+                    both = np.int32(values[group, k, row])
+                    weight[low, row] = _rounded(low_half(both) * unit * factors[row])
+                    weight[low + 1, row] = _rounded(high_half(both) * unit * factors[row])
+
+    return _threaded(make_plain, numbers.low, numbers.high, factor)
+
+
+@cache
+def _bytes_kernel(numbers: Bytes, factor: Bits, wide: int) -> Threaded:
+    number, unit = numbers.number, np.float32(numbers.unit)
+
+    def make_plain(tensors, first, last):
+        values, scales, weight = tensors
+        tall = values.shape[0] // scales.shape[0]
+        for row in range(first, last):
+            for block in range(scales.shape[1]):
+                scale = np.float32(factor(scales[row // tall, block]))
+                for k in range(block * wide, (block + 1) * wide):
+                    weight[row, k] = _rounded(number(np.int32(values[row, k])) * unit * scale)
+
+    return _threaded(make_plain, number, factor)
+
+
+def _threaded(make_plain: Callable[..., None], *functions: Any) -> Threaded:
+    sources = [Path(inspect.getfile(function)) for function in functions]
+    return Threaded(make_plain, functions[0].__module__, (Path(__file__), *sources))
