@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flashmoe.engines import hub
+from flashmoe.errors import FlashMoEError
 from flashmoe.util.sizes import format_bytes
 
 HELP = "turn a checkpoint into a store"
@@ -14,6 +15,12 @@ HELP = "turn a checkpoint into a store"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("store", type=Path)
+    parser.add_argument(
+        "--give-back",
+        action="store_true",
+        help="of a name on the hub: its cache loses the weights while they are packed, so that "
+        "the disk holds them once",
+    )
     parser.add_argument(
         "--quant",
         default="none",
@@ -26,9 +33,20 @@ def run(arguments: argparse.Namespace) -> None:
     from flashmoe.engines.transformers.checkpoints.pack import pack
     from flashmoe.util.progress import byte_bar
 
+    if arguments.give_back and not hub.is_name(arguments.checkpoint):
+        raise FlashMoEError(
+            f"{arguments.checkpoint} is no name on the hub, and stays as it is: leave out "
+            "--give-back"
+        )
     checkpoint = hub.on_disk(arguments.checkpoint)
     with byte_bar("packing") as progress:
-        manifest = pack(checkpoint, arguments.store, quant=arguments.quant, progress=progress)
+        manifest = pack(
+            checkpoint,
+            arguments.store,
+            quant=arguments.quant,
+            progress=progress,
+            give_back=arguments.give_back,
+        )
     layer = manifest.layers[0]
     print(
         f"{arguments.store}: {len(manifest.layers)} MoE layers x {layer.n_experts} experts of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 MOST_STALLS = 16  # reads in a row that bring nothing new before a drive counts as failed
 ALIGNMENT_BYTES = 4096  # covers 512-byte and 4 KiB logical blocks, and the page size
+_PUNCH_HOLE = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_libc = ctypes.CDLL(None, use_errno=True)
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # O_DIRECT is refused
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota or a file is full
@@ -126,6 +129,17 @@ def reserve(descriptor: int, size_bytes: int) -> None:
         if error.errno in _NO_ROOM:
             raise
         logger.debug("no room can be reserved here: %s", error)
+
+
+def give_back(descriptor: int, offset_bytes: int, size_bytes: int) -> None:
+    """Free the disk space of a part of a file that is open for writing; zeros are read there.
+
+    Raises OSError where the file system cannot.
+    """
+    offset, size = ctypes.c_int64(offset_bytes), ctypes.c_int64(size_bytes)
+    if _libc.fallocate(descriptor, _PUNCH_HOLE, offset, size):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def write_all(descriptor: int, memory: memoryview, offset: int) -> None:

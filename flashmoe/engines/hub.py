@@ -17,6 +17,11 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _NEEDED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")  # of a checkpoint
 
 
+def is_name(path: str | os.PathLike[str]) -> bool:
+    """Is it a name on the hub: one in form, and nothing lies there?"""
+    return _NAME.fullmatch(os.fspath(path)) is not None and not os.path.lexists(path)
+
+
 def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Where a model lies: `path` itself, unless it is a name on the hub and nothing lies there.
 
@@ -26,7 +31,7 @@ def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     are fetched.
     """
     name = _NAME.fullmatch(os.fspath(path))
-    if name is None or os.path.lexists(path):
+    if name is None or not is_name(path):
         if revision is not None:
             raise FlashMoEError(f"revision {revision!r}: {path} is no name on the hub")
         return Path(path)

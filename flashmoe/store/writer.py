@@ -39,6 +39,8 @@ Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 class Source(Protocol):
     """What a store is written from: a checkpoint, or random weights."""
 
+    gives_back: bool  # of the disk what was read of experts, at `forget_pages`
+
     @property
     def description(self) -> ModelDescription:
         """The model's architecture, top_k and dtype, and the shapes of its experts."""
@@ -53,7 +55,7 @@ class Source(Protocol):
         """Every other tensor with its name in the model, one at a time. It is called twice."""
 
     def forget_pages(self) -> None:
-        """Let the kernel drop the pages of what was read."""
+        """Let the kernel drop the pages of what was read. Called after each layer's experts."""
 
 
 def write_store(
@@ -75,9 +77,11 @@ def write_store(
         store.mkdir(parents=True, exist_ok=True)
         with _locked(store), _data_names(store) as (experts_name, dense_name):
             free_bytes = shutil.disk_usage(store).free
-            if free_bytes < experts_bytes:
+            layer_bytes = max(layer.n_experts * layer.extent_bytes for layer in layers)
+            needed_bytes = layer_bytes if source.gives_back else experts_bytes
+            if free_bytes < needed_bytes:
                 raise FlashMoEError(
-                    f"{store}: the store needs {format_bytes(experts_bytes)} and the disk has "
+                    f"{store}: the store needs {format_bytes(needed_bytes)} and the disk has "
                     f"{format_bytes(free_bytes)} free"
                 )
             layers = _write_experts(source, scheme, layers, store / experts_name, progress)
@@ -171,7 +175,8 @@ def _write_experts(
     experts_bytes = layers[-1].end_bytes
     descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        reserve(descriptor, experts_bytes)
+        if not source.gives_back:
+            reserve(descriptor, experts_bytes)
         written_layers = []
         for layer, shapes in zip(layers, source.description.layers, strict=True):
             checksums = []

@@ -14,11 +14,15 @@ from tiny import make_checkpoint
 
 import flashmoe
 from flashmoe.engines import hub
+from flashmoe.engines.transformers.checkpoints.given_back import GivenBack
+from flashmoe.engines.transformers.checkpoints.pack import pack as pack_checkpoint
 from flashmoe.errors import FlashMoEError
 
 _FIND = """
 import sys
 from flashmoe.engines import hub
+from flashmoe.engines.transformers.checkpoints.given_back import GivenBack
+from flashmoe.engines.transformers.checkpoints.pack import pack as pack_checkpoint
 from flashmoe.errors import FlashMoEError
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
@@ -137,6 +141,62 @@ def test_the_command_takes_a_name(tmp_path):
 
     with hub_server.serve({"org/demo": demo}) as (address, _):
         assert tokens("org/demo", "--memory", "1GiB") == tokens("--memory", "1GiB")
+
+
+def test_a_name_is_packed_and_given_back(checkpoint, tmp_path):
+    def pack(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flashmoe", "pack", *arguments],
+            env=environment(tmp_path / "cache", address) | more,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def weights() -> list[Path]:
+        files = (tmp_path / "cache").rglob("*")
+        return [p for p in files if p.is_file() and p.stat().st_size > 50_000]
+
+    with hub_server.serve({"org/tiny": checkpoint}) as (address, asked):
+        stores = tmp_path / "kept", tmp_path / "store", tmp_path / "int8"
+        assert pack("org/tiny", str(stores[0])).returncode == 0
+        assert weights()
+        refused = pack("org/tiny", str(stores[1]), "--give-back", "--quant", "nope")
+        assert refused.returncode and weights()
+        for store, more in ((stores[1], ()), (stores[2], ("--quant", "int8"))):
+            before = len(fetched(asked))
+            done = pack("org/tiny", str(store), "--give-back", *more)
+            assert done.returncode == 0, done.stderr
+            assert not weights()
+            assert (len(fetched(asked)) > before) == (store == stores[2])  # once more
+        files = [next(store.glob("experts-*.bin")).read_bytes() for store in stores[:2]]
+        assert files[0] == files[1]
+        own = pack(str(checkpoint), str(tmp_path / "other"), "--give-back")
+        assert "is no name on the hub, and stays as it is" in own.stderr
+    assert all(flashmoe.load(s, memory="1GiB").flashmoe.close() is None for s in stores)
+
+
+def test_disk_space_is_given_back_layer_by_layer(tmp_path, monkeypatch):
+    folder = make_checkpoint("olmoe", tmp_path / "olmoe", hidden_size=256, intermediate_size=512)
+    shards = list(folder.glob("*.safetensors"))
+    descriptors = [os.open(shard, os.O_RDONLY) for shard in shards]
+    forget, used = GivenBack.forget_pages, []
+
+    def blocks() -> int:
+        return sum(os.fstat(descriptor).st_blocks for descriptor in descriptors)
+
+    def noted(self: GivenBack) -> None:
+        forget(self)
+        used.append(blocks())
+
+    monkeypatch.setattr(GivenBack, "forget_pages", noted)
+    whole, store = blocks(), tmp_path / "store"
+    pack_checkpoint(folder, store, give_back=True)
+    assert not any(shard.exists() for shard in shards)
+    assert whole > used[0] > used[1]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    flashmoe.load(store, memory="1GiB").flashmoe.close()
 
 
 def test_a_path_is_never_looked_up(tmp_path, monkeypatch):

@@ -38,6 +38,8 @@ class Checkpoint:
     its ExpertsInterface, or a shard is missing or cut short.
     """
 
+    gives_back = False  # see `store.writer.Source`
+
     def __init__(self, directory: Path, *, dequantise: bool = False) -> None:
         """dequantise: experts that were published quantised are read as the model has them."""
         self.directory = directory

@@ -23,6 +23,8 @@ _ROLL_ELEMENTS = 1_000_003  # a prime, so that no two blocks of a tensor are ali
 class RandomWeights:
     """A source for `write_store`: a tensor is drawn when it is asked for, always the same."""
 
+    gives_back = False
+
     def __init__(self, config: transformers.PretrainedConfig, seed: int) -> None:
         """Raises FlashMoEError where transformers makes no MoE model of `config`."""
         self.config = config
