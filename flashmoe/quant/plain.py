@@ -42,12 +42,9 @@ def of_halves_transposed(
 ) -> torch.Tensor:
     """As `of_halves`, but [in, out]."""
     rows, groups, half = values.shape
-    # so that machine code goes through all rows at once
-    values = empty((groups, half, rows), torch.uint8).copy_(values.permute(1, 2, 0))
     weight = empty((groups * half * 2, rows), torch.bfloat16)
-    _transposing_kernel(numbers, factor)(
-        [(values, scales.T.contiguous(), weight)], groups, _LEAST_GROUPS
-    )
+    kernel = _transposing_kernel(numbers, factor, half)
+    kernel([(values, scales.T.contiguous(), weight)], groups, _LEAST_GROUPS)
     return weight
 
 
@@ -94,20 +91,23 @@ def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
 
 
 @cache
-def _transposing_kernel(numbers: Halves, factor: Bits) -> Threaded:
+def _transposing_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
     low_half, high_half, unit = numbers.low, numbers.high, np.float32(numbers.unit)
 
     def make_plain(tensors, first, last):
         values, scales, weight = tensors
-        rows = values.shape[2]
+        rows = values.shape[0]
+        across = np.empty((half, rows), np.uint8)  # a group's bytes, for all rows at once
         factors = np.empty(rows, np.float32)
         for group in range(first, last):
             for row in range(rows):
                 factors[row] = factor(scales[group, row])
-            for k in range(values.shape[1]):
-                low = 2 * (group * values.shape[1] + k)
+                for k in range(half):
+                    across[k, row] = values[row, group, k]
+            for k in range(half):
+                low = 2 * (group * half + k)
                 for row in range(rows):
-                    both = np.int32(values[group, k, row])
+                    both = np.int32(across[k, row])
                     weight[low, row] = _rounded(low_half(both) * unit * factors[row])
                     weight[low + 1, row] = _rounded(high_half(both) * unit * factors[row])
 

@@ -23,20 +23,23 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """As torch.empty, on the CPU."""
     size_bytes = math.prod(shape) * dtype.itemsize
     with _lock:
-        found = None
-        for block in _blocks:
-            if block.nbytes == size_bytes and sys.getrefcount(block) == _UNUSED:
-                found = block
-                break
-        if found is None:
-            found = np.empty(size_bytes, np.uint8)
+        block = _unused_of(size_bytes)
+        if block is None:
             _forget_unused()
-            _blocks.append(found)
-        return torch.from_numpy(found).view(dtype).view(shape)
+            block = np.empty(size_bytes, np.uint8)
+            _blocks.append(block)
+        return torch.from_numpy(block).view(dtype).view(shape)
+
+
+def _unused_of(size_bytes: int) -> np.ndarray | None:
+    for block in _blocks:
+        if block.nbytes == size_bytes and sys.getrefcount(block) == _UNUSED:
+            return block
+    return None
 
 
 def _forget_unused() -> None:
     """But for the newest few."""
     unused = [block for block in _blocks if sys.getrefcount(block) == _UNUSED]
-    gone = {id(block) for block in unused[: -_KEPT + 1]}
+    gone = {id(block) for block in unused[: 1 - _KEPT]}
     _blocks[:] = [block for block in _blocks if id(block) not in gone]
