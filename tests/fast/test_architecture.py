@@ -15,7 +15,7 @@ from flashmoe.policies.parts import compiled
 # `flashmoe` is the package's own __init__.py.
 ORDER = (
     "__main__", "cli", "flashmoe", "engines", "train", "residency", "reading", "memory", "cache",
-    "policies", "store", "quant", "trace", "events", "disk", "util", "errors",
+    "policies", "store", "quant", "kernels", "trace", "events", "disk", "util", "errors",
 )  # fmt: skip
 
 MACHINE_CODE = "flashmoe.util.machine_code"

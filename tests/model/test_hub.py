@@ -21,8 +21,6 @@ from flashmoe.errors import FlashMoEError
 _FIND = """
 import sys
 from flashmoe.engines import hub
-from flashmoe.engines.transformers.checkpoints.given_back import GivenBack
-from flashmoe.engines.transformers.checkpoints.pack import pack as pack_checkpoint
 from flashmoe.errors import FlashMoEError
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
@@ -143,37 +141,51 @@ def test_the_command_takes_a_name(tmp_path):
         assert tokens("org/demo", "--memory", "1GiB") == tokens("--memory", "1GiB")
 
 
+_COMMANDS = """
+import sys
+from flashmoe import cli
+for line in sys.stdin.read().splitlines():
+    cli.main(line.split())
+"""
+
+
 def test_a_name_is_packed_and_given_back(checkpoint, tmp_path):
-    def pack(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def pack(*lines: str) -> str:
+        """What the commands say on stderr, of one process."""
         return subprocess.run(
-            [sys.executable, "-m", "flashmoe", "pack", *arguments],
-            env=environment(tmp_path / "cache", address) | more,
+            [sys.executable, "-c", _COMMANDS],
+            input="".join(f"pack {line}\n" for line in lines),
+            env=environment(tmp_path / "cache", address),
             capture_output=True,
             text=True,
             timeout=300,
-        )
+            check=True,
+        ).stderr
 
     def weights() -> list[Path]:
-        files = (tmp_path / "cache").rglob("*")
-        return [p for p in files if p.is_file() and p.stat().st_size > 50_000]
+        return [p for p in (tmp_path / "cache").rglob("*.safetensors") if p.exists()]
 
+    kept, given, int8 = stores = [tmp_path / name for name in ("kept", "given", "int8")]
     with hub_server.serve({"org/tiny": checkpoint}) as (address, asked):
-        stores = tmp_path / "kept", tmp_path / "store", tmp_path / "int8"
-        assert pack("org/tiny", str(stores[0])).returncode == 0
+        said = pack(
+            f"org/tiny {kept}",
+            f"org/tiny {given} --give-back --quant nope",
+            f"{checkpoint} {given} --give-back",
+        )
+        assert "no quantisation is called 'nope'" in said
+        assert "is no name on the hub, and stays as it is" in said
         assert weights()
-        refused = pack("org/tiny", str(stores[1]), "--give-back", "--quant", "nope")
-        assert refused.returncode and weights()
-        for store, more in ((stores[1], ()), (stores[2], ("--quant", "int8"))):
-            before = len(fetched(asked))
-            done = pack("org/tiny", str(store), "--give-back", *more)
-            assert done.returncode == 0, done.stderr
-            assert not weights()
-            assert (len(fetched(asked)) > before) == (store == stores[2])  # once more
-        files = [next(store.glob("experts-*.bin")).read_bytes() for store in stores[:2]]
-        assert files[0] == files[1]
-        own = pack(str(checkpoint), str(tmp_path / "other"), "--give-back")
-        assert "is no name on the hub, and stays as it is" in own.stderr
-    assert all(flashmoe.load(s, memory="1GiB").flashmoe.close() is None for s in stores)
+        before = fetched(asked)
+        pack(f"org/tiny {given} --give-back")
+        assert fetched(asked) == before
+        assert not weights()
+        pack(f"org/tiny {int8} --give-back --quant int8")
+        assert len(fetched(asked)) > len(before)
+        assert not weights()
+    files = [next(store.glob("experts-*.bin")).read_bytes() for store in (kept, given)]
+    assert files[0] == files[1]
+    for store in stores:
+        flashmoe.load(store, memory="1GiB").flashmoe.close()
 
 
 def test_disk_space_is_given_back_layer_by_layer(tmp_path, monkeypatch):
