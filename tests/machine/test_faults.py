@@ -24,9 +24,9 @@ def test_no_kill_while_packing_damages_a_store():
 
 def test_no_fault_of_the_drive_gives_llama_cpps_server_a_wrong_token():
     """Each failure is one sentence and that request's end; the next one is right."""
-    for row in llama_faults.reads(6):
+    for row in llama_faults.reads(3):
         assert row["wrong"] == row["hangs"] == 0 and not row["other"], str(row)
-        assert row["injected"] >= 6
+        assert row["injected"] >= 3
         assert (row["refused"] == 0) == (row["fault"] in llama_faults.HARMLESS), str(row)
 
 
@@ -37,6 +37,6 @@ def test_a_gguf_file_that_changes_under_its_server_is_refused_until_it_is_as_it_
 
 
 def test_a_killed_server_leaves_its_file_and_what_it_kept_whole():
-    (row,) = llama_faults.kills(3)
-    assert row["right"] == 3, str(row)
+    (row,) = llama_faults.kills(2)
+    assert row["right"] == 2, str(row)
     assert row["kept"] > 0
