@@ -52,15 +52,15 @@ class Threaded:
         """
         words = [word for tensors in many for word in _words(tensors)]
         tables = (ctypes.c_int64 * len(words))(*words)
-        run, thread_number = _openmp()
-        shares = max(1, min(torch.get_num_threads(), count * len(many) // least)) if run else 1
+        run, *asked = _openmp()
+        threads = max(1, min(torch.get_num_threads(), count * len(many) // least)) if run else 1
         state = (ctypes.c_int64 * 7)(
             self._code(many[0]).address, ctypes.addressof(tables), len(many),
-            len(words) // len(many), count, shares, thread_number if shares > 1 else 0,
+            len(words) // len(many), count, *(asked if threads > 1 else (0, 0)),
         )  # fmt: skip
         share = _compiled_share()
-        if shares > 1:
-            run(share.address, state, shares, 0)
+        if threads > 1:
+            run(share.address, state, threads, 0)
         else:
             share(state)
 
@@ -90,11 +90,12 @@ def _work(body: Any) -> Any:
 
 
 def _share(at):
-    """What each thread runs."""
-    work, tables, many, stride, count, shares, thread_number = view(at)
-    number = 0
+    """What each thread runs. OpenMP may have started fewer than were asked for."""
+    work, tables, many, stride, count, thread_number, thread_count = view(at)
+    number, shares = 0, 1
     if thread_number:
-        number = call(thread_number, ()) & 0xFFFF  # of its result only an int counts
+        number = call(thread_number, ()) & 0xFFFF  # of the result only an int counts
+        shares = call(thread_count, ()) & 0xFFFF
     first, last = count * number // shares, count * (number + 1) // shares
     for table in range(many):
         call(work, (tables + 8 * stride * table, first, last))
@@ -114,16 +115,19 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _openmp() -> tuple[Any, int]:
-    """OpenMP's own call for a parallel region in torch's copy of it, and its thread's number.
+def _openmp() -> tuple[Any, int, int]:
+    """OpenMP's calls in torch's copy of it: to run in parallel, a thread's number, their count.
 
-    (None, 0) where torch has no OpenMP that gives them: then one thread computes all.
+    The last two by address. (None, 0, 0) where torch has none that gives them: then one thread
+    computes all.
     """
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        run, number = library.GOMP_parallel, library.omp_get_thread_num
+        run = library.GOMP_parallel
+        asked = library.omp_get_thread_num, library.omp_get_num_threads
     except (OSError, AttributeError):
-        return None, 0
+        return None, 0, 0
     run.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     run.restype = None
-    return run, ctypes.cast(number, ctypes.c_void_p).value or 0
+    number, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in asked)
+    return run, number, count

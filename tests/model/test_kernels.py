@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -83,6 +86,29 @@ def test_rows_have_the_same_bits_in_any_company(tokens, rows, columns):
     assert torch.equal(whole, many[0])
     assert torch.equal(whole, many[2])
     assert torch.equal(whole[:1, -1:], by_rows.product(x[:1], weight[-1:]))
+
+
+_FEWER = """
+import torch
+from flashmoe.kernels import by_rows
+torch.set_num_threads(4)
+weight = torch.ones(4096, 64, dtype=torch.bfloat16)
+for _ in range(3):
+    assert (by_rows.product(weight[:2], weight) == 64).all()
+"""
+
+
+@pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=2", "OMP_DYNAMIC=true", "OMP_NUM_THREADS=1"])
+def test_all_is_computed_where_fewer_threads_start(setting):
+    name, value = setting.split("=")
+    done = subprocess.run(
+        [sys.executable, "-c", _FEWER],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_tiles_take_a_weight_of_any_strides():
