@@ -17,6 +17,7 @@ from flashmoe.engines import hub
 from flashmoe.engines.transformers.checkpoints.given_back import GivenBack
 from flashmoe.engines.transformers.checkpoints.pack import pack as pack_checkpoint
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import writer
 
 _FIND = """
 import sys
@@ -209,6 +210,14 @@ def test_disk_space_is_given_back_layer_by_layer(tmp_path, monkeypatch):
     for descriptor in descriptors:
         os.close(descriptor)
     flashmoe.load(store, memory="1GiB").flashmoe.close()
+
+
+def test_a_pack_that_fails_says_what_was_given_back(tmp_path, monkeypatch):
+    folder = make_checkpoint("olmoe", tmp_path / "olmoe")
+    monkeypatch.setattr(writer, "write_all", lambda *_: os.open(tmp_path / "none", os.O_RDONLY))
+    with pytest.raises(FlashMoEError, match="packing stopped .*it will be fetched again"):
+        pack_checkpoint(folder, tmp_path / "store", give_back=True)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_path_is_never_looked_up(tmp_path, monkeypatch):

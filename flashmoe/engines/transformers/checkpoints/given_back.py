@@ -19,6 +19,7 @@ class GivenBack(Checkpoint):
 
     The cache loses its weights when packing begins, so it never holds damaged ones: whoever wants
     them again fetches them. The files' bytes go as experts are packed, the rest when it is closed.
+    is_in_cache: it has not begun.
     """
 
     gives_back = True
@@ -28,7 +29,7 @@ class GivenBack(Checkpoint):
         super().__init__(directory, dequantise=dequantise)
         self._descriptors: dict[Path, int] = {}
         self._packed: list[FileRange] = []
-        self._is_in_cache = True
+        self.is_in_cache = True
         try:
             self._try_it()
             for shard in self._shards:
@@ -47,14 +48,14 @@ class GivenBack(Checkpoint):
 
     def _leave_cache(self) -> None:
         """From now on only this object has the weights."""
-        self._is_in_cache = False
+        self.is_in_cache = False
         for shard in self._shards:
             blob = shard.path.resolve()
             shard.path.unlink()
             blob.unlink(missing_ok=True)
 
     def expert(self, module_name: str, expert: int) -> dict[str, torch.Tensor]:
-        if self._is_in_cache:
+        if self.is_in_cache:
             self._leave_cache()
         result = super().expert(module_name, expert)
         for name in result:

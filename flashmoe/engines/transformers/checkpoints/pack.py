@@ -8,6 +8,7 @@ from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
 from flashmoe.engines.transformers.checkpoints.given_back import GivenBack
 from flashmoe.engines.transformers.checkpoints.weight_files import REMEDY
 from flashmoe.engines.transformers.model import dense_weights, empty_model
+from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.writer import Progress, write_store
@@ -34,4 +35,11 @@ def pack(
     with opened(checkpoint, dequantise=quant != NONE) as source:
         model = empty_model.build(source.config, source.dtype)
         dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
-        return write_store(source, checkpoint, store, progress, quant)
+        try:
+            return write_store(source, checkpoint, store, progress, quant)
+        except FlashMoEError as error:
+            if isinstance(source, GivenBack) and not source.is_in_cache:
+                raise FlashMoEError(
+                    f"{error}; the hub's cache has given its copy back: it will be fetched again"
+                ) from None
+            raise
