@@ -215,7 +215,7 @@ def test_disk_space_is_given_back_layer_by_layer(tmp_path, monkeypatch):
 def test_a_pack_that_fails_says_what_was_given_back(tmp_path, monkeypatch):
     folder = make_checkpoint("olmoe", tmp_path / "olmoe")
     monkeypatch.setattr(writer, "write_all", lambda *_: os.open(tmp_path / "none", os.O_RDONLY))
-    with pytest.raises(FlashMoEError, match="packing stopped .*it will be fetched again"):
+    with pytest.raises(FlashMoEError, match=r"packing stopped .*it will be fetched again"):
         pack_checkpoint(folder, tmp_path / "store", give_back=True)
     assert not (tmp_path / "store").exists()
 
