@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flashmoe.cli import seed
@@ -40,10 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     quantised = arguments.quant or arguments.dtype
     if is_gguf:
         quantised = _write_gguf(arguments)
-    elif arguments.store:
-        _write_store(arguments)
     else:
-        _write_checkpoint(arguments)
+        _write_directory(arguments)
     print(f"{arguments.path}: {arguments.name}, random weights, {quantised}")
 
 
@@ -59,33 +59,22 @@ def _check(arguments: argparse.Namespace, is_gguf: bool) -> None:
         )
 
 
-def _write_checkpoint(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.checkpoints.synth import synthesise
-    from flashmoe.util.progress import byte_bar
-
-    with byte_bar("writing") as progress:
-        synthesise(
-            arguments.name,
-            arguments.path,
-            dtype=arguments.dtype,
-            seed=arguments.seed,
-            progress=progress,
-        )
-
-
-def _write_store(arguments: argparse.Namespace) -> None:
-    from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
+def _write_directory(arguments: argparse.Namespace) -> None:
+    """A checkpoint or a store."""
+    from flashmoe.engines.transformers.checkpoints.synth import synthesise, synthesise_store
     from flashmoe.quant import NONE
     from flashmoe.util.progress import byte_bar
 
+    write: Callable[..., None] = synthesise
+    if arguments.store:
+        write = partial(synthesise_store, quant=arguments.quant or NONE)
     with byte_bar("writing") as progress:
-        synthesise_store(
+        write(
             arguments.name,
             arguments.path,
             dtype=arguments.dtype,
             seed=arguments.seed,
             progress=progress,
-            quant=arguments.quant or NONE,
         )
 
 

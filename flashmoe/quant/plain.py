@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashmoe.kernels.by_rows import LEAST_ROWS
 from flashmoe.kernels.torch_threads import Threaded
 from flashmoe.quant.by_rows import Bits, Bytes, Halves
 from flashmoe.quant.plain_memory import empty
 from flashmoe.util.machine_code import helper
 
-_LEAST_ROWS, _LEAST_GROUPS = 64, 8
+_LEAST_GROUPS = 8
 
 
 def of_halves(
@@ -33,7 +34,7 @@ def of_halves(
     rows, groups, half = values.shape
     weight = empty((rows, groups * half * 2), torch.bfloat16)
     kernel = _halves_kernel(numbers, factor, half)
-    kernel([(values, scales.contiguous(), weight)], rows, _LEAST_ROWS)
+    kernel([(values, scales.contiguous(), weight)], rows, LEAST_ROWS)
     return weight
 
 
@@ -59,7 +60,7 @@ def of_bytes(
     rows, columns = values.shape
     weight = empty((rows, columns), torch.bfloat16)
     kernel = _bytes_kernel(numbers, factor, columns // scales.shape[1])
-    kernel([(values, scales.contiguous(), weight)], rows, _LEAST_ROWS)
+    kernel([(values, scales.contiguous(), weight)], rows, LEAST_ROWS)
     return weight
 
 

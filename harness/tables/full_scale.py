@@ -221,19 +221,28 @@ def label_rows(
     ]
 
 
-def over_bf16(row: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast as the row of bf16 under the same limit: median and range."""
+def stores(name: str, schemes: Sequence[str], home: Path) -> dict[str, Path]:
+    """A store of each scheme in `home`, of the same random weights; written where it is not yet."""
+    paths = {scheme: home / f"store-{scheme}" for scheme in schemes}
+    for scheme, store in paths.items():
+        if not manifests.is_store(store):
+            say(f"writing {name}, {scheme}")
+            synthesise_store(name, store, quant=scheme)
+    return paths
+
+
+def against_bf16(row: dict[str, Any], plain: dict[str, Any], contents: Manifest) -> dict[str, Any]:
+    """A row beside that of bf16 under the same limit: how many times as fast, median and range.
+
+    Without the columns that compare systems on one set of weights.
+    """
+    compared = "flashmoe_speedup", "tokens_differing", "same_output"
     return {
+        "expert_bytes": contents.layers[0].extent_bytes,
         "over_bf16": row["tokens_per_second"] / plain["tokens_per_second"],
         "over_bf16_min": row["tokens_per_second_min"] / plain["tokens_per_second_max"],
         "over_bf16_max": row["tokens_per_second_max"] / plain["tokens_per_second_min"],
-    }
-
-
-def of_itself(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the columns that compare systems on one set of weights."""
-    compared = "flashmoe_speedup", "tokens_differing", "same_output"
-    return {column: value for column, value in row.items() if not column.startswith(compared)}
+    } | {column: value for column, value in row.items() if not column.startswith(compared)}
 
 
 def cap_for(manifest: Manifest, slots: int) -> int:

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashmoe import quant
-from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
 from flashmoe.store import manifest as manifests
-from harness.progress import say
 from harness.report import report
 from harness.tables import full_scale
 
@@ -31,12 +29,7 @@ def speed(
     """The same bytes for experts, in shares of their published size; interleaved."""
     routing = full_scale.shipped_routing(name)
     with report.scratch(stores or folder) as work:
-        home = stores or work
-        paths = {scheme: home / f"store-{scheme}" for scheme in (quant.NONE, format)}
-        for scheme, store in paths.items():
-            if not manifests.is_store(store):
-                say(f"writing {name}, {scheme}")
-                synthesise_store(name, store, quant=scheme)
+        paths = full_scale.stores(name, (quant.NONE, format), stores or work)
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         systems = [(quant.NONE, "flashmoe"), (format, "flashmoe"), (format, "flashmoe-fast")]
         cases = [(share, *system) for share in shares for system in systems]
@@ -53,11 +46,6 @@ def speed(
     rows = []
     for (share, scheme, _), row in zip(cases, measurements, strict=True):
         plain = measurements[cases.index((share, quant.NONE, "flashmoe"))]
-        kinds = {
-            "model": name,
-            "experts_share": share,
-            "quant": scheme,
-            "expert_bytes": contents[scheme].layers[0].extent_bytes,
-        }
-        rows.append(kinds | full_scale.over_bf16(row, plain) | full_scale.of_itself(row))
+        kinds = {"model": name, "experts_share": share, "quant": scheme}
+        rows.append(kinds | full_scale.against_bf16(row, plain, contents[scheme]))
     full_scale.publish(folder, title, rows, command)

@@ -13,7 +13,6 @@ import flashmoe
 from flashmoe import quant
 from flashmoe.engines.transformers.checkpoints.named_models import total_bytes
 from flashmoe.engines.transformers.checkpoints.pack import pack
-from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
 from flashmoe.store import manifest as manifests
 from harness.demo import corpus, train
 from harness.demo.describe import EVALUATED_TOKENS, perplexity
@@ -39,12 +38,7 @@ def speed(
     routing = full_scale.shipped_routing(name)
     total = total_bytes(name)
     with report.scratch(stores or folder) as work:
-        home = stores or work
-        paths = {scheme: home / f"store-{scheme}" for scheme in SCHEMES}
-        for scheme, store in paths.items():
-            if not manifests.is_store(store):
-                say(f"writing {name}, {scheme}")
-                synthesise_store(name, store, quant=scheme)
+        paths = full_scale.stores(name, SCHEMES, stores or work)
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         cases = [(share, scheme) for share in caps for scheme in SCHEMES]
         jobs = [
@@ -60,13 +54,8 @@ def speed(
     rows = []
     for (share, scheme), row in zip(cases, measurements, strict=True):
         plain = measurements[cases.index((share, quant.NONE))]
-        kinds = {
-            "model": name,
-            "cap_share": share,
-            "quant": scheme,
-            "expert_bytes": contents[scheme].layers[0].extent_bytes,
-        }
-        rows.append(kinds | full_scale.over_bf16(row, plain) | full_scale.of_itself(row))
+        kinds = {"model": name, "cap_share": share, "quant": scheme}
+        rows.append(kinds | full_scale.against_bf16(row, plain, contents[scheme]))
     full_scale.publish(folder, title, rows, command)
 
 

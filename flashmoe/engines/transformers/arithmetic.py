@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from flashmoe.engines.transformers.experts.lone_token import shape_of
 from flashmoe.engines.transformers.model import moe_modules, packed_linear
 from flashmoe.kernels.choice import Choice, Shape, choice
 
@@ -27,8 +28,5 @@ def _shapes(model: nn.Module) -> set[Shape]:
     for module in moe_modules.expert_modules(model).values():
         for parameter in moe_modules.expert_parameters(module).values():
             if parameter.dim() == 3 and parameter.dtype == torch.bfloat16:
-                rows, columns = parameter.shape[1:]
-                shapes.add(
-                    Shape(columns, rows, True) if module.is_transposed else Shape(rows, columns)
-                )
+                shapes.add(shape_of(parameter[0], bool(module.is_transposed)))
     return shapes

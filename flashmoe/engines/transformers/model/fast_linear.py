@@ -28,13 +28,9 @@ def hasten_all(model: nn.Module) -> None:
 
     Where oneDNN's own layout is the fastest for one token, they are packed.
     """
-    packed_linear.pack_all(model, lambda linear: choice.choice(shape_of(linear.weight)).packed)
+    packed_linear.pack_all(
+        model, lambda linear: choice.choice(choice.Shape(*linear.weight.shape)).packed
+    )
     for module in model.modules():
         if type(module) is nn.Linear and packed_linear.is_large(module.weight):
-            choice.choice(shape_of(module.weight))
             module.__class__ = FastLinear
-
-
-def shape_of(weight: torch.Tensor) -> choice.Shape:
-    """Of a weight [out, in]."""
-    return choice.Shape(*weight.shape)
