@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from flashmoe.quant.base import Parts
+from flashmoe.quant.by_columns import Rows, times_rows
 from flashmoe.quant.gptq import unpacked
 from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
@@ -51,6 +52,13 @@ class AWQ(Published):
         numbers = _in_order(parts["values"]).view(len(scales), -1, scales.shape[1])
         numbers.sub_(_in_order(parts["zeros"])[:, None])
         return numbers.mul_(scales[:, None]).view(-1, scales.shape[1]).to(dtype).T
+
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        weights = [
+            Rows(parts["values"], parts["zeros"], parts["scales"].to(torch.float32))
+            for parts in many
+        ]
+        return times_rows(weights, x, _PLACES)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         columns, words = parts["values"]

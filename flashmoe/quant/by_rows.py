@@ -24,11 +24,12 @@ Bits = Callable[[Any], Any]  # gives what some bits stand for, compiled or not
 
 
 class Halves(NamedTuple):
-    """How to read two numbers in a byte: times `unit` they are what its halves stand for."""
+    """How to read two numbers in a byte: times `unit`, less `offset`, its halves stand for them."""
 
     low: Bits
     high: Bits
     unit: float = 1.0
+    offset: float = 0.0
 
 
 class Quantised(NamedTuple):
@@ -55,8 +56,11 @@ def times_halves(
     Returns [many, n, out].
     """
     rows, groups, half = weights[0].values.shape
-    apart = x.mul(numbers.unit).view(*x.shape[:2], groups, half, 2).transpose(3, 4).contiguous()
-    return _products(_halves_kernel(numbers, factor, half), rows, weights, apart)
+    by_group = x.reshape(*x.shape[:2], groups, 2 * half)
+    apart = by_group.mul(numbers.unit).view(*by_group.shape[:3], half, 2).transpose(3, 4)
+    offsets = by_group.sum(3).mul_(numbers.offset)
+    kernel = _halves_kernel(numbers, factor, half)
+    return _products(kernel, rows, weights, apart.contiguous(), offsets)
 
 
 def times_bytes(
@@ -97,17 +101,24 @@ def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
     low, high = numbers.low, numbers.high
 
     def products(tensors, first, last):
-        values, scales, x, out = tensors
+        values, scales, x, offsets, out = tensors
+        # for each byte of a group, and in turn, so that many are added at once
+        sums = np.empty((2, half), np.float32)
         for row in range(first, last):
             for token in range(x.shape[0]):
-                total = np.float32(0)
+                sums[:] = 0
+                offset = np.float32(0)
                 for group in range(values.shape[1]):
-                    part = np.float32(0)
+                    scale = np.float32(factor(scales[row, group]))
+                    offset += scale * offsets[token, group]
                     for k in range(half):
                         both = np.int32(values[row, group, k])
-                        part += low(both) * x[token, group, 0, k]
-                        part += high(both) * x[token, group, 1, k]
-                    total += factor(scales[row, group]) * part
+                        pair = low(both) * x[token, group, 0, k]
+                        pair += high(both) * x[token, group, 1, k]
+                        sums[group & 1, k] += scale * pair
+                total = -offset
+                for k in range(half):
+                    total += sums[0, k] + sums[1, k]
                 out[token, row] = total
 
     return Threaded(products, low.__module__, _sources(low, high, factor), REORDERED)
@@ -138,9 +149,11 @@ def _sources(*functions: Bits) -> tuple[Path, ...]:
 
 
 def _products(
-    kernel: Threaded, rows: int, weights: Sequence[Quantised], x: torch.Tensor
+    kernel: Threaded, rows: int, weights: Sequence[Quantised], *of_tokens: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.empty(*x.shape[:2], rows)
+    """of_tokens: what the kernel takes besides a weight, [many, n, ...]."""
+    out = torch.empty(*of_tokens[0].shape[:2], rows)
     whole = [(values, scales.contiguous()) for values, scales in weights]
-    kernel([(*w, *each) for w, *each in zip(whole, x, out, strict=True)], rows, LEAST_ROWS)
+    each = zip(whole, *of_tokens, out, strict=True)
+    kernel([(*weight, *tensors) for weight, *tensors in each], rows, LEAST_ROWS)
     return out

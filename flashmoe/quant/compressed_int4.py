@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from flashmoe.quant import by_rows, nibbles, plain
 from flashmoe.quant.base import Parts
 from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
-from flashmoe.util.machine_code import helper
+from flashmoe.quant.small_floats import INTEGER_UNIT, high_integer, low_integer
 
 _NUMBERS = tuple(float(bits - 8) for bits in range(16))
 
@@ -64,17 +63,7 @@ class CompressedInt4(Published):
         return rows, 8 * words
 
 
-@helper
-def _low(byte):
-    return np.float32((byte & 15) - 8)
-
-
-@helper
-def _high(byte):
-    return np.float32((byte >> 4) - 8)
-
-
-_HALVES = by_rows.Halves(_low, _high)
+_HALVES = by_rows.Halves(low_integer, high_integer, INTEGER_UNIT, offset=16 + 8)
 
 
 def _by_group(parts: Parts) -> by_rows.Quantised | None:

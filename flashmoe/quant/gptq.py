@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +10,11 @@ import torch
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import nibbles
 from flashmoe.quant.base import Parts
+from flashmoe.quant.by_columns import Columns, times_columns
 from flashmoe.quant.nibbles import FLOATS
 from flashmoe.quant.published import Kinds, Published
 
 _NUMBERS = tuple(float(bits) for bits in range(16))
-_ONES = 0x11111111  # 1 in each of a word's eight places
 
 
 class GPTQ(Published):
@@ -27,6 +27,7 @@ class GPTQ(Published):
     name = "gptq"
     method = "gptq"
     form: ClassVar[str] = "gptq"
+    ones: ClassVar[int] = 0x11111111  # what is missing in a word of zero points
     has_own_loader = True
     endings: ClassVar = {
         "values": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx",
@@ -53,12 +54,18 @@ class GPTQ(Published):
         values = values.permute(0, 2, 1).contiguous()  # [in / 8, 4, out]
         numbers = torch.stack(list(nibbles.look_up(values, _NUMBERS, torch.float32)), 2)
         numbers = numbers.view(-1, scales.shape[1])
-        zeros = unpacked(self._zeros(parts["zeros"]))  # [groups, out]
+        # whole words, since a zero point of 0 may have been stored as a borrow
+        zeros = unpacked(parts["zeros"] + self.ones)  # [groups, out]
         return numbers.sub_(zeros[groups]).mul_(scales[groups]).to(dtype).T
 
-    def _zeros(self, stored: torch.Tensor) -> torch.Tensor:
-        """Words [groups, out / 8] of zero points."""
-        return stored + _ONES  # whole words, for a zero point of 0 was stored as a borrow
+    def weight_products(self, x: torch.Tensor, many: Sequence[Parts]) -> torch.Tensor | None:
+        weights = [
+            Columns(
+                parts["values"], parts["groups"], parts["zeros"], parts["scales"].to(torch.float32)
+            )
+            for parts in many
+        ]
+        return times_columns(weights, x, self.ones)
 
     def weight_shape(self, parts: dict[str, tuple[int, ...]]) -> tuple[int, int]:
         words, rows = parts["values"]
@@ -70,9 +77,7 @@ class GPTQv2(GPTQ):
 
     name = "gptq-v2"
     form = "gptq_v2"
-
-    def _zeros(self, stored: torch.Tensor) -> torch.Tensor:
-        return stored
+    ones = 0
 
 
 def unpacked(words: torch.Tensor) -> torch.Tensor:

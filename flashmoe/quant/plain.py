@@ -75,7 +75,8 @@ def _rounded(number):
 
 @cache
 def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
-    low, high, unit = numbers.low, numbers.high, np.float32(numbers.unit)
+    low, high = numbers.low, numbers.high
+    unit, offset = np.float32(numbers.unit), np.float32(numbers.offset)
 
     def make_plain(tensors, first, last):
         values, scales, weight = tensors
@@ -85,15 +86,16 @@ def _halves_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
                 start = 2 * half * group
                 for k in range(half):
                     both = np.int32(values[row, group, k])
-                    weight[row, start + 2 * k] = _rounded(low(both) * unit * scale)
-                    weight[row, start + 2 * k + 1] = _rounded(high(both) * unit * scale)
+                    weight[row, start + 2 * k] = _rounded((low(both) * unit - offset) * scale)
+                    weight[row, start + 2 * k + 1] = _rounded((high(both) * unit - offset) * scale)
 
     return _threaded(make_plain, low, high, factor)
 
 
 @cache
 def _transposing_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
-    low_half, high_half, unit = numbers.low, numbers.high, np.float32(numbers.unit)
+    low_half, high_half = numbers.low, numbers.high
+    unit, offset = np.float32(numbers.unit), np.float32(numbers.offset)
 
     def make_plain(tensors, first, last):
         values, scales, weight = tensors
@@ -109,8 +111,10 @@ def _transposing_kernel(numbers: Halves, factor: Bits, half: int) -> Threaded:
                 low = 2 * (group * half + k)
                 for row in range(rows):
                     both = np.int32(across[k, row])
-                    weight[low, row] = _rounded(low_half(both) * unit * factors[row])
-                    weight[low + 1, row] = _rounded(high_half(both) * unit * factors[row])
+                    weight[low, row] = _rounded((low_half(both) * unit - offset) * factors[row])
+                    weight[low + 1, row] = _rounded(
+                        (high_half(both) * unit - offset) * factors[row]
+                    )
 
     return _threaded(make_plain, numbers.low, numbers.high, factor)
 

@@ -332,10 +332,7 @@ def test_the_model_is_no_longer_called_quantised(made):
         assert source.description.quantisation == quant.NONE
 
 
-FAST = [kind for kind, of in FORMATS.items() if of.by_transformers]
-
-
-@pytest.mark.parametrize("kind", FAST)
+@EACH
 def test_fast_arithmetic_gives_the_same_bits_at_every_budget(made, kind, monkeypatch):
     published, plain, store = made(kind)
     format = quant.formats()[FORMATS[kind].name]
@@ -365,7 +362,7 @@ def test_fast_arithmetic_gives_the_same_bits_at_every_budget(made, kind, monkeyp
     assert max(asked) <= FEW
 
 
-@pytest.mark.parametrize("kind", FAST)
+@EACH
 def test_fast_products_are_no_less_accurate(kind):
     if kind == "compressed":
         pytest.importorskip("compressed_tensors")
