@@ -104,7 +104,7 @@ def check_host(host: str, api_key: str | None) -> None:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise FlashMoEError(f"--host {host}: {error.strerror or error}") from None
-    is_loopback = host and all(ipaddress.ip_address(one[4][0]).is_loopback for one in found)
+    is_loopback = all(ipaddress.ip_address(one[4][0]).is_loopback for one in found)
     if not is_loopback and api_key is None:
         raise FlashMoEError(
             f"--host {host!r} lets other machines in: set {KEY_VARIABLE} (or --api-key) to what "

@@ -91,9 +91,8 @@ def _settle(attachment: Attachment, path: Path, settings: ServeSettings) -> None
         "LLAMA_ARG_N_PARALLEL": SLOTS,
         "LLAMA_ARG_KV_UNIFIED": 1,
         "LLAMA_ARG_THREADS": cores.available(),
+        "LLAMA_ARG_ALIAS": settings.name or path.name,
     }
-    if settings.name:
-        chosen["LLAMA_ARG_ALIAS"] = settings.name
     for name in flags.OTHER_MODELS:
         os.environ.pop(name, None)
     os.environ.update({name: str(value) for name, value in fixed.items()})

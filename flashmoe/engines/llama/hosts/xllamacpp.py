@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def run(model: Path, arguments: Sequence[str], attach: Callable[[Path, Path], At
     ended = threading.Event()
     _handle(signal.SIG_DFL)  # while it loads, no handler of Python's would be called
     attachment = attach(LIBRARY, LIBRARY)
-    server = _start(model, _parse(arguments), attachment)
-    _handle(lambda *_: ended.set())
+    handle = partial(_handle, lambda *_: ended.set())
+    server = _start(model, _parse(arguments), attachment, handle)
     ended.wait()
     _handle(signal.SIG_DFL)
     attachment.hooks.end()  # because the next line keeps Python's lock
@@ -76,8 +77,10 @@ def _handle(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _start(model: Path, common: Any, attachment: Attachment) -> Any:
-    """The server, once it answers; its engine is there before the first request."""
+def _start(
+    model: Path, common: Any, attachment: Attachment, before: Callable[[], object] | None = None
+) -> Any:
+    """The server, once it answers; its engine is there, and `before` called, before a request."""
     # all parts of a split file, because the constructor maps them where we cannot be asked
     with reading(model):
         streams = [attachment.add_file(part) for part in parts_of(attachment.ggml, model)]
@@ -92,6 +95,8 @@ def _start(model: Path, common: Any, attachment: Attachment) -> Any:
             if any(streams):
                 attachment.start()
             switches[[ON, PYTHON]] = any(streams)
+            if before:
+                before()
     except RuntimeError as error:
         raise FlashMoEError(f"{model} was not loaded ({error}): llama.cpp says above why") from None
     return server
