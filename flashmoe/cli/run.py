@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.stats:
             print(json.dumps(engine.stats()), file=sys.stderr)
         if arguments.record:
-            engine.trace(source="flashmoe run").save(arguments.record)
+            trace = engine.trace(source="flashmoe run")  # type: ignore[attr-defined]
+            trace.save(arguments.record)
     if arguments.record and not engines:
         print(
             f"flashmoe: {arguments.record} is not written: no expert was asked for",
