@@ -1,6 +1,7 @@
 """Asks models questions of llama.cpp alone, in a process of its own: `llama_plain.py JOB`.
 
-JOB is a JSON object. models: GGUF files; prompts. Prints a JSON object: the answers by file.
+JOB is a JSON object. models: GGUF files; prompts; or bodies: of chats. Prints a JSON object: the
+answers by file.
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import llama_server
 
+from harness.runs import llama_client
 
-def main(job: dict[str, list[str]]) -> dict[str, list[dict[str, object]]]:
+
+def main(job: dict[str, Any]) -> dict[str, list[dict[str, object]]]:
     answers = {}
     for model in job["models"]:
         server = llama_server.serve_plain(model, **llama_server.PARAMETERS)
         address = server.listening_address
-        answers[model] = [llama_server.ask(address, prompt) for prompt in job["prompts"]]
+        answers[model] = [llama_server.ask(address, prompt) for prompt in job.get("prompts", ())]
+        for body in job.get("bodies", ()):
+            answers[model].append(llama_client.post(address, "/v1/chat/completions", body))
     return answers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import io
 import logging
@@ -10,6 +11,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flashmoe.errors import FlashMoEError
 
@@ -45,11 +47,21 @@ def seed(text: str) -> int:
     return number
 
 
+def end(status: int) -> NoReturn:
+    """End the process as the program would that ran in it: its threads, its buffers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).exit(status)  # not sys.exit, which takes Python from under them first
+    raise AssertionError
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; return its exit status. A FlashMoEError becomes a sentence and status 1."""
     logging.basicConfig(format="flashmoe: %(message)s", level=logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parsed = parser().parse_args(arguments)
+    words, passed = _split(sys.argv[1:] if arguments is None else list(arguments))
+    parsed = parser().parse_args(words)
+    parsed.passed = passed
     try:
         parsed.run(parsed)
     except FlashMoEError as error:
@@ -61,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output ended first, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and those after -- where it passes them on to another program."""
+    if words[:1] == ["serve"] and "--" in words:  # argparse takes them for a MODEL
+        place = words.index("--")
+        return words[:place], words[place + 1 :]
+    return words, []
 
 
 def entry() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import threading
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from flashmoe.cli import add_memory
+from flashmoe.cli import add_memory, end
 from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
 
@@ -60,40 +60,29 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.warm, arguments.record)):
         files.check_replaceable(path)
     library = program.find(arguments.program)
-    attachments: list[Attachment] = []
-
-    def attach(llama: Path, ggml: Path) -> None:
-        attachments.append(
-            Attachment(
-                llama,
-                ggml,
-                memory=arguments.memory,
-                policy=arguments.policy,
-                warm=arguments.warm,
-                record=bool(arguments.record),
-            )
-        )
-
-    def engine_so_far() -> Engine | None:
-        return next((one.engine for one in attachments if one.engine), None)
-
+    engines: list[Engine] = []
+    attach = partial(
+        Attachment,
+        memory=arguments.memory,
+        policy=arguments.policy,
+        warm=arguments.warm,
+        record=bool(arguments.record),
+        watch=engines.append,
+    )
     every = arguments.stats_every
-    with StatsLines(every, engine_so_far) if every else nullcontext():
+    with StatsLines(every, lambda: next(iter(engines), None)) if every else nullcontext():
         status = program.run(library, arguments.arguments, attach)
-    for attachment in attachments:
-        engine = attachment.engine
-        if engine and arguments.warm:
+    for engine in engines:
+        if arguments.warm:
             warm_start.save(engine.residency, arguments.warm)
-        if engine and arguments.stats:
+        if arguments.stats:
             print(json.dumps(engine.stats()), file=sys.stderr)
-        if engine and arguments.record:
-            engine.trace(source="flashmoe run").save(arguments.record)
-        elif arguments.record:
-            print(
-                f"flashmoe: {arguments.record} is not written: no expert was asked for",
-                file=sys.stderr,
-            )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # not sys.exit: the program's own threads and buffers end as they would without us
-    ctypes.CDLL(None).exit(status)
+        if arguments.record:
+            trace = engine.trace(source="flashmoe run")  # type: ignore[attr-defined]
+            trace.save(arguments.record)
+    if arguments.record and not engines:
+        print(
+            f"flashmoe: {arguments.record} is not written: no expert was asked for",
+            file=sys.stderr,
+        )
+    end(status)

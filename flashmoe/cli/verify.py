@@ -6,17 +6,19 @@ import argparse
 from pathlib import Path
 
 from flashmoe import engines
+from flashmoe.engines import hub
 
 HELP = "check a store or a GGUF file"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="store or GGUF file")
+    parser.add_argument("model", type=Path, help="store, GGUF file, or a name of one")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from flashmoe.util.progress import byte_bar
 
+    path = hub.on_disk(arguments.model)
     with byte_bar("verifying") as progress:
-        found = engines.engine_for(arguments.model).verify(arguments.model, progress)
+        found = engines.engine_for(path).verify(path, progress)
     print(f"{arguments.model}: {found}")

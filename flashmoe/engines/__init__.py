@@ -6,7 +6,7 @@ open_session(path, prompts, ...) prompts and the model that continues them (`ses
 verify(path, progress)           read every byte and check it; what was right, in one line
 serve(path, settings, watch)     answer requests until told to end (`serving.ServeSettings`)
 
-`engine_for` finds the one that takes a path, `hub.on_disk` what a name on the hub stands for.
+`engine_for` finds the one that takes a path, `hub.on_disk` what a name stands for.
 Commands know engines by these functions alone.
 """
 
@@ -48,7 +48,8 @@ def load(
 
     path: a Hugging Face directory or a packed store (see `engines.transformers.loading.load`), or
         a GGUF file (see `engines.llama.hosts.llama_cpp.load`).
-        Where nothing lies there, org/name and org/name:file.gguf are names on the hub (`hub`).
+        Where nothing lies there it is a name: one that Ollama or LM Studio know, or org/name or
+        org/name:file.gguf on the hub (`hub`).
     memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free.
     revision: of a name on the hub: a branch, tag or commit.
     options: the engine's own. What is returned is what the engine's users know, with

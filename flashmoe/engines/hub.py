@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub: found in its cache, or fetched into it."""
+"""Models by their names: a program's here, or the hub's, found in its cache or fetched into it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashmoe import local_models
 from flashmoe.disk.files import check_room
 from flashmoe.errors import FlashMoEError
 
@@ -23,13 +24,17 @@ def is_name(path: str | os.PathLike[str]) -> bool:
 
 
 def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Where a model lies: `path` itself, unless it is a name on the hub and nothing lies there.
+    """Where a model lies: `path` itself, unless it is a name and nothing lies there.
 
-    Such a model, org/name or org/name:file.gguf, is fetched by huggingface_hub first, as far as
-    its cache lacks it. revision: a branch, tag or commit.
+    A name by which Ollama or LM Studio keep a model stands for their file (`local_models`). A name
+    on the hub, org/name or org/name:file.gguf, is fetched by huggingface_hub first, as far as its
+    cache lacks it. revision: a branch, tag or commit there.
     Raises FlashMoEError when it cannot be had, or the disk has too little room, before weights
     are fetched.
     """
+    is_free = revision is None and not os.path.lexists(path)
+    if is_free and (kept := local_models.find(os.fspath(path))):
+        return kept
     name = _NAME.fullmatch(os.fspath(path))
     if name is None or not is_name(path):
         if revision is not None:

@@ -25,3 +25,5 @@ class ServeSettings:
     """Tokens that a conversation may have; None: what the engine thinks right for the machine."""
     extra: Sequence[str] = ()
     """The server program's own flags, passed through."""
+    name: str | None = None
+    """What requests may call the model; None: as the engine does, by its file or folder."""

@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.util import cgroups
 from flashmoe.util.sizes import format_bytes
 
 # memory="auto" leaves the larger of the two, in bytes and as a share of what is free, to a prompt's
 # activations, the allocator and the libraries (docs/speed.md#memory-beside-the-budget).
 RESERVE_BYTES, RESERVE_SHARE = 768 << 20, 0.1
 
-_CGROUPS = Path("/sys/fs/cgroup")
 # By cgroup version: the files of limit and usage, and the name in memory.stat of the page cache
 # that the kernel would give up.
 _FILES = {
@@ -93,23 +93,11 @@ def _machine(meminfo: Path = Path("/proc/meminfo")) -> int:
     )
 
 
-def _cgroups(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+def _cgroups(root: Path = cgroups.ROOT, membership: Path = cgroups.MEMBERSHIP) -> Iterator[int]:
     """The bytes that each cgroup with a limit has left: this process's and those above it."""
-    with suppress(OSError, ValueError):
-        for line in membership.read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0":
-                version, base = 2, root
-            elif "memory" in controllers.split(","):
-                version, base = 1, root / "memory"
-            else:
-                continue
-            # in a container the path may be the host's, and then only the root exists
-            for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
-                with suppress(OSError, ValueError):
-                    yield _left_bytes(folder, *_FILES[version])
-                if folder == base:
-                    break
+    for version, folder in cgroups.folders("memory", root, membership):
+        with suppress(OSError, ValueError):
+            yield _left_bytes(folder, *_FILES[version])
 
 
 def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:

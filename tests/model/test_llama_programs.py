@@ -24,6 +24,7 @@ import pytest
 
 from flashmoe import trace
 from harness.runs.gguf_systems import Work, server_process
+from harness.runs.llama_client import free_port
 from harness.tiny_gguf import EXPERTS
 from harness.torture.llama_server import ALIKE, Server, under_flashmoe
 
@@ -215,6 +216,17 @@ def test_completion_writes_what_it_writes_alone(model, budget):
     alone, cached = whole(*command), run(*under_flashmoe(budget), *command)
     assert alone.returncode == cached.returncode == 0
     assert cached.stdout == alone.stdout != ""
+
+
+def test_flashmoe_serve_runs_the_users_own_server(model, budget, plain, tmp_path):
+    own = program("llama-server")
+    command = ["env", f"PATH={own.parent}", sys.executable, "-m", "flashmoe", "serve", model]
+    command += ["--memory", str(budget), "--policy", "lru", "--page-port", str(free_port())]
+    after = ("--", "-np", "1", *ALIKE)
+    with Server(command, tmp_path / "log", arguments=after) as server:
+        assert [server.ask(prompt) for prompt in PROMPTS] == plain
+        assert "llama_server: listening on" in server.words()  # the wheel's has another name
+        assert server.stop(signal.SIGINT) == 0
 
 
 def test_a_bad_argument_is_the_programs_own_matter(model, budget):

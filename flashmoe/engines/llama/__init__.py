@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,18 @@ from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
     from flashmoe.engines.llama.session import LlamaSession
+    from flashmoe.engines.serving import ServeSettings, Watch
 
 
 def accepts(path: str | os.PathLike[str]) -> bool:
-    return str(path).endswith(".gguf")
+    """A file that begins as GGUF does, whatever its name; or the name, whatever lies there."""
+    if str(path).endswith(".gguf"):
+        return True
+    with suppress(OSError):
+        if os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises without permission)
+            with open(path, "rb") as file:
+                return file.read(4) == b"GGUF"
+    return False
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -54,14 +62,24 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object])
     return check(tensor_library.find(), Path(path), progress)
 
 
+def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -> int:
+    """As `serving.serve`."""
+    with _installed(path, "server"):
+        from flashmoe.engines.llama import serving
+    return serving.serve(Path(path), settings, watch)
+
+
 @contextmanager
-def _installed(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Imports within raise FlashMoEError where a package is missing; so does a missing file."""
+def _installed(path: str | os.PathLike[str], extra: str = "llama") -> Iterator[None]:
+    """Imports within raise FlashMoEError where a package is missing; so does a missing file.
+
+    extra: of ours, which has the package.
+    """
     if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises without permission)
         raise FlashMoEError(f"{path}: no such file")
     try:
         yield
     except ImportError as error:
         raise FlashMoEError(
-            f"{error.name} is not installed: pip install 'flashmoe-ssd[llama]'"
+            f"{error.name} is not installed: pip install 'flashmoe-ssd[{extra}]'"
         ) from None

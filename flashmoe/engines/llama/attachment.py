@@ -34,6 +34,7 @@ from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
 from flashmoe.engines.llama.redirect import redirect
+from flashmoe.engines.serving import Watch
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency import rehearsal
 from flashmoe.residency.at_once_work import READY
@@ -65,13 +66,14 @@ class Attachment:
         warm: Path | None = None,
         record: bool = False,
         tell: Callable[[str], object] = _print,
+        watch: Watch | None = None,
     ) -> None:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
         memory: bytes, a size such as "4GiB", or "auto". prefetch: while a layer is computed, read
         what the next one is guessed to need, where that pays. warm: a file that says what was
         resident when an earlier run ended, if it is there. record: every event, for `engine.trace`.
-        tell: gets what the user should know.
+        tell: gets what the user should know. watch: gets the engine as soon as there is one.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
@@ -83,6 +85,8 @@ class Attachment:
         self.record = record
         self.failure = ""  # of the last request that failed; whoever asks empties it
         self.tell = tell
+        self.watch = watch
+        self.beside_bytes = 0  # what the program will still take, which "auto" leaves free
         self.engine: LlamaEngine | None = None
         self.ggml = GGML(str(ggml_library))
         self.hooks = Hooks(self.ggml, self._observe, self._prepare, self._decide)
@@ -258,7 +262,7 @@ class Attachment:
             experts,
             self.memory,
             self.policy,
-            beside_bytes,
+            self.beside_bytes + beside_bytes,
             prefetch=self.prefetch,
             computing=self.hooks.computing,
         )
@@ -272,6 +276,8 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+        if self.watch:
+            self.watch(self.engine)
 
     def _is_ours(self, address: int) -> bool:
         return any(0 <= address - file.base < file.size_bytes for file, _ in self._files)

@@ -81,6 +81,11 @@ def parts_of(ggml: GGML, path: Path) -> list[Path]:
     return parts
 
 
+def is_experts(name: str) -> bool:
+    """Does a tensor of this name hold experts?"""
+    return _NAME.fullmatch(name) is not None
+
+
 def expert_tensors(path: Path, head: GGUFHead) -> tuple[ExpertTensor, ...]:
     """Those of a file that hold experts. Raises FlashMoEError where one does not divide."""
     tensors = []

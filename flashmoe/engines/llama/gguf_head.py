@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from ctypes import addressof, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from flashmoe.engines.llama.ggml import GGML, GGUFParameters
 from flashmoe.errors import FlashMoEError
 
 _STRING, _ARRAY = 8, 9  # types of settings
+# Settings of a model that are numbers, without the architecture's name before them.
+_SIZES = (
+    "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length",
+)  # fmt: skip
 _INTEGERS = {
     0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16,
     4: ctypes.c_uint32, 5: ctypes.c_int32, 10: ctypes.c_uint64, 11: ctypes.c_int64,
@@ -39,6 +45,8 @@ class GGUFHead:
     tensors: tuple[TensorPlace, ...]
     part: int  # of a split file
     parts: int
+    sizes: Mapping[str, int]
+    """Of `_SIZES`, the largest where layers differ; 0 where the file does not say."""
 
 
 def read_head(ggml: GGML, path: Path) -> GGUFHead | None:
@@ -79,6 +87,7 @@ def read_head(ggml: GGML, path: Path) -> GGUFHead | None:
             tuple(places),
             _number(lib, gguf, "split.no"),
             max(_number(lib, gguf, "split.count"), 1),
+            {name: _number(lib, gguf, f"{architecture}.{name}") for name in _SIZES},
         )
     finally:
         lib.gguf_free(gguf)

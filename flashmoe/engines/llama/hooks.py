@@ -26,8 +26,9 @@ from flashmoe.util.native_lock import NativeLock
 _MOST_FILES = 1024  # parts of split models
 # Positions in `Switches`. DECODE: the address of `decode_event.decode`, 0 without; TABLE: its
 # first argument; ANSWER: what it gave for the event of which Python is told next. AWAITED: 1 + the
-# number of a layer of which late reads are on their way, until they must be there.
-ON, FAILED, CHECKING, PYTHON, ASIDE, DECODE, TABLE, ANSWER, AWAITED = range(9)
+# number of a layer of which late reads are on their way, until they must be there. ENDED: whatever
+# is still to be computed fails.
+ON, FAILED, CHECKING, PYTHON, ASIDE, DECODE, TABLE, ANSWER, AWAITED, ENDED = range(10)
 _DEVICE, _INODE, _BASE, _SIZE = 0, 1, 2, 3  # columns of the table of files
 _CHOICE = tuple(b"ffn_moe_topk-\0")
 _MOST_NAME = 64  # bytes
@@ -64,7 +65,7 @@ class Hooks:
             What it gives ctypes.set_errno, the caller of mmap finds in errno.
         decide: called when a model is about to be loaded, to set ASIDE where it needs no cache.
         """
-        self.switches = np.zeros(9, np.int64)
+        self.switches = np.zeros(10, np.int64)
         self.switches[[ON, PYTHON]] = 1
         self.computing = NativeLock()  # held while a graph is computed
         self._files = np.zeros((_MOST_FILES, 4), np.uint64)
@@ -85,6 +86,11 @@ class Hooks:
         row = int(self._count[0])
         self._files[row] = device, inode, base, size_bytes
         self._count[0] = row + 1
+
+    def end(self) -> None:
+        """Let the graph at hand end, and fail all later ones: none needs Python any more."""
+        with self.computing:
+            self.switches[ENDED] = 1
 
     def await_apart(self, down_input: str, downs: dict[int, int]) -> bool:
         """Let late reads of a layer end while its other products are computed; can that be?
@@ -150,7 +156,7 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
 
     @numba.njit
     def switches():
-        return numba.carray(pointer(switches_at), (9,), np.int64)
+        return numba.carray(pointer(switches_at), (10,), np.int64)
 
     @numba.njit
     def files():
@@ -265,7 +271,9 @@ def _compile(hooks: Hooks, ggml: GGML, observe: Any, prepare: Any, decide: Any) 
         if state[ASIDE] != 0:
             return compute(scheduler, graph)
         libc.lock(computing_at)
-        result = compute(scheduler, graph)
+        result = types.int32(-1)
+        if state[ENDED] == 0:
+            result = compute(scheduler, graph)
         if state[FAILED] != 0:
             state[FAILED] = 0
             result = types.int32(-1)

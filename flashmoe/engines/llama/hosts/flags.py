@@ -6,6 +6,7 @@ Releases differ in the names; those of 2026 and the ones that they replaced are 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from flashmoe.errors import FlashMoEError
@@ -33,6 +34,12 @@ _SERVER = "llama-server"
 # Not --model-url: with that alone, llama-server of b11434 begins as a router.
 _MODELS = {"-m", "--model", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"}
 _MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_DOCKER_REPO", "LLAMA_ARG_HF_REPO")
+OTHER_MODELS = (*_MODEL_VARIABLES[1:], "LLAMA_ARG_HF_FILE", "LLAMA_ARG_MODEL_URL")
+# What `flashmoe serve` itself says, so that no flag behind its back says another.
+_SERVED = {
+    "--host": "--host", "--port": "--port",
+    **dict.fromkeys([*_MODELS, "-mu", "--model-url"], "MODEL"),
+}  # fmt: skip
 _PRESETS = ("-default", "-spec")  # endings of options that name a model to fetch
 _NO_PRESET = {"--spec-default"}
 _INFORMS = {"-h", "--help", "--usage", "--version", "--completion-bash", "-cl", "--cache-list"}
@@ -58,6 +65,28 @@ def check(
             f"give {_SERVER} its model under FlashMoE (-m FILE, beside -mu too, or -hf "
             f"REPOSITORY): without one it is a router, and {ROUTER}"
         )
+
+
+def check_passed(arguments: Sequence[str]) -> None:
+    """Raises FlashMoEError where what follows `flashmoe serve ... --` says what comes before it."""
+    for name, _ in _options(arguments):
+        if name in _SERVED:
+            raise FlashMoEError(f"leave out {name} after --: give {_SERVED[name]} before it")
+
+
+def number_of(
+    names: Sequence[str],
+    variable: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+) -> int | None:
+    """What the user gives an option: the last of its names in `arguments`, else its variable.
+
+    None where neither is there, or what is given is no number, which the program refuses itself.
+    """
+    given = [value for name, value in _options(arguments) if name in names]
+    text = given[-1] if given else environment.get(variable, "")
+    return int(text) if re.fullmatch(r"-?\d{1,15}", text) else None
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
