@@ -21,7 +21,7 @@ from flashmoe.engines.transformers.serving.cache_memory import CacheMemory, size
 # from one of these may have too.
 _CAN_BE_CUT = (DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer, DummyLayer)
 # Tokens that a chat template may have written after the last message, to ask for the answer.
-_ASKING_TOKENS = 16
+_ASKING_TOKENS = 4
 
 
 @dataclass
