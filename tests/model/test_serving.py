@@ -30,7 +30,8 @@ from flashmoe.engines.transformers.serving.model_manager import OneModel
 KEY = "a key"
 PROMPTS = ["And it came to pass in those days", "The driver must call this function before the"]
 CHAT = (
-    "{% if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}{{ '\n' }}{% endif %}"
+    "{% if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}"
+    "{{ '\n' }}{% endif %}"
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
