@@ -10,6 +10,7 @@ experts      the arithmetic of experts
 session      prompts, and the model that continues them
 prompting    prompts as token ids
 recorder     which experts a model chooses
+serving      a server of OpenAI's requests
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashmoe.engines.serving import ServeSettings, Watch
     from flashmoe.engines.transformers.session import TransformersSession
 
 
@@ -54,3 +56,10 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object])
     manifest = verify_store(Path(path), progress)
     count = sum(layer.n_experts for layer in manifest.layers)
     return f"all {count} experts are as they were packed"
+
+
+def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -> int:
+    """As `serving.server.serve`."""
+    from flashmoe.engines.transformers.serving import server
+
+    return server.serve(path, settings, watch)
