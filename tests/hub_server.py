@@ -49,8 +49,14 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = ()):
             data = (folder / "/".join(parts[4:])).read_bytes()
             size = HUGE_BYTES if ".huge." in path else len(data)
             headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(size)}
-            etag = hashlib.sha1(data).hexdigest()
-            return self.say(200, data, body, headers | {"ETag": f'"{etag}"'})
+            headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
+            first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+            if not last:
+                return self.say(200, data, body, headers)
+            part = data[int(first) : int(last) + 1]
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+            self.sent_bytes.append(len(part))
+            return self.say(206, part, body, headers)
 
         def say(self, status: int, data: bytes, body: bool, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -82,7 +88,9 @@ def _model(name: str, folder: Path) -> dict[str, object]:
     return {
         "id": name, "modelId": name, "sha": COMMIT, "private": False, "gated": False,
         "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-        "siblings": [{"rfilename": file} for file in _names(folder)],
+        "siblings": [
+            {"rfilename": file, "size": (folder / file).stat().st_size} for file in _names(folder)
+        ],
     }  # fmt: skip
 
 

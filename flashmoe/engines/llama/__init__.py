@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
+    from flashmoe.engines.model_facts import ModelFacts
     from flashmoe.engines.llama.session import LlamaSession
 
 
@@ -52,6 +53,14 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object])
         from flashmoe.engines.llama import tensor_library
         from flashmoe.engines.llama.file_check import check
     return check(tensor_library.find(), Path(path), progress)
+
+
+def describe(path: str | os.PathLike[str]) -> ModelFacts:
+    """As `description.describe`, by whichever library of llama.cpp is installed."""
+    with _installed(path):
+        from flashmoe.engines.llama import tensor_library
+        from flashmoe.engines.llama.description import describe as describe_file
+    return describe_file(tensor_library.find(), Path(path))
 
 
 @contextmanager

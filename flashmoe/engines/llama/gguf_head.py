@@ -13,6 +13,12 @@ from flashmoe.engines.llama.ggml import GGML, GGUFParameters
 from flashmoe.errors import FlashMoEError
 
 _STRING, _ARRAY = 8, 9  # types of settings
+# Settings that say how large the KV cache is; their names follow the architecture's.
+_ATTENTION = (
+    "block_count", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.sliding_window",
+    "attention.kv_lora_rank", "rope.dimension_count",
+)  # fmt: skip
 _INTEGERS = {
     0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16,
     4: ctypes.c_uint32, 5: ctypes.c_int32, 10: ctypes.c_uint64, 11: ctypes.c_int64,
@@ -39,6 +45,7 @@ class GGUFHead:
     tensors: tuple[TensorPlace, ...]
     part: int  # of a split file
     parts: int
+    attention: dict[str, int]  # by the names in `_ATTENTION`; 0 for what it does not say
 
 
 def read_head(ggml: GGML, path: Path) -> GGUFHead | None:
@@ -79,6 +86,7 @@ def read_head(ggml: GGML, path: Path) -> GGUFHead | None:
             tuple(places),
             _number(lib, gguf, "split.no"),
             max(_number(lib, gguf, "split.count"), 1),
+            {name: _number(lib, gguf, f"{architecture}.{name}") for name in _ATTENTION},
         )
     finally:
         lib.gguf_free(gguf)

@@ -7,6 +7,7 @@ engine       what takes over its experts modules
 checkpoints  models on disk
 model        a model without its experts
 experts      the arithmetic of experts
+description  what a model takes, before it is loaded
 session      prompts, and the model that continues them
 prompting    prompts as token ids
 recorder     which experts a model chooses
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashmoe.engines.model_facts import ModelFacts
     from flashmoe.engines.transformers.session import TransformersSession
 
 
@@ -54,3 +56,10 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object])
     manifest = verify_store(Path(path), progress)
     count = sum(layer.n_experts for layer in manifest.layers)
     return f"all {count} experts are as they were packed"
+
+
+def describe(path: str | os.PathLike[str]) -> ModelFacts:
+    """As `description.describe`."""
+    from flashmoe.engines.transformers.description import describe as describe_checkpoint
+
+    return describe_checkpoint(Path(path))
