@@ -5,4 +5,5 @@ measured   the figures that the formula takes from committed tables
 machine    what this machine has
 planner    budgets, and what to expect of each
 choice     which file of several
+report     all of it, and how it is told
 """

@@ -12,6 +12,7 @@ class Speeds:
     """How fast a machine runs an engine."""
 
     arithmetic: float  # bytes of weights that a token multiplies by in a second
+    layer_seconds: float  # that a layer takes besides, however small it is
     drive: float  # bytes a second
     serial_share: float  # of the shorter of reading and computing, that the longer does not hide
     prompt_gain: float  # how many times as fast a prompt's tokens are computed as single ones
@@ -32,7 +33,8 @@ def first_token_seconds(facts: ModelFacts, prompt_tokens: int, speeds: Speeds) -
 
 def arithmetic_seconds(facts: ModelFacts, speeds: Speeds) -> float:
     """Of one token whose experts are all in memory."""
-    return (facts.dense_token_bytes + facts.touched_bytes) / speeds.arithmetic
+    multiplied = (facts.dense_token_bytes + facts.touched_bytes) / speeds.arithmetic
+    return facts.layers * speeds.layer_seconds + multiplied
 
 
 def _together(computing: float, reading: float, speeds: Speeds) -> float:

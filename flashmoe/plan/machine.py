@@ -1,4 +1,4 @@
-"""What this machine has: free memory, cores, memory's and the drive's speed, measured in seconds."""
+"""What this machine has: free memory and cores, and how fast memory and drive are, measured."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ class Measured:
     source: str
     curves: tuple[Curve, ...]
     core_bytes_per_second: dict[str, float]
+    layer_seconds: dict[str, float]
     serial_share: dict[str, float]
     prompt_gain: dict[str, float]
     # What was measured lay in eight of ten rows between so many times what was predicted.

@@ -1,4 +1,4 @@
-"""What `flashmoe plan` would have said of committed rows; and what it ships with, fitted to them."""
+"""What `flashmoe plan` would have said of committed rows; what it ships with is fitted to them."""
 
 from __future__ import annotations
 

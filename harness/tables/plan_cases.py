@@ -86,7 +86,7 @@ def _served(table: str, frame: pd.DataFrame) -> Iterator[Case]:
 
 
 def _loaded(frame: pd.DataFrame) -> Iterator[Case]:
-    for system, rows in frame[frame.system.isin(_ARITHMETIC)].groupby("system", sort=False):
+    for _, rows in frame[frame.system.isin(_ARITHMETIC)].groupby("system", sort=False):
         resident = rows[rows.hit_rate == 1]
         for row in _rows(rows[rows.hit_rate < 1]):
             facts, trace = checkpoint_facts(row["model"]), f"{row['model']} stand-in"

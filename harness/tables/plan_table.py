@@ -76,11 +76,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def fit(cases: Sequence[Case]) -> Measured:
     """What these rows give."""
+    layer_seconds = _layer_seconds()
     plain = Measured(
         source=f"{HIT_RATES.relative_to(report.RESULTS.parent)}/hit_rates.csv, policy {LEARNED}, "
         "cold; the rest fitted to the rows of results/*/plan.csv by `python -m harness plan`",
         curves=tuple(curves()),
-        core_bytes_per_second=_core_speeds(cases),
+        core_bytes_per_second=_core_speeds(cases, layer_seconds),
+        layer_seconds=layer_seconds,
         serial_share={},
         prompt_gain={},
         token_range={},
@@ -116,12 +118,27 @@ def curves() -> list[Curve]:
     return found
 
 
-def _core_speeds(cases: Sequence[Case]) -> dict[str, float]:
+def _layer_seconds() -> dict[str, float]:
+    """By engine, what a layer takes of a token besides: the demo model's, which has no weights to
+    speak of. llama.cpp's was not measured, and is small.
+    """
+    seconds = []
+    for folder in report.folders():
+        if (folder / "generation.csv").exists():
+            frame = report.read(folder, "generation")
+            layers, n_experts, _ = _TRACES["demo"][0]
+            whole = frame[(frame.system == "flashmoe") & (frame.slots == n_experts)]
+            seconds += [1 / speed / layers for speed in whole.tokens_per_second]
+    return {"llama": 0.0, "transformers": round(statistics.median(seconds), 5)}
+
+
+def _core_speeds(cases: Sequence[Case], layer_seconds: dict[str, float]) -> dict[str, float]:
     """Medians, by the words of `measured.kind_of` and by the first of them; a table counts once."""
     by_table: dict[str, dict[tuple[object, ...], float]] = defaultdict(dict)
     for case in cases:
         bytes_a_token = case.facts.dense_token_bytes + case.facts.touched_bytes
-        speed = bytes_a_token / case.arithmetic_seconds / case.cores
+        besides = case.facts.layers * layer_seconds[case.facts.engine]
+        speed = bytes_a_token / (case.arithmetic_seconds - besides) / case.cores
         words = measured.kind_of(case.facts, case.arithmetic).split()
         for count in range(1, len(words) + 1):
             by_table[" ".join(words[:count])][case.source, case.system] = speed
@@ -142,7 +159,7 @@ def _best(
 def _speeds(case: Case, serial_share: float, prompt_gain: float) -> Speeds:
     bytes_a_token = case.facts.dense_token_bytes + case.facts.touched_bytes
     arithmetic = bytes_a_token / case.arithmetic_seconds
-    return Speeds(arithmetic, case.drive_bytes_per_second, serial_share, prompt_gain)
+    return Speeds(arithmetic, 0.0, case.drive_bytes_per_second, serial_share, prompt_gain)
 
 
 def token_seconds(case: Case, figures: Measured, speeds: Speeds) -> float:
@@ -175,7 +192,9 @@ def _row(case: Case, others: Measured) -> dict[str, Any]:
     engine = case.facts.engine
     speeds = _speeds(case, others.serial_share[engine], others.prompt_gain[engine])
     core = measured.core_speed(others, case.facts, case.arithmetic)
-    uncalibrated = replace(speeds, arithmetic=core * case.cores)
+    uncalibrated = replace(
+        speeds, arithmetic=core * case.cores, layer_seconds=others.layer_seconds[engine]
+    )
     calibrated_tokens = 1 / token_seconds(case, others, speeds)
     plain_tokens = 1 / token_seconds(case, others, uncalibrated)
     first_seconds = first_token_seconds(case, speeds)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from flashmoe.engines.model_facts import ModelFacts
     from flashmoe.engines.llama.session import LlamaSession
+    from flashmoe.engines.model_facts import ModelFacts
 
 
 def accepts(path: str | os.PathLike[str]) -> bool:
