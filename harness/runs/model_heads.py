@@ -14,28 +14,36 @@ from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeigh
 from harness.runs import gguf_file
 
 
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """A named model in bfloat16; the file is as long as with weights, and takes no room."""
+    config = config_of(name)
+    config.save_pretrained(folder)
+    parameters = dict(RandomWeights(config, 0).model.named_parameters())
+    with open(folder / "model.safetensors", "wb") as file:
+        shapes = {key: (p.dtype, tuple(p.shape)) for key, p in parameters.items()}
+        head_bytes = file.write(header(shapes))
+        file.truncate(head_bytes + sum(p.numel() * p.element_size() for p in parameters.values()))
+    return folder
+
+
+def write_gguf(name: str, path: Path, scheme: str = quant.NONE) -> Path:
+    """A named model in this scheme; likewise."""
+    gguf_file.write(RandomWeights(config_of(name), 0), path, scheme, head_only=True)
+    return path
+
+
 @cache
 def checkpoint_facts(name: str) -> ModelFacts:
-    """Of a named model in bfloat16, as a checkpoint."""
-    config = config_of(name)
     with TemporaryDirectory() as folder:
-        path = Path(folder)
-        config.save_pretrained(path)
-        model = RandomWeights(config, 0).model
-        shapes = {key: (p.dtype, tuple(p.shape)) for key, p in model.named_parameters()}
-        with open(path / "model.safetensors", "wb") as file:
-            head = file.write(header(shapes))
-            sizes = (p.numel() * p.element_size() for p in model.parameters())
-            file.truncate(head + sum(sizes))
-        facts: ModelFacts = engines.engine_for(path).describe(path)
-    return facts
+        return _facts(write_checkpoint(name, Path(folder)))
 
 
 @cache
 def gguf_facts(name: str, scheme: str = quant.NONE) -> ModelFacts:
-    """Of a named model in a GGUF file of this scheme."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        gguf_file.write(RandomWeights(config_of(name), 0), path, scheme, head_only=True)
-        facts: ModelFacts = engines.engine_for(path).describe(path)
+        return _facts(write_gguf(name, Path(folder) / "model.gguf", scheme))
+
+
+def _facts(path: Path) -> ModelFacts:
+    facts: ModelFacts = engines.engine_for(path).describe(path)
     return facts
