@@ -45,7 +45,7 @@ _TRACES = {
 def write(folder: Path, command: str) -> None:
     """The table, and what ships with `flashmoe plan`: fitted to all rows."""
     cases = committed()
-    rows = [_row(case, fit([c for c in cases if c.source != case.source])) for case in cases]
+    rows = [judged(case, fit_to_others(cases, case)) for case in cases]
     shipped = replace(
         fit(cases),
         token_range=_ranges(cases, rows, "uncalibrated_tokens_per_second", "tokens_per_second"),
@@ -74,6 +74,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def fit_to_others(cases: Sequence[Case], row: Case) -> Measured:
+    """What the tables gave that a row is not in."""
+    return fit([case for case in cases if case.source != row.source])
+
+
 def fit(cases: Sequence[Case]) -> Measured:
     """What these rows give."""
     layer_seconds = _layer_seconds()
@@ -93,13 +98,13 @@ def fit(cases: Sequence[Case]) -> Measured:
         mine = [case for case in cases if case.facts.engine == engine]
 
         def token_error(case: Case, share: float) -> float:
-            seconds = token_seconds(case, plain, _speeds(case, share, 1.0))
+            seconds = token_seconds(case, plain, calibrated_speeds(case, share, 1.0))
             return abs(log(seconds * case.tokens_per_second))
 
         shares[engine] = _best(mine, _SHARES, token_error)
 
         def first_error(case: Case, gain: float, share: float = shares[engine]) -> float:
-            seconds = first_token_seconds(case, _speeds(case, share, gain))
+            seconds = first_token_seconds(case, calibrated_speeds(case, share, gain))
             return abs(log(seconds / case.first_token_seconds))
 
         gains[engine] = _best(mine, _GAINS, first_error)
@@ -156,7 +161,8 @@ def _best(
     return round(float(min(by_choice, key=lambda choice: by_choice[choice])), 2)
 
 
-def _speeds(case: Case, serial_share: float, prompt_gain: float) -> Speeds:
+def calibrated_speeds(case: Case, serial_share: float, prompt_gain: float) -> Speeds:
+    """With the arithmetic that rows of the same machine told."""
     bytes_a_token = case.facts.dense_token_bytes + case.facts.touched_bytes
     arithmetic = bytes_a_token / case.arithmetic_seconds
     return Speeds(arithmetic, 0.0, case.drive_bytes_per_second, serial_share, prompt_gain)
@@ -187,10 +193,10 @@ def _ranges(
     return {engine: (round(float(a), 2), round(float(b), 2)) for engine, (a, b) in ends.items()}
 
 
-def _row(case: Case, others: Measured) -> dict[str, Any]:
-    """others: what all tables but this row's gave."""
+def judged(case: Case, others: Measured) -> dict[str, Any]:
+    """A row of the table. others: what all tables but this row's gave."""
     engine = case.facts.engine
-    speeds = _speeds(case, others.serial_share[engine], others.prompt_gain[engine])
+    speeds = calibrated_speeds(case, others.serial_share[engine], others.prompt_gain[engine])
     core = measured.core_speed(others, case.facts, case.arithmetic)
     uncalibrated = replace(
         speeds, arithmetic=core * case.cores, layer_seconds=others.layer_seconds[engine]

@@ -1,4 +1,4 @@
-"""What a plan says is judged by rows that it was not fitted to, and what ships is what they gave."""
+"""A plan is judged by rows that it was not fitted to, and what ships is what all rows gave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cases() -> list[Case]:
                 "a-folder", f"servers-{number}", "ours", FACTS, "exact", "demo", share, drive, 2,
                 0.5, 1.0, 1.0, 0.2, RESIDENT,
             )  # fmt: skip
-            speeds = plan_table._speeds(case, SHARE, GAIN)
+            speeds = plan_table.calibrated_speeds(case, SHARE, GAIN)
             tokens = 1 / plan_table.token_seconds(case, figures, speeds)
             first = plan_table.first_token_seconds(case, speeds)
             made.append(replace(case, tokens_per_second=tokens, first_token_seconds=first))
@@ -49,12 +49,11 @@ def test_a_fit_finds_what_rows_were_made_with():
 def test_a_row_is_judged_by_other_tables():
     """A table whose rows were made otherwise does not hide that."""
     honest = cases()
-    odd = replace(honest[0], table="servers-odd", tokens_per_second=honest[0].tokens_per_second * 2)
-    row = plan_table._row(
-        odd, plan_table.fit([c for c in [*honest, odd] if c.source != odd.source])
-    )
+    twice = 2 * honest[0].tokens_per_second
+    odd = replace(honest[0], table="servers-odd", tokens_per_second=twice)
+    row = plan_table.judged(odd, plan_table.fit_to_others([*honest, odd], odd))
     assert row["error"] == pytest.approx(-0.5, abs=0.01)
-    summary = plan_table.summary([row, plan_table._row(honest[1], plan_table.fit(honest))])
+    summary = plan_table.summary([row, plan_table.judged(honest[1], plan_table.fit(honest))])
     assert summary["calibrated"] == "1 of 2"
 
 
