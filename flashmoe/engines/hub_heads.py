@@ -70,20 +70,20 @@ def _fetch(repository: str, home: Path, name: str) -> None:
 
 def _first_bytes(repository: str, name: str, count: int) -> tuple[bytes, int]:
     """At most `count` bytes of a file's beginning, and how many it has in all."""
-    from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub import get_session, hf_hub_url, utils
 
-    headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
+    headers = utils.build_hf_headers()  # type: ignore[attr-defined]
+    headers |= {"Range": f"bytes=0-{count - 1}"}
     # as a stream: a server that knows no ranges would send all of it
     with get_session().stream("GET", hf_hub_url(repository, name), headers=headers) as answer:
-        hf_raise_for_status(answer)
+        utils.hf_raise_for_status(answer)  # type: ignore[attr-defined]
         data = b""
         for piece in answer.iter_bytes():
             data += piece
             if len(data) >= count:
                 break
         _, _, whole = answer.headers.get("Content-Range", "").partition("/")
-        size = whole or answer.headers.get("Content-Length", len(data))
+        size = whole or answer.headers.get("Content-Length", str(len(data)))
         return data[:count], int(size)
 
 

@@ -128,5 +128,10 @@ def advised(rows: Sequence[Outlook]) -> Outlook | None:
 def resized(facts: ModelFacts, total_bytes: int) -> ModelFacts:
     """The same model in a file of so many bytes, its parts in the same proportions."""
     factor = total_bytes / facts.total_bytes
-    names = ("experts_bytes", "dense_bytes", "dense_token_bytes", "least_bytes")
-    return replace(facts, **{name: int(getattr(facts, name) * factor) for name in names})
+    return replace(
+        facts,
+        experts_bytes=int(factor * facts.experts_bytes),
+        dense_bytes=int(factor * facts.dense_bytes),
+        dense_token_bytes=int(factor * facts.dense_token_bytes),
+        least_bytes=int(factor * facts.least_bytes),
+    )
