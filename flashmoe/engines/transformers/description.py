@@ -82,9 +82,8 @@ def cache_of(config: transformers.PretrainedConfig) -> Cached:
     """
     settings: dict[str, Any] = config.get_text_config().to_dict()
     heads = settings.get("num_attention_heads") or 0
-    if settings.get("kv_lora_rank"):  # its keys and values are kept as they are multiplied by
-        nope, rope = settings.get("qk_nope_head_dim") or 0, settings.get("qk_rope_head_dim") or 0
-        values = heads * (nope + rope + (settings.get("v_head_dim") or 0))
+    if latent := settings.get("kv_lora_rank"):  # of which keys and values are made anew
+        values = latent + (settings.get("qk_rope_head_dim") or 0)
     else:
         width = settings.get("head_dim") or (settings.get("hidden_size") or 0) // max(heads, 1)
         values = 2 * (settings.get("num_key_value_heads") or heads) * width
