@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,11 +47,25 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = ()):
                     return self.say(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
                 found = _tree(folder) if rest[:1] == ["tree"] else _model(name, folder)
                 return self.say(200, json.dumps(found).encode(), body, {})
-            data = (folder / "/".join(parts[4:])).read_bytes()
+            file = folder / "/".join(parts[4:])
+            if asked := self.headers.get("Range"):
+                return self.say_range(file, asked, body)
+            data = file.read_bytes()
             size = HUGE_BYTES if ".huge." in path else len(data)
             headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(size)}
             etag = hashlib.sha1(data).hexdigest()
             return self.say(200, data, body, headers | {"ETag": f'"{etag}"'})
+
+        def say_range(self, file: Path, asked: str, body: bool) -> None:
+            """Of a file that may be larger than the memory."""
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            with open(file, "rb") as opened:
+                opened.seek(int(first))
+                data = opened.read(int(last) + 1 - int(first))
+            self.asked[-1] += f" {len(data)} bytes"
+            end = int(first) + len(data) - 1
+            of = f"bytes {first}-{end}/{file.stat().st_size}"
+            self.say(206, data, body, {"X-Repo-Commit": COMMIT, "Content-Range": of})
 
         def say(self, status: int, data: bytes, body: bool, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -74,6 +89,14 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = ()):
     return running()
 
 
+def environment(cache: Path, address: str, **more: str) -> dict[str, str]:
+    """huggingface_hub reads it when it is imported, so each use is a process of its own."""
+    others = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    own = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    quick = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "127.0.0.1"}
+    return others | own | quick | more
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
@@ -82,7 +105,9 @@ def _model(name: str, folder: Path) -> dict[str, object]:
     return {
         "id": name, "modelId": name, "sha": COMMIT, "private": False, "gated": False,
         "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-        "siblings": [{"rfilename": file} for file in _names(folder)],
+        "siblings": [
+            {"rfilename": file, "size": (folder / file).stat().st_size} for file in _names(folder)
+        ],
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ accepts(path)                    does the engine run what lies there?
 load(path, *, memory, ...)       a model as its users know it, with `.flashmoe` beside it
 open_session(path, prompts, ...) prompts and the model that continues them (`session.Session`)
 verify(path, progress)           read every byte and check it; what was right, in one line
+describe(path)                   what the model takes (`model_facts.ModelFacts`), from headers alone
 serve(path, settings, watch)     answer requests until told to end (`serving.ServeSettings`)
 
 `engine_for` finds the one that takes a path, `hub.on_disk` what a name stands for.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from flashmoe import local_models
 from flashmoe.disk.files import check_room
@@ -16,6 +17,15 @@ from flashmoe.errors import FlashMoEError
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(:(?P<file>[^:]+\.gguf))?")
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _NEEDED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")  # of a checkpoint
+
+
+class Listed(NamedTuple):
+    """The files of the model that a name means."""
+
+    repository: str
+    file: str | None  # of a repository of GGUF files the one that is meant
+    names: list[str]
+    folder: Path | None  # where they lie, if the hub cannot be reached
 
 
 def is_name(path: str | os.PathLike[str]) -> bool:
@@ -35,17 +45,14 @@ def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     is_free = revision is None and not os.path.lexists(path)
     if is_free and (kept := local_models.find(os.fspath(path))):
         return kept
-    name = _NAME.fullmatch(os.fspath(path))
-    if name is None or not is_name(path):
+    if not is_name(path):
         if revision is not None:
             raise FlashMoEError(f"revision {revision!r}: {path} is no name on the hub")
         return Path(path)
-    repository, file = name["repository"], name["file"]
     from huggingface_hub import constants, snapshot_download
 
-    with _told(os.fspath(path), revision):
-        listed, folder = _files(repository, revision, file or "config.json")
-        wanted = _checkpoint(repository, listed) if file is None else _gguf(file, listed)
+    with told(os.fspath(path), revision):
+        repository, file, wanted, folder = listed(path, revision)
         if folder is None:
             planned = snapshot_download(
                 repository, revision=revision, allow_patterns=wanted, dry_run=True
@@ -56,16 +63,42 @@ def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     return folder if file is None else folder / file
 
 
-def _files(repository: str, revision: str | None, sought: str) -> tuple[list[str], Path | None]:
-    """Every file of a repository; where the hub cannot be reached, those in the cache, and where.
+def listed(path: str | os.PathLike[str], revision: str | None = None) -> Listed:
+    """The files that a name on the hub means. To be called within `told`."""
+    name = _NAME.fullmatch(os.fspath(path))
+    assert name
+    repository, file = name["repository"], name["file"]
+    present, folder = _files(repository, revision, file or "config.json")
+    wanted = _checkpoint(repository, present) if file is None else _gguf(file, present)
+    return Listed(repository, file, wanted, folder)
+
+
+def gguf_sizes(repository: str) -> dict[str, int]:
+    """Bytes of each GGUF model in a repository, by its first file; none beside a checkpoint.
+
+    Raises FlashMoEError where the hub does not tell.
+    """
+    with told(repository):
+        sizes, _ = _files(repository, None, "*")
+        if _is_checkpoint(sizes):
+            return {}
+        models = _ggufs(sizes)
+        first = [name for name in models if not (p := _PART.search(name)) or "-00001-of-" in p[0]]
+        return {name: sum(sizes[part] for part in _gguf(name, models)) for name in first}
+
+
+def _files(
+    repository: str, revision: str | None, sought: str
+) -> tuple[dict[str, int], Path | None]:
+    """Bytes of every file of a repository; without the hub, of those in the cache, and where.
 
     sought: one of them, without which the cache is of no use.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        found = HfApi().model_info(repository, revision=revision)
-        return [sibling.rfilename for sibling in found.siblings or []], None
+        found = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in found.siblings or []}, None
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
             raise
@@ -76,38 +109,44 @@ def _files(repository: str, revision: str | None, sought: str) -> tuple[list[str
             repository, revision=revision, local_files_only=True, allow_patterns=[sought]
         )
     )
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()], folder
+    present = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in present}, folder
 
 
-def _checkpoint(repository: str, listed: list[str]) -> list[str]:
+def _checkpoint(repository: str, present: Collection[str]) -> list[str]:
     """The files of a checkpoint; folders hold the same weights in other forms."""
-    if "config.json" in listed and any(_is_weights(name) for name in listed):
-        return [name for name in listed if "/" not in name and name.endswith(_NEEDED)]
-    ggufs = [name for name in listed if name.endswith(".gguf") and "mmproj" not in name]
-    if ggufs:
+    if _is_checkpoint(present):
+        return [name for name in present if "/" not in name and name.endswith(_NEEDED)]
+    if ggufs := _ggufs(present):
         raise FlashMoEError(
             f"{repository} holds GGUF files: name one, such as {repository}:{ggufs[0]}"
         )
     raise FlashMoEError(f"{repository} holds no safetensors with a config.json, and no GGUF file")
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name
+def _is_checkpoint(present: Collection[str]) -> bool:
+    weights = (name.endswith(".safetensors") and "/" not in name for name in present)
+    return "config.json" in present and any(weights)
 
 
-def _gguf(file: str, listed: list[str]) -> list[str]:
+def _ggufs(present: Collection[str]) -> list[str]:
+    """Those that hold a model that reads and writes text."""
+    return [name for name in present if name.endswith(".gguf") and "mmproj" not in name]
+
+
+def _gguf(file: str, present: Collection[str]) -> list[str]:
     """A GGUF file with all its parts."""
-    if file not in listed:
-        others = ", ".join(name for name in listed if name.endswith(".gguf")) or "none"
+    if file not in present:
+        others = ", ".join(name for name in present if name.endswith(".gguf")) or "none"
         raise FlashMoEError(f"there is no {file}; its GGUF files: {others}")
     if part := _PART.search(file):
         stem = file[: part.start()]
-        return [n for n in listed if n.startswith(stem) and n.endswith(f"-of-{part[1]}.gguf")]
+        return [n for n in present if n.startswith(stem) and n.endswith(f"-of-{part[1]}.gguf")]
     return [file]
 
 
 @contextmanager
-def _told(path: str, revision: str | None) -> Iterator[None]:
+def told(path: str, revision: str | None = None) -> Iterator[None]:
     """What huggingface_hub raises within becomes one sentence."""
     from huggingface_hub import errors
 

@@ -109,5 +109,5 @@ def note(table: str) -> str:
 
 
 def evidence(table: str) -> str:
-    """How its figures came about, the first word of its note: measured, replayed or recorded."""
+    """How its figures came about, the first word of its note: measured, replayed, ..."""
     return note(table).split(maxsplit=1)[0].strip(".,:").lower()

@@ -15,9 +15,11 @@ from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeigh
 _KINDS = {quant.NONE: "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
-def write(source: RandomWeights, path: Path, scheme: str = quant.NONE) -> None:
+def write(
+    source: RandomWeights, path: Path, scheme: str = quant.NONE, *, head_only: bool = False
+) -> None:
     """As `flashmoe.engines.llama.files.writer`; scheme: one of ours, or one of its own."""
-    writer.write(source, path, _KINDS.get(scheme, scheme))
+    writer.write(source, path, _KINDS.get(scheme, scheme), head_only=head_only)
 
 
 def embeddings_in_file(embeddings: torch.Tensor, scheme: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
+from hub_server import environment
 from tiny import make_checkpoint
 
 import flashmoe
@@ -30,14 +31,6 @@ for name in sys.argv[1:]:
     except FlashMoEError as error:
         print("refused:", error)
 """
-
-
-def environment(cache: Path, address: str, **more: str) -> dict[str, str]:
-    """huggingface_hub reads it when it is imported, so each use is a process of its own."""
-    others = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    own = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    quick = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "127.0.0.1"}
-    return others | own | quick | more
 
 
 def find(cache: Path, address: str, *names: str, **more: str) -> list[str]:

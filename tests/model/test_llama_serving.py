@@ -211,7 +211,7 @@ def test_flags_behind_the_back_of_the_command_are_refused(word):
 def test_the_context_is_what_memory_allows(gguf_files):
     heads = [read_head(tensor_library.find(), gguf_files())]
     # keys and values of 64 numbers for each of 4 heads, in 4 layers
-    assert context_size.token_bytes(heads) == 4 * 4 * (64 + 64) * 2
+    assert kv_cache.of_token(heads).bytes_at_most == 4 * 4 * (64 + 64) * 2
     assert context_size.choose(heads, 8 << 30).tokens == 2048  # as it was trained
     long = [replace(heads[0], sizes=heads[0].sizes | {"context_length": 131072})]
     room = context_size.choose(long, 512 << 20)

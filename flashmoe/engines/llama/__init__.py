@@ -12,6 +12,7 @@ from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
     from flashmoe.engines.llama.session import LlamaSession
+    from flashmoe.engines.model_facts import ModelFacts
     from flashmoe.engines.serving import ServeSettings, Watch
 
 
@@ -67,6 +68,14 @@ def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -
     with _installed(path, "server"):
         from flashmoe.engines.llama import serving
     return serving.serve(Path(path), settings, watch)
+
+
+def describe(path: str | os.PathLike[str]) -> ModelFacts:
+    """As `description.describe`, by whichever library of llama.cpp is installed."""
+    with _installed(path):
+        from flashmoe.engines.llama import tensor_library
+        from flashmoe.engines.llama.description import describe as describe_file
+    return describe_file(tensor_library.find(), Path(path))
 
 
 @contextmanager

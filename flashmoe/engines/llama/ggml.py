@@ -33,6 +33,7 @@ _SIGNATURES = {
     "ggml_get_tensor": (c_void_p, [c_void_p, c_char_p]),
     "ggml_nbytes": (c_size_t, [c_void_p]),
     "ggml_type_size": (c_size_t, [c_int]),
+    "ggml_type_name": (c_char_p, [c_int]),
     "ggml_validate_row_data": (c_bool, [c_int, c_void_p, c_size_t]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
@@ -116,6 +117,11 @@ class GGML:
 
     def name_of(self, tensor: int) -> str:
         return ctypes.string_at(tensor + self.layout.name).decode(errors="replace")
+
+    def type_name(self, kind: int) -> str:
+        """Of a tensor's format, in lower case: q4_k."""
+        name: bytes = self.library.ggml_type_name(kind)
+        return name.decode().lower()
 
     def shape_of(self, tensor: int) -> tuple[int, int]:
         """(rows, elements of each) of a matrix, or of all rows of a tensor."""

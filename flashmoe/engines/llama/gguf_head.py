@@ -16,8 +16,9 @@ from flashmoe.errors import FlashMoEError
 _STRING, _ARRAY = 8, 9  # types of settings
 # Settings of a model that are numbers, without the architecture's name before them.
 _SIZES = (
-    "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
-    "attention.key_length", "attention.value_length",
+    "context_length", "block_count", "embedding_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.sliding_window", "attention.kv_lora_rank", "rope.dimension_count",
 )  # fmt: skip
 _INTEGERS = {
     0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16,

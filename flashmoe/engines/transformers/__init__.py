@@ -7,6 +7,7 @@ engine       what takes over its experts modules
 checkpoints  models on disk
 model        a model without its experts
 experts      the arithmetic of experts
+description  what a model takes, before it is loaded
 session      prompts, and the model that continues them
 prompting    prompts as token ids
 recorder     which experts a model chooses
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashmoe.engines.model_facts import ModelFacts
     from flashmoe.engines.serving import ServeSettings, Watch
     from flashmoe.engines.transformers.session import TransformersSession
 
@@ -63,3 +65,10 @@ def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -
     from flashmoe.engines.transformers.serving import server
 
     return server.serve(path, settings, watch)
+
+
+def describe(path: str | os.PathLike[str]) -> ModelFacts:
+    """As `description.describe`."""
+    from flashmoe.engines.transformers.description import describe as describe_checkpoint
+
+    return describe_checkpoint(Path(path))

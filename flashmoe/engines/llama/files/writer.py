@@ -84,13 +84,15 @@ def write(
     split_bytes: int = 0,
     first_part_empty: bool = False,
     fuse: bool = False,
+    head_only: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[Path]:
     """Write `path`, or its parts "-00001-of-0000N" beside it; returns what was written, in order.
 
     quantise: see `quantisation.recipe`. split_bytes: of tensors, at most, in one part, unless one
     is larger; 0 is one file. first_part_empty: a split file's first part has settings only.
-    fuse: gate and up are one tensor. Memory is bounded by a few experts.
+    fuse: gate and up are one tensor. head_only: all else is a hole. Memory is bounded by a few
+    experts.
     Raises FlashMoEError for a family or a quantisation that cannot be written, a path that is
     taken, and a disk too small.
     """
@@ -102,7 +104,7 @@ def write(
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_room(path, path.name, total)
+        check_room(path, path.name, 0 if head_only else total)
         partial.mkdir()
         writer = gguf.GGUFWriter(
             partial / path.name,
@@ -117,7 +119,7 @@ def write(
         done = 0
         with ExitStack() as stack:
             places = _write_heads(writer, stack)
-            for count in _write_tensors(source, architecture, places, fuse):
+            for count in () if head_only else _write_tensors(source, architecture, places, fuse):
                 done += count
                 progress(done, total)
             for descriptor in {place.descriptor for place in places.values()}:

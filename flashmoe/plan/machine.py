@@ -1,0 +1,124 @@
+"""What this machine has: free memory and cores, and how fast memory and drive are, measured."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe.disk.direct_io import (
+    ALIGNMENT_BYTES,
+    aligned_memory,
+    drop_page_cache,
+    open_direct,
+    read_all,
+)
+from flashmoe.disk.files import check_room
+from flashmoe.errors import reading
+from flashmoe.memory import free_memory
+from flashmoe.reading.base import PIECE_BYTES, READERS
+from flashmoe.util.sizes import format_bytes
+
+DRIVE_SECONDS, MEMORY_SECONDS = 1.5, 0.4
+_TEST_FILE_BYTES = 256 << 20
+_SWEEP_BYTES = 64 << 20  # of memory a core, at a time: more than its caches hold
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know; speeds in bytes a second."""
+
+    available_bytes: int  # of memory, for this process, by the machine and its cgroups
+    cores: int
+    memory_bytes_per_second: float
+    drive_bytes_per_second: float
+    drive_measured_on: str
+
+
+def measure(path: Path | None, piece_bytes: int, folder: Path) -> Machine:
+    """path: a file of the drive that will be read, None: a temporary one in `folder` is written.
+
+    piece_bytes: of one expert. Raises FlashMoEError where a file cannot be read or written.
+    """
+    if path:
+        on = path.name
+        drive = drive_speed(path, piece_bytes)
+    else:
+        on = f"a temporary file of {format_bytes(_TEST_FILE_BYTES)} in {folder}"
+        with _test_file(folder) as temporary:
+            drive = drive_speed(temporary, piece_bytes)
+    cores = len(os.sched_getaffinity(0))
+    return Machine(free_memory.available_bytes(), cores, memory_speed(cores), drive, on)
+
+
+def drive_speed(path: Path, piece_bytes: int, seconds: float = DRIVE_SECONDS) -> float:
+    """Bytes a second of random reads past the page cache, as many at once as the engines have.
+
+    It ends early when as much was read as the file has. Raises FlashMoEError where it fails.
+    """
+    piece = min(piece_bytes, PIECE_BYTES, path.stat().st_size)
+    piece = max(piece // ALIGNMENT_BYTES * ALIGNMENT_BYTES, ALIGNMENT_BYTES)
+    count = max(path.stat().st_size // piece, 1)
+    with reading(path):
+        descriptor, _ = open_direct(path, os.O_RDONLY)
+        ends = time.perf_counter() + seconds
+
+        def read(numbers: list[int]) -> int:
+            memory, done = memoryview(aligned_memory(piece)), 0
+            for number in numbers:
+                if time.perf_counter() > ends:
+                    break
+                needed = min(piece, path.stat().st_size - number * piece)
+                read_all(descriptor, memory, needed, number * piece)
+                done += needed
+            return done
+
+        order = list(range(count))
+        random.Random(0).shuffle(order)
+        try:
+            drop_page_cache(descriptor)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(READERS) as threads:
+                done = sum(threads.map(read, (order[i::READERS] for i in range(READERS))))
+            return done / (time.perf_counter() - started)
+        finally:
+            os.close(descriptor)
+
+
+def memory_speed(cores: int, seconds: float = MEMORY_SECONDS) -> float:
+    """Bytes a second that all cores together read of memory."""
+    words = [np.ones(_SWEEP_BYTES // 8, np.int64) for _ in range(cores)]
+    ends = time.perf_counter() + seconds
+
+    def sweep(mine: np.ndarray) -> int:
+        done = 0
+        while time.perf_counter() < ends:
+            np.bitwise_xor.reduce(mine)
+            done += mine.nbytes
+        return done
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(cores) as threads:
+        done = sum(threads.map(sweep, words))
+    return done / (time.perf_counter() - started)
+
+
+@contextmanager
+def _test_file(folder: Path) -> Iterator[Path]:
+    """A file of random bytes on the drive, removed afterwards."""
+    folder = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    check_room(folder, "a file to measure the drive with", _TEST_FILE_BYTES)
+    with reading(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".flashmoe-") as file:
+        for _ in range(_TEST_FILE_BYTES >> 20):
+            file.write(os.urandom(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        yield Path(file.name)

@@ -1,0 +1,137 @@
+"""What to expect of a model on a machine, for a few budgets of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import NamedTuple
+
+from flashmoe.engines.model_facts import ModelFacts
+from flashmoe.memory import free_memory
+from flashmoe.plan import formula, measured
+from flashmoe.plan.formula import Speeds
+from flashmoe.plan.machine import Machine
+from flashmoe.plan.measured import Measured
+
+SHARES = (0.15, 0.25, 0.4, 0.6, 1.0)  # of all experts, beside what "auto" would take
+AUTO = "auto"
+_GOOD_ENOUGH = 0.95  # of the best speed, for which a smaller budget is advised
+
+
+class Between(NamedTuple):
+    """What is expected, and between what eight of ten measured runs lay."""
+
+    expected: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a budget brings."""
+
+    budget: str  # "auto", or a share of all experts
+    memory_bytes: int  # for experts
+    share: float  # of the experts that this holds
+    fits: bool  # beside the rest of the model, in memory that is free now
+    hit_rate: Between
+    tokens_per_second: Between
+    first_token_seconds: Between
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the model is to do."""
+
+    context_tokens: int
+    prompt_tokens: int
+    arithmetic: str = "exact"
+
+
+def speeds_of(facts: ModelFacts, machine: Machine, request: Request, figures: Measured) -> Speeds:
+    """How fast this machine should run the model's engine: cores multiply, memory brings."""
+    cores = machine.cores * measured.core_speed(figures, facts, request.arithmetic)
+    return Speeds(
+        arithmetic=min(cores, machine.memory_bytes_per_second),
+        layer_seconds=figures.layer_seconds[facts.engine],
+        drive=machine.drive_bytes_per_second,
+        serial_share=figures.serial_share[facts.engine],
+        prompt_gain=figures.prompt_gain[facts.engine],
+    )
+
+
+def outlooks(
+    facts: ModelFacts, machine: Machine, request: Request, figures: Measured
+) -> list[Outlook]:
+    """Of each share of the experts that the engine can run in, and of "auto" where that fits."""
+    free = _auto_bytes(facts, machine, request)
+    budgets = [
+        (f"{share:.0%}", int(share * facts.experts_bytes))
+        for share in SHARES
+        if share * facts.experts_bytes >= facts.least_bytes
+    ]
+    if free >= facts.least_bytes:
+        budgets.append((AUTO, min(free, facts.experts_bytes)))
+    return [
+        _outlook(facts, machine, request, figures, name, memory_bytes, memory_bytes <= free)
+        for name, memory_bytes in budgets
+    ]
+
+
+def _auto_bytes(facts: ModelFacts, machine: Machine, request: Request) -> int:
+    """What memory="auto" would give the experts; none or less: the rest does not fit."""
+    cache_bytes = facts.cache_bytes(request.context_tokens)
+    reserve = max(facts.reserve_bytes, int(machine.available_bytes * free_memory.RESERVE_SHARE))
+    beside_bytes = facts.dense_bytes + facts.beside_bytes + cache_bytes + reserve
+    return machine.available_bytes - beside_bytes
+
+
+def _outlook(
+    facts: ModelFacts,
+    machine: Machine,
+    request: Request,
+    figures: Measured,
+    name: str,
+    memory_bytes: int,
+    fits: bool,
+) -> Outlook:
+    share = memory_bytes / facts.experts_bytes
+    rates = [curve.at(share) for curve in measured.curves_for(figures, facts)]
+    hit_rate = Between(fmean(rates), min(rates), max(rates))
+    speeds = speeds_of(facts, machine, request, figures)
+    expected, low, high = (1 / formula.token_seconds(facts, rate, speeds) for rate in hit_rate)
+    below, above = figures.token_range[facts.engine]
+    first = formula.first_token_seconds(facts, request.prompt_tokens, speeds)
+    sooner, later = figures.first_token_range[facts.engine]
+    return Outlook(
+        budget=name,
+        memory_bytes=memory_bytes,
+        share=share,
+        fits=fits,
+        hit_rate=hit_rate,
+        tokens_per_second=Between(
+            expected, min(low * below, expected), max(high * above, expected)
+        ),
+        first_token_seconds=Between(first, min(first, first * sooner), max(first, first * later)),
+    )
+
+
+def advised(rows: Sequence[Outlook]) -> Outlook | None:
+    """The smallest budget that is nearly as fast as the best that fits; None: none does."""
+    fitting = [row for row in rows if row.fits]
+    best = max((row.tokens_per_second.expected for row in fitting), default=0.0)
+    good = [row for row in fitting if row.tokens_per_second.expected >= _GOOD_ENOUGH * best]
+    return min(good, key=lambda row: (row.memory_bytes, row.budget != AUTO), default=None)
+
+
+def resized(facts: ModelFacts, total_bytes: int) -> ModelFacts:
+    """The same model in a file of so many bytes, its parts in the same proportions."""
+    factor = total_bytes / facts.total_bytes
+    return replace(
+        facts,
+        experts_bytes=int(factor * facts.experts_bytes),
+        dense_bytes=int(factor * facts.dense_bytes),
+        dense_token_bytes=int(factor * facts.dense_token_bytes),
+        least_bytes=int(factor * facts.least_bytes),
+    )
