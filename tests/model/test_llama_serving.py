@@ -19,7 +19,7 @@ import pytest
 from command_line import refused
 
 from flashmoe.cli import serve
-from flashmoe.engines.llama import context_size, tensor_library
+from flashmoe.engines.llama import context_size, kv_cache, tensor_library
 from flashmoe.engines.llama.gguf_head import read_head
 from flashmoe.engines.llama.hosts import flags
 from flashmoe.errors import FlashMoEError
