@@ -13,7 +13,7 @@ from flashmoe.engines.base import Engine
 from flashmoe.engines.stats import Stats
 from flashmoe.monitor.tokens import tokens_served
 
-# By name without the prefix: an attribute of `Stats`, and what it is. A counter's name gets `_total`.
+# By name, without prefix and a counter's `_total`: an attribute of `Stats`, and what it is.
 _COUNTERS = {
     "expert_hits": ("hits", "Experts that were resident when a step needed them"),
     "expert_misses": ("misses", "Experts that were not"),

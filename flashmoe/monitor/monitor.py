@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from flashmoe.monitor.sampler import Sampler
 
+_LIBRARIES = ("prometheus_client", "starlette", "uvicorn")
 _PAGE = Path(__file__).parent / "page"
 _PATIENCE_SECONDS = 5.0  # for the thread's end
 _AGAIN_SECONDS = 0.5  # between two looks for a model
@@ -37,9 +39,8 @@ class Monitor:
         Raises FlashMoEError where the libraries of the `server` extra are not installed.
         """
         try:
-            import prometheus_client  # noqa: F401
-            import starlette
-            import uvicorn
+            for library in _LIBRARIES:
+                import_module(library)
         except ImportError as error:
             raise FlashMoEError(
                 f"{error.name} is not installed: pip install 'flashmoe-ssd[server]'"

@@ -14,8 +14,8 @@ from flashmoe.policies.parts import compiled
 # Top to bottom. A folder, or a file beside the folders, imports only from those below it.
 # `flashmoe` is the package's own __init__.py.
 ORDER = (
-    "__main__", "cli", "monitor", "flashmoe", "engines", "train", "residency", "reading", "memory", "cache",
-    "policies", "store", "quant", "kernels", "trace", "events", "disk", "util", "errors",
+    "__main__", "cli", "monitor", "flashmoe", "engines", "train", "residency", "reading", "memory",
+    "cache", "policies", "store", "quant", "kernels", "trace", "events", "disk", "util", "errors",
 )  # fmt: skip
 
 MACHINE_CODE = "flashmoe.util.machine_code"

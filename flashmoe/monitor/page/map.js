@@ -1,7 +1,8 @@
 // The map of layers by experts: a cell is an expert, which lights up and fades.
 
 const RESIDENT = 1, ARRIVED = 2, LEFT = 4, USES = 3; // a cell's bits, as the server packs them
-const FADE = 0.6; // of a light, from one frame to the next
+const COLOURS = ["--used", "--read", "--left"], USED = 0, READ = 1, GONE = 2;
+const FADE = 0.55; // of a light, from one frame to the next
 const LABELS_PIXELS = 26, MOST_CELL_PIXELS = 18;
 
 export class ExpertMap {
@@ -23,7 +24,8 @@ export class ExpertMap {
     const total = this.firsts.at(-1);
     this.state = new Uint8Array(total);
     this.total = new Float64Array(total);
-    this.lights = [new Float32Array(total), new Float32Array(total), new Float32Array(total)]; // used, read, left
+    this.light = new Float32Array(total); // of what happened last, 0 to 1
+    this.last = new Uint8Array(total); // what that was
     this.cells.width = Math.max(...layers);
     this.cells.height = layers.length;
     this.pointed = null;
@@ -33,14 +35,12 @@ export class ExpertMap {
 
   take(packed) {
     const bytes = atob(packed);
-    const [used, read, left] = this.lights;
     for (let i = 0; i < this.state.length; i++) {
       const cell = bytes.charCodeAt(i);
       this.state[i] = cell & RESIDENT;
       this.total[i] += cell >> USES;
-      used[i] = cell >> USES ? 1 : used[i] * FADE;
-      read[i] = cell & ARRIVED ? 1 : read[i] * FADE;
-      left[i] = cell & LEFT ? 1 : left[i] * FADE;
+      this.light[i] = cell >> USES || cell & (ARRIVED | LEFT) ? 1 : this.light[i] * FADE;
+      if (this.light[i] === 1) this.last[i] = cell & LEFT ? GONE : cell & ARRIVED ? READ : USED;
     }
     this.draw();
     this.tell();
@@ -78,16 +78,15 @@ export class ExpertMap {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => rgb(style.getPropertyValue(name).trim());
     const absent = colour("--absent"), resident = colour("--resident"), card = colour("--card");
-    const over = [colour("--used"), colour("--read"), colour("--left")];
+    const over = COLOURS.map(colour);
     const context = this.cells.getContext("2d");
     const image = context.createImageData(this.cells.width, this.cells.height);
     for (let y = 0; y < this.layers.length; y++) {
       for (let x = 0; x < this.cells.width; x++) {
         const i = this.firsts[y] + x;
-        let mixed = x >= this.layers[y] ? card : this.state[i] ? resident : absent;
-        if (x < this.layers[y])
-          for (let light = 0; light < 3; light++) mixed = mix(mixed, over[light], this.lights[light][i]);
-        image.data.set([...mixed, 255], 4 * (y * this.cells.width + x));
+        const isExpert = x < this.layers[y], still = this.state[i] ? resident : absent;
+        const painted = isExpert ? mix(still, over[this.last[i]], this.light[i]) : card;
+        image.data.set([...painted, 255], 4 * (y * this.cells.width + x));
       }
     }
     context.putImageData(image, 0, 0);

@@ -11,7 +11,8 @@ const mega = (bytes) => (bytes == null ? "–" : number(bytes / 1e6));
 
 function size(bytes) {
   const gibi = bytes >= 2 ** 30;
-  return `${number(bytes / 2 ** (gibi ? 30 : 20))} ${gibi ? "GiB" : "MiB"}`;
+  const value = bytes / 2 ** (gibi ? 30 : 20);
+  return `${Number.isInteger(value) ? value : number(value)} ${gibi ? "GiB" : "MiB"}`;
 }
 
 function figure(id, value, unit) {
@@ -40,6 +41,7 @@ const TICKS = {
   read_chart: (value) => `${Math.round(value / 1e6)} MB/s`,
   memory_chart: (value) => size(value),
 };
+const INCREMENTS = { memory_chart: Array.from({ length: 30 }, (_, i) => 2 ** (17 + i)) };
 let points = [], charts = {};
 
 function newChart(id) {
@@ -54,8 +56,8 @@ function newChart(id) {
         y: { range: (_, low, high) => (id === "hit_chart" ? [0, 1] : [0, (high || 1) * 1.08]) },
       },
       axes: [
-        { ...axis, size: 24, space: 80, values: (_, ticks) => ticks.map((at) => new Date(1000 * at).toLocaleTimeString()) },
-        { ...axis, size: 64, space: 34, values: (_, ticks) => ticks.map(TICKS[id]) },
+        { ...axis, size: 24, space: 80, values: (_, ticks) => ticks.map((at) => new Date(1000 * at).toLocaleTimeString([], { hourCycle: "h23" })) },
+        { ...axis, size: 64, space: 34, incrs: INCREMENTS[id], values: (_, ticks) => ticks.map(TICKS[id]) },
       ],
       series: [{}, ...LINES[id].map(([, name], i) => ({
         stroke: () => colour(name), width: i ? 1.25 : 2, dash: i ? [5, 4] : undefined, points: { show: false },
@@ -103,6 +105,8 @@ function begin(told) {
     `${told.decode_tokens} tokens count as prompts. The drive's best is the highest rate, while it read, that was seen here: ` +
     "the drive may be able to do more. The map is looked at " +
     `${Math.round(1 / told.interval_seconds)} times a second: what came and went in between is not on it.`;
+  $("main").hidden = false;
+  $("empty").hidden = true;
   map.begin(told.layers);
   for (const id in charts) charts[id].destroy();
   points = [];
