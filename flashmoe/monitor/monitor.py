@@ -131,8 +131,8 @@ class Monitor:
         if refusal := self._refusal(request):
             return refusal
         sampler, accept = self._sampler, request.headers.get("accept", "")
-        known = (sampler.engine, sampler.name) if sampler else (None, "")
-        body, content_type = exposition(*known, accept)
+        engine, name = (sampler.engine, sampler.name) if sampler else (None, "")
+        body, content_type = exposition(engine, name, accept)
         return Response(body, headers={"Content-Type": content_type})
 
     async def _events(self, request: Request) -> Response:
