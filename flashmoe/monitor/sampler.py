@@ -23,6 +23,7 @@ HISTORY_SECONDS = 300  # a point each second
 # Passes of more tokens count as prompts: several conversations may decode in one.
 DECODE_TOKENS = 16
 _BUSY_SHARE = 0.05  # of a window; of less, the drive's speed is not taken
+_SMALL_CHANGE = 0.05  # of the budget; shadow caches begin anew only after a larger one
 # Of a cell of the map: bits, and above them how many tokens used the expert.
 RESIDENT, ARRIVED, LEFT, USES = 1, 2, 4, 3
 _MOST_USES = 31
@@ -85,9 +86,10 @@ class Sampler:
         self._passes = Passes(self.engine.manifest.top_k)
         self._shadows: Shadows | None = None
         self._moments: deque[_Moment] = deque()
-        self._resident = self._residents() if self.engine.residency.pools.all else None
         self._decoded = self._prompted = 0
-        self.engine.watch_choices(True)
+        with self.engine.lock:
+            self._resident = self._residents() if self.engine.residency.pools.all else None
+            self.engine.watch_choices(True)
 
     def _residents(self) -> np.ndarray:
         """[experts of all layers] bool; not without the engine's lock."""
@@ -172,7 +174,8 @@ class Sampler:
         }
 
     def _replay(self, passes: Sequence[Pass], stats: Stats) -> dict[str, Any] | None:
-        if self._shadows is None or stats.memory_bytes != self._shadows.memory_bytes:
+        known = self._shadows.memory_bytes if self._shadows else 0
+        if self._shadows is None or abs(stats.memory_bytes - known) > _SMALL_CHANGE * known:
             self._shadows = Shadows(self.engine)
         self._shadows.add(passes)
         self._shadows.take_turn()

@@ -135,6 +135,7 @@ class Shadows:
         """For the page. share: of the tokens that are not waiting any more."""
         tokens = self.replayed_tokens + self.left_out_tokens
         return {
+            "memory_bytes": self.memory_bytes,
             "layers": sum(map(len, self._spans)),
             "share": self.replayed_tokens / tokens if tokens else None,
             "budgets": [shadow.as_dict() for shadow in self.all],

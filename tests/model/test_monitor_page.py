@@ -74,7 +74,7 @@ READY = "() => parseFloat(document.querySelector('#tokens').textContent) > 0"
 
 
 @pytest.mark.parametrize(
-    "page", [("light", 1200), ("dark", 1200), ("light", 400)], indirect=True, ids=str
+    "page", [("light", 1200), ("dark", 400)], indirect=True, ids=str
 )
 def test_the_map_and_the_figures_change_while_a_model_generates(page, demo):
     with Monitor("127.0.0.1", 0, None) as monitor:
@@ -86,7 +86,7 @@ def test_the_map_and_the_figures_change_while_a_model_generates(page, demo):
         assert page.inner_text("#model") == "demo"
         assert page.inner_text("#state") == "live"
         pictures, texts = set(), {name: set() for name in ("hit_rate", "tokens", "read")}
-        for _ in range(8):
+        for _ in range(6):
             pictures.add(page.evaluate(PIXELS))
             for name, seen in texts.items():
                 seen.add(page.inner_text(f"#{name}"))

@@ -133,10 +133,11 @@ function show(told) {
   figure("memory", size(now.resident_bytes), `of ${size(now.memory_bytes)}`);
   $("memory_note").textContent = `${percent(now.resident_bytes / now.memory_bytes)} of the budget` +
     (now.lost_events ? ` · ${now.lost_events} events were too many to look at` : "");
-  if (told.shadows) budgets(told.shadows, now.memory_bytes);
+  if (told.shadows) budgets(told.shadows);
 }
 
-function budgets(shadows, present) {
+function budgets(shadows) {
+  const present = shadows.memory_bytes;
   $("budgets").replaceChildren(...shadows.budgets.map((one) => {
     const row = document.createElement("li");
     const cell = (name, text = "") => {
