@@ -30,7 +30,8 @@ _AGAIN_SECONDS = 0.5  # between two looks for a model
 class Monitor:
     """Shows one engine, whichever it is, while it is used as a context manager.
 
-    Before there is a model the page says so. While nobody looks at it, nothing runs.
+    Before there is a model the page says so. While nobody looks, the engine keeps
+    nothing for it.
     """
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:

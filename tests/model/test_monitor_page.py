@@ -73,9 +73,7 @@ def says(name: str, pattern: str) -> str:
 READY = "() => parseFloat(document.querySelector('#tokens').textContent) > 0"
 
 
-@pytest.mark.parametrize(
-    "page", [("light", 1200), ("dark", 400)], indirect=True, ids=str
-)
+@pytest.mark.parametrize("page", [("light", 1200), ("dark", 400)], indirect=True, ids=str)
 def test_the_map_and_the_figures_change_while_a_model_generates(page, demo):
     with Monitor("127.0.0.1", 0, None) as monitor:
         page.goto(monitor.url)
