@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ from flashmoe.memory import free_memory
 from flashmoe.reading.base import Reader
 from flashmoe.reading.read_queue import Span
 from flashmoe.residency import budget
+from flashmoe.residency.choice_log import Choice
 from flashmoe.residency.pools import NewArena
 from flashmoe.residency.residency import Residency
 from flashmoe.util import forks
@@ -29,6 +30,7 @@ class Engine:
     kernels: Mapping[str, str] = MappingProxyType({})
     beside_bytes = 0  # what a prompt takes besides, which memory="auto" leaves free
     prefetch_layers = 0  # layers whose experts can be guessed
+    waiting_requests: Callable[[], int] | None = None  # of a server before it that has a queue
 
     def __init__(
         self,
@@ -122,6 +124,16 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """`snapshot` as a dict, for JSON; `Stats` says what each entry means."""
         return self.snapshot().as_dict()
+
+    def watch_choices(self, wanted: bool) -> None:
+        """Keep what layers choose for `take_choices` from now on, or nothing more."""
+        with self.lock:
+            self.residency.routing.log.want(wanted)
+
+    def take_choices(self) -> list[Choice]:
+        """What layers chose since the last call, in order."""
+        with self.lock:
+            return self.residency.routing.log.take()
 
     def record_spans(self) -> list[Span]:
         """A list that from now on gets every read and computation: (what, start, end) in seconds.

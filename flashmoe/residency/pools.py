@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache
@@ -70,6 +70,17 @@ class Pools:
         else:
             scope = Scope(layers[number].n_experts, top_k, 1, number, depth)
         return self.policy(scope, min(n_slots, scope.n_keys))
+
+    def caches_at(self, memory_bytes: int, numbers: Iterable[int]) -> list[ExpertCache] | None:
+        """Empty caches as these pools would have them at another budget.
+
+        None where layers would begin or cease to share one. Raises FlashMoEError for a budget
+        that is too small.
+        """
+        slots = self._divide(memory_bytes)
+        if slots.shared != self.slots.shared:
+            return None
+        return [ExpertCache(self.new_policy(number, slots.n_slots)) for number in numbers]
 
     def _new_pool(self, number: int) -> Pool:
         layer = self.manifest.layers[number]

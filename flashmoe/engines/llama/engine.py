@@ -23,6 +23,7 @@ from flashmoe.reading.range_reader import RangeReader
 from flashmoe.residency import warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.residency.at_once_work import DECIDING, READY, TOTAL, WAIT
+from flashmoe.residency.choice_log import Choice
 from flashmoe.residency.place_work import BYTES, MOST_BYTES
 from flashmoe.trace import Trace
 from flashmoe.util.native_lock import NativeLock
@@ -124,27 +125,48 @@ class LlamaEngine(Engine):
             self._check_open()
             if layer == 0:  # what is read later is checked when it was
                 self.experts.check_unchanged()
+            if self._logs:
+                self._read_log()
             if self._recorder:
-                self._record_log()
                 self._recorder.note(layer, rows)
 
     def next_sequence(self) -> None:
         """What is recorded from now on belongs to another sequence of the trace."""
         with self.lock:
             if self._recorder:
-                self._record_log()
+                self._read_log()
                 self._recorder.next_sequence()
 
     def use(self, decoder: Decoder) -> None:
         """Let machine code serve single tokens whenever it is armed. Not without the lock."""
         self.decoder = decoder
-        decoder.log(self._recorder is not None)
+        decoder.log(self._logs)
 
-    def _record_log(self) -> None:
-        """Record the events that no Python has seen yet."""
-        if self.decoder and self._recorder:
-            for layer, *choice in self.decoder.take_log().tolist():
-                self._recorder.note(layer, np.array([choice]))
+    @property
+    def _logs(self) -> bool:
+        """Somebody wants the events that machine code serves."""
+        return self._recorder is not None or self.residency.routing.log.wanted
+
+    def _read_log(self) -> None:
+        """Pass on the events that no Python has seen yet."""
+        if self.decoder:
+            log = self.decoder.take_log()
+            for layer, rows in zip(log[:, 0].tolist(), log[:, None, 1:], strict=True):
+                self.residency.routing.log.keep(layer, rows, None)
+                if self._recorder:
+                    self._recorder.note(layer, rows)
+
+    def watch_choices(self, wanted: bool) -> None:
+        with self.lock:
+            self._read_log()  # of before
+            super().watch_choices(wanted)
+            if self.decoder:
+                self.decoder.log(self._logs)
+
+    def take_choices(self) -> list[Choice]:
+        with self.lock:
+            self._read_log()
+            return super().take_choices()
 
     def end(self, layer: int, answer: int) -> None:
         """What machine code left of an event (see `decode_event.decode`).
@@ -157,10 +179,10 @@ class LlamaEngine(Engine):
     def record(self) -> Recorder:
         """Record which experts are chosen, from now on and from nothing."""
         with self.lock:
+            self._read_log()
             self._recorder = Recorder(self.manifest)
             if self.decoder:
                 self.decoder.log(True)
-                self.decoder.take_log()
         return self._recorder
 
     def trace(self, **info: object) -> Trace:
@@ -171,7 +193,7 @@ class LlamaEngine(Engine):
         if self._recorder is None:
             raise FlashMoEError("no trace: call record() before what is to be recorded")
         with self.lock:
-            self._record_log()
+            self._read_log()
         stats = self.snapshot()
         counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
         counts |= {"requests": stats.requests, "hits": stats.hits}
