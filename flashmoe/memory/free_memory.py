@@ -16,11 +16,12 @@ RESERVE_BYTES, RESERVE_SHARE = 768 << 20, 0.1
 
 _CGROUPS = Path("/sys/fs/cgroup")
 # By cgroup version: the files of limit and usage, and the name in memory.stat of the page cache
-# that the kernel would give up.
+# that the kernel would give up. Above memory.high it slows programs down.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+_SOFT_LIMIT = "memory.high"
 
 
 def available_bytes() -> int:
@@ -29,6 +30,11 @@ def available_bytes() -> int:
     Raises FlashMoEError where the system does not say.
     """
     return max(0, min([_machine(), *_cgroups()]))
+
+
+def reserve_of(all_bytes: int, reserve_bytes: int = RESERVE_BYTES) -> int:
+    """What stays free of `all_bytes`, the experts' own among them."""
+    return max(reserve_bytes, int(all_bytes * RESERVE_SHARE))
 
 
 def budget_bytes(
@@ -42,12 +48,12 @@ def budget_bytes(
 
     dense_bytes: what the rest of the model is still to take there. least_bytes: what experts need
     at least. present_bytes: what experts take there now, which they may use again. reserve_bytes:
-    stays free, or a tenth of what there is if that is more.
+    see `reserve_of`.
     Raises FlashMoEError when less than `least_bytes` is left, or the system does not say how much
     memory is free.
     """
     available = available_bytes() if device == "cpu" else _free_on(device)
-    reserve = max(reserve_bytes, int(available * RESERVE_SHARE))
+    reserve = reserve_of(available + present_bytes, reserve_bytes)
     budget = available + present_bytes - reserve - dense_bytes
     if budget < least_bytes:
         besides = ""
@@ -106,8 +112,10 @@ def _cgroups(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")
                 continue
             # in a container the path may be the host's, and then only the root exists
             for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
-                with suppress(OSError, ValueError):
-                    yield _left_bytes(folder, *_FILES[version])
+                limit, *others = _FILES[version]
+                for one in (limit, _SOFT_LIMIT):
+                    with suppress(OSError, ValueError):
+                        yield _left_bytes(folder, one, *others)
                 if folder == base:
                     break
 

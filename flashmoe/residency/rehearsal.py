@@ -34,6 +34,14 @@ def compile_policy(policy: str) -> None:
         decide(decision, type(cache.policy))(words_of(decision).ctypes.data)
 
 
+def compile_resize(policy: str) -> None:
+    """Shrink a small cache. Raises FlashMoEError where there is no such policy."""
+    make, scope = policies.get(policy, online=True), Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
+    cache = ExpertCache(make(scope, _SLOTS))
+    cache.fill_with(range(_SLOTS))
+    cache.resized(make(scope, _TOP_K))
+
+
 def compile_reading() -> None:
     """Read nothing."""
     queue = RangeQueue(1, 1, 1)
@@ -51,4 +59,5 @@ def compile_events() -> Whole:
     at_once_work.compiled(whole)
     for function in (place_work.take, place_work.empty):
         kernel(function, Policy)(places, 0, 0)
+    kernel(place_work.keep_limit, Policy)(places, 0)
     return whole

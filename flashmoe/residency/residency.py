@@ -52,6 +52,7 @@ class Residency:
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)
+        self.asked_bytes: int | None = None  # a smaller budget, for which somebody waits
         self.pools = Pools(
             self.manifest,
             policy,
@@ -119,6 +120,7 @@ class Residency:
                 started = time.perf_counter()
                 yield [(key - first_key, pool.arena.parameters[slot]) for key, slot in group]
                 self.timings.compute_seconds += self.timings.since(started, "experts")
+                self._give_back(but=pool)
         except BaseException:  # a failed read, Ctrl-C, or a caller that stops early
             for read in reads.values():
                 read.exception()  # waits for it
@@ -139,6 +141,12 @@ class Residency:
         extents = [(e, pool.arena.memory_for(slot, layer, e)) for e, slot in experts]
         futures = self.reader.submit(layer, extents)
         reads.update(zip((key for key, _ in others), futures, strict=True))
+
+    def _give_back(self, but: Pool) -> None:
+        """Do not let whoever needs memory wait for the end of a prompt's layer."""
+        if self.asked_bytes is not None:
+            self.pools.shrink(self.asked_bytes, but)
+            self.asked_bytes = None
 
     def _is_there(self, read: Arriving | None) -> bool:
         return read is None or (read.done() and read.exception() is None)

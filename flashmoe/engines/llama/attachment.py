@@ -272,6 +272,8 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+        if self.memory == "auto":
+            self.engine.follow()
 
     def _is_ours(self, address: int) -> bool:
         return any(0 <= address - file.base < file.size_bytes for file, _ in self._files)
