@@ -59,7 +59,7 @@ class Follower:
         self._ended.set()
         self._ended = threading.Event()
         self._pressure = Pressure()
-        self._short_at = time.monotonic() - following.CALM_SECONDS
+        self._short_at = self._grew_at = time.monotonic() - following.CALM_SECONDS
         self._all_bytes = 0  # what was free or the experts' at the last look
         thread = threading.Thread(
             target=self._run, args=(self._ended,), name="flashmoe-memory", daemon=True
@@ -97,8 +97,7 @@ class Follower:
         available, present = free_memory.available_bytes(), engine.present_bytes
         falling = max(0, self._all_bytes - available - present)
         self._all_bytes = available + present
-        pressed = self._pressure.is_high()
-        now = engine.memory_bytes
+        pressed, now, at = self._pressure.is_high(), engine.memory_bytes, time.monotonic()
         wanted = following.budget_bytes(
             Facts(
                 available_bytes=available,
@@ -110,13 +109,16 @@ class Follower:
                 reserve_bytes=engine.reserve_bytes,
                 beside_bytes=engine.beside_bytes,
                 pressed=pressed,
-                calm_seconds=time.monotonic() - self._short_at,
+                calm_seconds=at - self._short_at,
+                steady_seconds=at - self._grew_at,
             )
         )
+        if pressed or wanted < now:
+            self._short_at = at
+        if wanted > now:
+            self._grew_at = at
         if wanted != now:
             engine.adjust(wanted)
             self.grew += wanted > now
             self.shrank += wanted < now
-        if pressed or wanted < now:
-            self._short_at = time.monotonic()
         return following.look_again_seconds(available)

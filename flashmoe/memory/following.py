@@ -12,8 +12,8 @@ LOW_SHARE = 0.5
 LEAST_STEP_SHARE = 1 / 64
 # Of all experts, by which a budget grows at most at once.
 MOST_STEP_SHARE = 1 / 16
-# Since memory was last short; until then a budget does not grow.
-CALM_SECONDS = 5.0
+# Since memory was last short, and since a budget last grew; until then it does not grow.
+CALM_SECONDS, STEP_SECONDS = 5.0, 1.0
 # No program takes fresh memory faster, so that between two looks it cannot take all that is free.
 FASTEST_BYTES_PER_SECOND = 4 << 30
 SOONEST_SECONDS, LATEST_SECONDS = 0.05, 0.5
@@ -32,6 +32,7 @@ class Facts(NamedTuple):
     beside_bytes: int  # what the rest of the model may still take beyond the reserve
     pressed: bool  # programs wait for memory
     calm_seconds: float  # since memory was last short
+    steady_seconds: float  # since the budget last grew
 
 
 def budget_bytes(facts: Facts) -> int:
@@ -47,7 +48,7 @@ def budget_bytes(facts: Facts) -> int:
         wanted = facts.present_bytes - (reserve - ahead)
         step = int(now * LEAST_STEP_SHARE)
         return min(now, max(facts.least_bytes, min(wanted, now - step)))
-    if facts.pressed or facts.falling_bytes or facts.calm_seconds < CALM_SECONDS:
+    if facts.pressed or facts.calm_seconds < CALM_SECONDS or facts.steady_seconds < STEP_SECONDS:
         return now
     unfilled = max(0, now - facts.present_bytes)
     room = ahead - reserve - facts.beside_bytes - unfilled

@@ -26,9 +26,7 @@ def compile_policy(policy: str) -> None:
 
     Raises FlashMoEError where there is no such policy.
     """
-    scope = Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
-    cache = ExpertCache(policies.get(policy, online=True)(scope, _SLOTS))
-    routing = Routing(_TOP_K, _LAYERS)
+    cache, routing = _cache(policy, _SLOTS), Routing(_TOP_K, _LAYERS)
     for experts in ([[0, 1]], [[2, 3]], [[4, 5]]):
         decision = cache.decision(routing.event(0, np.array(experts), None, 0, _EXPERTS))
         decide(decision, type(cache.policy))(words_of(decision).ctypes.data)
@@ -36,10 +34,14 @@ def compile_policy(policy: str) -> None:
 
 def compile_resize(policy: str) -> None:
     """Shrink a small cache. Raises FlashMoEError where there is no such policy."""
-    make, scope = policies.get(policy, online=True), Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
-    cache = ExpertCache(make(scope, _SLOTS))
-    cache.fill_with(range(_SLOTS))
-    cache.resized(make(scope, _TOP_K))
+    cache, routing = _cache(policy, _SLOTS), Routing(_TOP_K, _LAYERS)
+    list(cache.waves(routing.event(0, np.arange(_SLOTS).reshape(-1, _TOP_K), None, 0, _EXPERTS)))
+    cache.resized(_cache(policy, _TOP_K).policy)
+
+
+def _cache(policy: str, n_slots: int) -> ExpertCache:
+    scope = Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
+    return ExpertCache(policies.get(policy, online=True)(scope, n_slots))
 
 
 def compile_reading() -> None:
