@@ -37,7 +37,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     def available_bytes() -> int:
         engine = attachments[0].engine if attachments else None
-        return max(0, size * 3 // 2 - others[0] - (engine.present_bytes if engine else 0))
+        return max(0, size * 2 - others[0] - (engine.present_bytes if engine else 0))
 
     free_memory.available_bytes = available_bytes
     following.CALM_SECONDS, following.STEP_SECONDS = 0.05, 0.005
@@ -51,14 +51,17 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     rounds = [ask()]
     engine = attachment.engine
-    followed = True
+    followed, experts = True, engine.most_bytes
     with ThreadPoolExecutor(1) as thread:
         answer: Future[list[dict[str, Any]]] = thread.submit(ask)
-        for share, least, most in ((0.8, 0.3, 0.7), (0.1, 0.8, 1.2), (0.9, 0.2, 0.6), (0, 0.8, 9)):
+        for share, least, most in ((1.4, 0, 0.7), (0, 0.9, 9), (1.6, 0, 0.6), (0, 0.9, 9)):
             others[0] = int(share * size)
             until = time.monotonic() + WITHIN_SECONDS
             asked = len(rounds)
-            while len(rounds) < asked + 2 or not least * size <= engine.memory_bytes <= most * size:
+            while (
+                len(rounds) < asked + 2
+                or not least * experts <= engine.memory_bytes <= most * experts
+            ):
                 if time.monotonic() > until:
                     followed = False
                     break

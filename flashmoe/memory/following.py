@@ -38,19 +38,19 @@ class Facts(NamedTuple):
 def budget_bytes(facts: Facts) -> int:
     """The budget from now on; `facts.memory_bytes` where it shall stay.
 
-    It shrinks at once by all that is missing, to where the reserve is free again if others go on
-    taking for one look more. It grows in steps, and only where there is room for it and all else.
+    It counts as filled. It shrinks at once by all that is missing, to where the reserve is free
+    again if others go on taking for one look more. It grows in steps, where there is room for all.
     """
     now = facts.memory_bytes
     reserve = reserve_of(facts.available_bytes + facts.present_bytes, facts.reserve_bytes)
     ahead = facts.available_bytes - facts.falling_bytes
-    if ahead < reserve * (1.0 if facts.pressed else LOW_SHARE):
+    unfilled = max(0, min(now, facts.most_bytes) - facts.present_bytes)
+    if ahead - unfilled < reserve * (1.0 if facts.pressed else LOW_SHARE):
         wanted = facts.present_bytes - (reserve - ahead)
         step = int(now * LEAST_STEP_SHARE)
         return min(now, max(facts.least_bytes, min(wanted, now - step)))
     if facts.pressed or facts.calm_seconds < CALM_SECONDS or facts.steady_seconds < STEP_SECONDS:
         return now
-    unfilled = max(0, now - facts.present_bytes)
     room = ahead - reserve - facts.beside_bytes - unfilled
     step = int(facts.most_bytes * MOST_STEP_SHARE)
     if room < min(step, int(reserve * (1 - LOW_SHARE) / 2)):

@@ -53,7 +53,9 @@ def test_what_is_short_is_given_back_at_once_until_the_reserve_is_free_again(f):
 
 @given(facts())
 def test_it_neither_shrinks_with_enough_free_nor_grows_without(f):
-    ahead, new = f.available_bytes - f.falling_bytes, budget_bytes(f)
+    """Where all that it allows is filled."""
+    new, unfilled = budget_bytes(f), max(0, min(f.memory_bytes, f.most_bytes) - f.present_bytes)
+    ahead = f.available_bytes - f.falling_bytes - unfilled
     if ahead >= reserve(f):
         assert new >= f.memory_bytes
     if f.pressed or f.calm_seconds < following.CALM_SECONDS:

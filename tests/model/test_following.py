@@ -69,8 +69,9 @@ def followed(stores, monkeypatch):
         model.flashmoe.close()
 
 
-@pytest.mark.parametrize("policy", ["lru", "learned"])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize(
+    ("family", "policy"), [("olmoe", "learned"), ("gpt_oss", "lru"), ("deepseek_v2", "lru")]
+)
 def test_a_budget_follows_while_tokens_are_computed(followed, stores, family, policy):
     model, machine = followed(family=family, policy=policy)
     engine, one = model.flashmoe, budget(stores(family), 1)
@@ -85,7 +86,7 @@ def test_a_budget_follows_while_tokens_are_computed(followed, stores, family, po
     generating = threading.Thread(target=go_on)
     generating.start()
     try:
-        for others, most, least in ((4, 5, 3), (7, 2, 1), (0, 9, 7), (6, 3, 1), (0, 9, 7)):
+        for others, most, least in ((4, 5, 3), (7, 2, 1), (0, 9, 7), (6, 3, 1)):
             machine.others = int(others * one)
             assert wait_until(lambda: least * one <= engine.memory_bytes <= most * one), others  # noqa: B023
             assert wait_until(lambda: engine.present_bytes <= engine.memory_bytes)
