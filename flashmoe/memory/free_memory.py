@@ -22,6 +22,7 @@ _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 _SOFT_LIMIT = "memory.high"
+_NO_LIMIT = 1 << 60  # version 1 says so by a number of this size
 
 
 def available_bytes() -> int:
@@ -112,20 +113,24 @@ def _cgroups(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")
                 continue
             # in a container the path may be the host's, and then only the root exists
             for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
-                limit, *others = _FILES[version]
-                for one in (limit, _SOFT_LIMIT):
-                    with suppress(OSError, ValueError):
-                        yield _left_bytes(folder, one, *others)
+                with suppress(OSError, ValueError):
+                    yield _left_bytes(folder, *_FILES[version])
                 if folder == base:
                     break
 
 
 def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
     """A cgroup's limit less its usage. Raises OSError or ValueError without a limit ("max")."""
+    limits = []
+    for name in (limit, _SOFT_LIMIT):
+        with suppress(OSError, ValueError):
+            limits.append(int((folder / name).read_text()))
+    if (limit_bytes := min(limits)) >= _NO_LIMIT:
+        raise ValueError(limit_bytes)
     used, inactive = int((folder / usage).read_text()), 0
     with suppress(OSError, ValueError):  # without statistics, none counts as reclaimable
         statistics = dict(
             line.split() for line in (folder / "memory.stat").read_text().splitlines()
         )
         inactive = int(statistics.get(reclaimable, 0))
-    return int((folder / limit).read_text()) - used + inactive
+    return limit_bytes - used + inactive

@@ -63,7 +63,7 @@ def _rounds(
     rounds = answers = 0
     while True:
         wanted = int(most * chance.choice([0, chance.random(), 1]))
-        speed = 10 ** chance.uniform(7.5, 9)
+        speed = 10 ** chance.uniform(8, 9.2)
         neighbour.hold(wanted, speed)
         budgets = []
         while not neighbour.has_it() or not budgets:
