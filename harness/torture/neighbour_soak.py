@@ -44,7 +44,7 @@ def soak(seconds: float, say: Say, seed: int = 0) -> list[dict[str, Any]]:
                     raise FlashMoEError("soak: no memory cgroup can be made here")
                 with serve(model, cap) as ask, Neighbour(cap.enter) as neighbour:
                     rounds = _rounds(ask, neighbour, limit_bytes, random.Random(seed))
-                    life = []
+                    life: list[dict[str, Any]] = []
                     started = time.monotonic()
                     while (now := time.monotonic() - started) < seconds / 2 or not life:
                         life.append({"engine": engine, "seconds": now} | next(rounds))
@@ -65,7 +65,7 @@ def _rounds(
         wanted = int(most * chance.choice([0, chance.random(), 1]))
         speed = 10 ** chance.uniform(8, 9.2)
         neighbour.hold(wanted, speed)
-        budgets = []
+        budgets: list[int] = []
         while not neighbour.has_it() or not budgets:
             answer = ask()
             if answer["tokens"] != first["tokens"]:
@@ -97,7 +97,8 @@ def _write_store(path: Path) -> Path:
 @contextmanager
 def transformers_model(store: Path, cap: Cap, calm_seconds: float = 5.0) -> Iterator[Ask]:
     """What asks a model in a process of its own within the cap."""
-    command = [sys.executable, "-m", "harness.torture.followed_child", store, str(calm_seconds)]
+    program = "harness.torture.followed_child"
+    command = [sys.executable, "-m", program, str(store), str(calm_seconds)]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=cap.enter
     )
@@ -129,7 +130,7 @@ def _write_gguf(path: Path) -> Path:
 @contextmanager
 def llama_model(model: Path, cap: Cap) -> Iterator[Ask]:
     """As `transformers_model`, of llama.cpp's server."""
-    command = [sys.executable, "-m", "harness.torture.llama_child", model, "auto"]
+    command = [sys.executable, "-m", "harness.torture.llama_child", str(model), "auto"]
     with Server(command, model.parent / "log", before=cap.enter) as server:
 
         def ask() -> dict[str, Any]:
