@@ -26,7 +26,10 @@ from harness.torture.neighbour import Neighbour
 from harness.torture.soak import ROWS
 
 MIB = 1 << 20
-SPARE_BYTES = 96 * MIB  # what the neighbour leaves beside the model with its smallest budget
+# What the neighbour leaves beside the model's process with its smallest budget: its code must fit,
+# and it is less than the experts take, so that a model that gave back nothing would be killed.
+SPARE_BYTES = 256 * MIB
+WARM_UP = 6  # answers until most experts are resident
 Ask = Callable[[], dict[str, Any]]
 
 
@@ -58,7 +61,7 @@ def _rounds(
     ask: Ask, neighbour: Neighbour, limit_bytes: int, chance: random.Random
 ) -> Iterator[dict[str, Any]]:
     """In each the neighbour takes or gives back, while the model answers."""
-    first = ask()
+    first = [ask() for _ in range(WARM_UP)][-1]
     most = limit_bytes - (first["anonymous_bytes"] - first["resident_bytes"]) - SPARE_BYTES
     rounds = answers = 0
     while True:
@@ -82,9 +85,9 @@ def _rounds(
 
 
 def _write_store(path: Path) -> Path:
-    """192 MiB of experts."""
+    """384 MiB of experts."""
     config = transformers.AutoConfig.for_model(
-        "olmoe", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        "olmoe", vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, num_experts=32, num_experts_per_tok=4,
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
@@ -120,10 +123,10 @@ def transformers_model(store: Path, cap: Cap, calm_seconds: float = 5.0) -> Iter
 
 
 def _write_gguf(path: Path) -> Path:
-    """192 MiB of experts."""
+    """384 MiB of experts."""
     path.mkdir()
     return tiny_gguf.write(
-        path / "model.gguf", scheme="none", num_experts=32, intermediate_size=1024
+        path / "model.gguf", scheme="none", num_experts=32, intermediate_size=2048
     )
 
 
@@ -145,6 +148,6 @@ def llama_model(model: Path, cap: Cap) -> Iterator[Ask]:
 
 
 _ENGINES: dict[str, tuple[Any, Any, int]] = {
-    "transformers": (_write_store, transformers_model, 1792 * MIB),
-    "llama": (_write_gguf, llama_model, 1024 * MIB),
+    "transformers": (_write_store, transformers_model, 2048 * MIB),
+    "llama": (_write_gguf, llama_model, 1280 * MIB),
 }

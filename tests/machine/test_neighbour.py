@@ -8,10 +8,11 @@ import pytest
 
 from harness.runs.memory_cap import memory_cap
 from harness.torture.neighbour import Neighbour
-from harness.torture.neighbour_soak import MIB, SPARE_BYTES, transformers_model
+from harness.torture.neighbour_soak import MIB, WARM_UP, transformers_model
 
 LIMIT_BYTES = 1792 * MIB
 EXPERTS_BYTES = 192 * MIB
+SPARE_BYTES = 144 * MIB  # what the neighbour leaves: code must fit, and it is less than the experts
 WITHIN_SECONDS = 30.0
 
 
@@ -23,8 +24,8 @@ def test_a_model_lives_beside_a_program_that_takes_all_memory(large_store):
             transformers_model(large_store, cap, calm_seconds=0.5) as ask,
             Neighbour(cap.enter) as neighbour,
         ):
-            first = ask()
-            assert first["resident_bytes"] > EXPERTS_BYTES * 3 // 4
+            first = [ask() for _ in range(WARM_UP)][-1]
+            assert first["resident_bytes"] > SPARE_BYTES
             others = first["anonymous_bytes"] - first["resident_bytes"]
             # more than there is without what the experts give back
             neighbour.hold(LIMIT_BYTES - others - SPARE_BYTES, bytes_per_second=1e9)
