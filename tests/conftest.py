@@ -61,6 +61,17 @@ def loaded(stores):
         model.flashmoe.close()
 
 
+@pytest.fixture
+def many_guesses(monkeypatch):
+    """Experts of any size are guessed whenever they may be, with half of the budget as spares."""
+    from flashmoe.reading.reader import ExtentReader
+    from flashmoe.residency import budget, prefetch
+
+    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
+    monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
+    monkeypatch.setattr(ExtentReader, "extent_seconds", lambda *_: 1.0)
+
+
 @pytest.fixture(scope="session")
 def large_store(tmp_path_factory) -> Path:
     """192 MiB of experts: 4 layers x 32 of 1.5 MiB."""

@@ -22,7 +22,6 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.memory.device_arena import DeviceArena
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.reading.staging import STAGED_BYTES, Staging
-from flashmoe.residency import budget, prefetch
 from flashmoe.store import manifest
 
 HAS_CARD = torch.cuda.is_available()
@@ -78,11 +77,9 @@ def test_output_is_transformers_own(checkpoints, stores, load, device, family, b
         assert generate(model, ids) == expected
 
 
-def test_guesses_wait_on_the_device(load, monkeypatch):
+def test_guesses_wait_on_the_device(load, many_guesses):
     ids = tiny.prompt(9)
     plain = generate(load(slots=4, prefetch=False), ids, 30)
-    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
-    monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
     model = load(slots=4, extra=2)
     assert isinstance(model.flashmoe.residency.prefetcher.spares, DeviceArena)
     assert generate(model, ids, 30) == plain

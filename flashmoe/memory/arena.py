@@ -33,6 +33,7 @@ class Arena(ABC):
     """
 
     resizable: ClassVar[bool] = True
+    computes_at_once: ClassVar[bool] = True  # else whoever computes from a slot may come later
     layer: LayerSpec
     parameters: list[Parameters]
 

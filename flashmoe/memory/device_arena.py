@@ -15,6 +15,7 @@ class DeviceArena(HostArena):
     """As `HostArena`; all slots are one allocation, since torch rounds each up to whole 2 MiB."""
 
     resizable = False
+    computes_at_once = False
 
     def __init__(self, layer: LayerSpec, n_slots: int, device: torch.device) -> None:
         """Raises FlashMoEError where the device has not the room."""

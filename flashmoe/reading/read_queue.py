@@ -26,13 +26,13 @@ class ReadQueue:
 
     def __init__(self, threads: int, guesses_at_once: int = 4) -> None:
         self.busy_seconds = 0.0  # with at least one read running or demanded
+        self.each_seconds = 0.0  # that a read takes of the drive, of late
         self.spans: list[Span] | None = None  # set to a list, it gets every read
         self._guesses_at_once = guesses_at_once
         self._demands: deque[Read] = deque()
         self._guesses: deque[Read] = deque()
         self._running = self._guessing = 0
         self._busy_since = 0.0
-        self._each_seconds = 0.0  # that a read takes of the drive, of late
         self._closed = False
         self._n_threads = threads
         self._begin()
@@ -121,7 +121,7 @@ class ReadQueue:
 
     def _may_guess(self) -> bool:
         few = self._guessing < self._guesses_at_once
-        return few and self._guessing * self._each_seconds < GUESS_SECONDS
+        return few and self._guessing * self.each_seconds < GUESS_SECONDS
 
     def _work(self) -> None:
         while self._run_next():
@@ -149,7 +149,7 @@ class ReadQueue:
             self.spans.append(("guess" if is_guess else "demand", started, ended))
         with self._changed:
             shared_seconds = (ended - started) / self._running  # with the others in flight
-            self._each_seconds += (shared_seconds - self._each_seconds) / 16
+            self.each_seconds += (shared_seconds - self.each_seconds) / 16
             self._running -= 1
             self._guessing -= is_guess
             if not self._running and not self._demands:

@@ -88,6 +88,11 @@ class ExtentReader(Reader):
         )
         return [future for group, future in pairs for _ in group]
 
+    def extent_seconds(self, layer: int) -> float:
+        """What an expert of a layer took of the drive, of late; 0 before the first."""
+        extent_bytes = self.manifest.layers[layer].extent_bytes
+        return self._queue.each_seconds * -(-extent_bytes // PIECE_BYTES)
+
     def guess(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
         """Start reading an expert that may be needed, whenever no demand keeps the drive busy."""
         extent = self._in_pieces(layer, expert, memory)

@@ -71,6 +71,16 @@ class GuessRecord:
     def is_worth_a_call(self) -> bool:
         return bool(is_worth_a_call(self.array))
 
+    def saves_time(self, read_seconds: float) -> bool:
+        """Shall a layer be guessed, whose experts take so long to read? Counts as a call."""
+        return self.is_worth_a_call() and bool(saves_time(self.array, read_seconds))
+
+    def add_event(self, misses: int) -> None:
+        add_event(self.array, misses)
+
+    def add_guess(self, seconds: float) -> None:
+        add_guess(self.array, seconds)
+
     def add_right(self) -> None:
         add_right(self.array)
 

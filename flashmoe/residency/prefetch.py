@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -53,13 +54,16 @@ class Prefetcher:
     ) -> None:
         """Start on the experts that `layer` will need.
 
-        likely: its experts, the most probable first; asked only if there is room for them.
+        likely: its experts, the most probable first; asked only if there is room for them, and if
+            a guess saves more time than it takes.
         slot_of: by expert of `layer`, -1 for those that are not resident, which alone are read.
         """
         self.collect()
-        if not self.record.is_worth_a_call() or not self._free:
+        if not self._free or not self.record.saves_time(self._reader.extent_seconds(layer)):
             return
+        started = time.perf_counter()
         missing = [expert for expert in likely() or () if slot_of[expert] < 0]
+        self.record.add_guess(time.perf_counter() - started)
         for expert in missing[: len(self._free)]:
             spare = self._free.pop()
             memory = self._arena.memory_for(spare, layer, expert)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from flashmoe.cache.expert_cache import Wave
 from flashmoe.cache.serving import is_long
-from flashmoe.quant import Parameters
-from flashmoe.reading.base import Arriving, Reader
+from flashmoe.reading.base import Reader
 from flashmoe.reading.read_queue import Span
 from flashmoe.residency.pool import Pool
 from flashmoe.residency.pools import NewArena, Pools
 from flashmoe.residency.prefetch import Prefetcher
 from flashmoe.residency.routing import Routing
+from flashmoe.residency.service import Group, Service
 from flashmoe.residency.timings import Timings
 from flashmoe.util.native_lock import NativeLock
 
-Group = list[tuple[int, Parameters]]  # experts, each with its parameters
 Likely = Callable[[], Sequence[int] | None]  # experts of the next layer, most probable first
 
 
@@ -76,71 +74,22 @@ class Residency:
             pool = self.pools.of(layer)
             first_key = pool.first_key(layer)
             event = self.routing.event(layer, rows, weights, first_key, pool.n_experts)
-            guesses = self.prefetcher.spares is not None
-            if guesses:
-                self.prefetcher.drop(layer, event.keys - first_key)
-            for number, wave in enumerate(pool.cache.waves(event)):
-                if number > 0:
-                    # Later waves overwrite slots that the previous wave may still compute from.
-                    pool.arena.synchronize()
-                first = guesses and number == 0
-                guess = partial(self._guess, layer + 1, likely) if first else None
-                yield from self._serve_wave(layer, pool, wave, guess, ascending=is_long(event))
-
-    def _serve_wave(
-        self,
-        layer: int,
-        pool: Pool,
-        wave: Wave,
-        guess: Callable[[], None] | None,
-        *,
-        ascending: bool,
-    ) -> Generator[Group, None, None]:
-        """Resident experts first, while the others are read; or each in ascending order.
-
-        Of a long event, an output that came before its turn in the sum would have to be kept.
-        """
-        first_key = pool.first_key(layer)
-        loads = sorted(wave.loads) if ascending else wave.loads
-        missing = dict(loads)  # slot by key, until its bytes are there
-        reads: dict[int, Arriving] = {}  # by key
-        try:
-            self._start_reads(layer, pool, loads, reads)
-            if guess:
-                guess()  # now that the drive is busy with what is surely needed
-            turns = wave.hits + [(key, missing[key]) for key in reads]
-            turns = (sorted(turns) if ascending else turns)[::-1]
-            while turns:
-                group = [turns.pop()]
-                self._wait_for(reads.get(group[0][0]))
-                while turns and not ascending and self._is_there(reads.get(turns[-1][0])):
-                    group.append(turns.pop())
-                for key, _ in group:
-                    missing.pop(key, None)
-                started = time.perf_counter()
-                yield [(key - first_key, pool.arena.parameters[slot]) for key, slot in group]
-                self.timings.compute_seconds += self.timings.since(started, "experts")
-                self._give_back(but=pool)
-        except BaseException:  # a failed read, Ctrl-C, or a caller that stops early
-            for read in reads.values():
-                read.exception()  # waits for it
-            for key in missing:
-                pool.cache.forget(key)
-            raise
-
-    def _start_reads(
-        self, layer: int, pool: Pool, loads: list[tuple[int, int]], reads: dict[int, Arriving]
-    ) -> None:
-        """Start reading `loads` (key, slot) into `reads`; first what a guess has begun with."""
-        first_key = pool.first_key(layer)
-        for key, slot in loads:
-            if read := self.prefetcher.claim(layer, key - first_key, pool.arena, slot):
-                reads[key] = read
-        others = [(key, slot) for key, slot in loads if key not in reads]
-        experts = [(key - first_key, slot) for key, slot in others]
-        extents = [(e, pool.arena.memory_for(slot, layer, e)) for e, slot in experts]
-        futures = self.reader.submit(layer, extents)
-        reads.update(zip((key for key, _ in others), futures, strict=True))
+            self.prefetcher.drop(layer, event.keys - first_key)
+            service = Service(
+                layer,
+                pool,
+                self.reader,
+                self.prefetcher,
+                self.timings,
+                ascending=is_long(event),
+            )
+            missing = pool.cache.residency.slot_of[event.keys] < 0
+            self.prefetcher.record.add_event(int(missing.sum()))
+            guess = partial(self.guess, layer + 1, likely)
+            with closing(service.groups(pool.cache.waves(event), guess)) as groups:
+                for group in groups:
+                    yield group
+                    self._give_back(but=pool)
 
     def _give_back(self, but: Pool) -> None:
         """Do not let whoever needs memory wait for the end of a prompt's layer."""
@@ -148,18 +97,14 @@ class Residency:
             self.pools.shrink(self.asked_bytes, but)
             self.asked_bytes = None
 
-    def _is_there(self, read: Arriving | None) -> bool:
-        return read is None or (read.done() and read.exception() is None)
+    def guess(self, layer: int, likely: Likely) -> None:
+        """Begin to read what `layer` will probably need, if there is such a layer.
 
-    def _wait_for(self, read: Arriving | None) -> None:
-        if read:
-            started = time.perf_counter()
-            read.result()
-            self.timings.wait_seconds += time.perf_counter() - started
-
-    def _guess(self, layer: int, likely: Likely) -> None:
-        if layer < len(self.manifest.layers):
-            self.prefetcher.guess(layer, likely, self.pools.of(layer).slot_of(layer))
+        likely: its experts, the most probable first; asked only if that may save time.
+        """
+        with self.lock:
+            if self.prefetcher.spares and layer < len(self.manifest.layers):
+                self.prefetcher.guess(layer, likely, self.pools.of(layer).slot_of(layer))
 
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero."""

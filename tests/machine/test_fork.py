@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import flashmoe
 from flashmoe.reading.read_queue import ReadQueue
-from flashmoe.residency import budget as budgets
-from flashmoe.residency import prefetch
 from flashmoe.util import machine_code
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -42,12 +40,6 @@ def in_child(work) -> bool:
     os.kill(child, 9)
     os.waitpid(child, 0)
     return False
-
-
-@pytest.fixture
-def many_guesses(monkeypatch):
-    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
-    monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
 
 
 @pytest.fixture(params=["packed", "in place"])
@@ -209,8 +201,10 @@ def test_a_dropped_model_leaves_nothing(
 
 LEAVE = """
 import atexit, sys, threading, torch, flashmoe
+from flashmoe.reading.reader import ExtentReader
 from flashmoe.residency import budget, prefetch
 prefetch.PREFETCH_FROM_BYTES, budget.SPARE_SHARE = 1, 1 / 2
+ExtentReader.extent_seconds = lambda *_: 1.0
 torch.set_num_threads(1)
 model = flashmoe.load(sys.argv[1], memory=int(sys.argv[2]), policy="lru")
 atexit.register(model.flashmoe.close) if sys.argv[3] == "closed at exit" else None

@@ -10,17 +10,11 @@ import torch
 import flashmoe
 from flashmoe import trace
 from flashmoe.engines.transformers.experts.lookahead import RouterOutput
+from flashmoe.engines.transformers.experts.token_memory import TokenMemory
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
-from flashmoe.residency import budget, prefetch
+from flashmoe.residency.guess_record import PROBE_EVERY
 from flashmoe.store import manifest
-
-
-@pytest.fixture
-def small_guesses(monkeypatch):
-    """Prefetch experts of any size, with as many spare slots as half of the budget."""
-    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
-    monkeypatch.setattr(budget, "SPARE_SHARE", 1 / 2)
 
 
 def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[list[int]], dict]:
@@ -32,7 +26,7 @@ def generate(model, ids: torch.Tensor, new: int = 20) -> tuple[list[list[int]], 
 
 @pytest.mark.parametrize("more", [None, 0, 3])  # than top_k slots a layer; None: less, so shared
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_only_the_time_changes(stores, small_guesses, reading, family, more):
+def test_only_the_time_changes(stores, many_guesses, reading, family, more):
     store = stores(family)
     top_k, shared = manifest.load(store).top_k, more is None
     ids = torch.arange(3, 90).reshape(3, 29)
@@ -57,7 +51,7 @@ def test_only_the_time_changes(stores, small_guesses, reading, family, more):
             assert (stats["requests"], stats["hits"]) == (without["requests"], without["hits"])
 
 
-def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_guesses):
+def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, many_guesses):
     """Every expert that the run does not use is damaged, and guessed all the time."""
     memory = tiny.budget(own_store, 3, 2)
     model = flashmoe.load(own_store, memory=memory, policy="lru", prefetch=False)
@@ -84,6 +78,48 @@ def test_a_guess_that_fails_matters_only_when_it_is_needed(own_store, small_gues
     arrived = prefetcher.claim(1, bad, model.flashmoe.residency.pools.all[1].arena, 0)
     with pytest.raises(FlashMoEError, match=f"expert {bad} of .*not those that were packed"):
         arrived.result(10)
+    model.flashmoe.close()
+
+
+def test_the_first_layer_is_guessed_from_what_its_tokens_chose_before(own_store, many_guesses):
+    memory = tiny.budget(own_store, 3, 2)
+    model = flashmoe.load(own_store, memory=memory, policy="lru")
+    ids = torch.tensor([[5, 9]])
+    guessed = []
+    model.flashmoe.residency.prefetcher.guess = lambda layer, likely, _: guessed.append(
+        (layer, set(likely() or ()))
+    )
+    for _ in range(2):
+        model.flashmoe.reset()
+        model(ids)
+    chosen = record(model, [ids[0]], max_new_tokens=1).experts[:2, 0]
+    first = [experts for layer, experts in guessed if layer == 0]
+    assert first[:2] == [set(), set(chosen.reshape(-1).tolist())]
+    assert chosen.shape == (2, model.config.num_experts_per_tok)
+    model.flashmoe.close()
+
+
+def test_a_token_that_was_not_seen_before_has_no_vote():
+    memory = TokenMemory(vocabulary=10, top_k=2)
+    memory.expect(np.array([3, 4, 3]))
+    memory.note(np.array([[1, 2], [2, 5], [1, 2]]))
+    memory.expect(np.array([3, 7, 4]))
+    assert memory.likely() == [2, 1, 5]
+    memory.note(np.array([[6, 7]]))  # of another step: of fewer tokens
+    memory.expect(np.array([3, 10]))  # no such token
+    assert memory.likely() == []
+
+
+def test_who_takes_longer_to_guess_than_to_read_is_rarely_asked(own_store, many_guesses):
+    memory = tiny.budget(own_store, 3, 2)
+    model = flashmoe.load(own_store, memory=memory, policy="lru")
+    prefetcher = model.flashmoe.residency.prefetcher
+    prefetcher.record.add_guess(1e6)
+    asked = []
+    for _ in range(2 * PROBE_EVERY):
+        prefetcher.guess(1, lambda: asked.append(1), np.full(8, -1))
+        prefetcher.record.add_guess(1e6)
+    assert len(asked) == 2
     model.flashmoe.close()
 
 

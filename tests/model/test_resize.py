@@ -16,8 +16,6 @@ from flashmoe.engines.transformers import engine
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import host_arena as arenas
 from flashmoe.memory.device_arena import DeviceArena
-from flashmoe.residency import budget as budgets
-from flashmoe.residency import prefetch
 
 COUNTS = ("requests", "hits", "prefetch_used", "prefetch_wasted", "bytes_read", "policy_seconds")
 
@@ -25,12 +23,6 @@ COUNTS = ("requests", "hits", "prefetch_used", "prefetch_wasted", "bytes_read", 
 def held() -> tuple[set[threading.Thread], int]:
     """Threads, and how many files are open."""
     return set(threading.enumerate()), len(list(Path("/proc/self/fd").iterdir()))
-
-
-@pytest.fixture
-def many_guesses(monkeypatch):
-    monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
-    monkeypatch.setattr(budgets, "SPARE_SHARE", 1 / 2)
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ import transformers
 
 from flashmoe.engines.base import Engine
 from flashmoe.engines.transformers.arithmetic import EXACT, FAST, choices
+from flashmoe.engines.transformers.experts import token_memory
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
 from flashmoe.engines.transformers.experts.mixture import most_waiting_bytes
 from flashmoe.engines.transformers.experts.streamed_experts import StreamedExperts
+from flashmoe.engines.transformers.experts.token_memory import TokenMemory
 from flashmoe.engines.transformers.model import moe_modules, streamed_module
 from flashmoe.memory.device_arena import arena_on
 from flashmoe.reading.backend import Backend
@@ -55,15 +57,18 @@ class TransformersEngine(Engine):
             self.kernels = {str(shape): str(found) for shape, found in choices(model).items()}
         self.modules = moe_modules.expert_modules(model)
         self.lookahead = Lookahead(model)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+        memory = TokenMemory(vocabulary, self.manifest.top_k)
+        self._token_hook = token_memory.watch(model, memory, self.residency)
         for number, module in enumerate(self.modules.values()):
             experts = StreamedExperts(
-                number, self.residency, self.lookahead, fast=arithmetic == FAST
+                number, self.residency, self.lookahead, memory, fast=arithmetic == FAST
             )
             streamed_module.install(module, experts)
 
     @property
     def prefetch_layers(self) -> int:  # type: ignore[override]
-        return sum(router is not None for router in self.lookahead.routers[1:])
+        return 1 + sum(router is not None for router in self.lookahead.routers[1:])
 
     def go_on(self, *, in_child: bool) -> None:
         if in_child:
@@ -73,6 +78,7 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         with self.lock:
+            self._token_hook.remove()
             for module in self.modules.values():
                 streamed_module.uninstall(module)
             super().close()

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from flashmoe.engines.transformers.experts.expert_arithmetic import weighted_output
 from flashmoe.engines.transformers.experts.mixture import precision_of
-from flashmoe.residency.residency import Group
+from flashmoe.residency.service import Group
 
 
 class ServingExperts(Protocol):

@@ -16,7 +16,7 @@ from flashmoe.engines.transformers.experts.precision import Precision
 from flashmoe.kernels import choice
 from flashmoe.kernels.choice import Shape
 from flashmoe.quant import Parameters, Published, Weight
-from flashmoe.residency.residency import Group
+from flashmoe.residency.service import Group
 
 # torch computes so many elements in one thread, and whole vectors of a row alike wherever it lies.
 _MOST_ELEMENTS, _VECTOR = 1 << 15, 64

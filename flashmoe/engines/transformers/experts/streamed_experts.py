@@ -14,7 +14,9 @@ from flashmoe.engines.transformers.experts import gradients
 from flashmoe.engines.transformers.experts.lone_token import LoneToken
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
 from flashmoe.engines.transformers.experts.mixture import Mixture, precision_of
-from flashmoe.residency.residency import Group, Residency
+from flashmoe.engines.transformers.experts.token_memory import TokenMemory
+from flashmoe.residency.residency import Residency
+from flashmoe.residency.service import Group
 
 
 class StreamedExperts:
@@ -25,12 +27,19 @@ class StreamedExperts:
     """
 
     def __init__(
-        self, number: int, residency: Residency, lookahead: Lookahead, *, fast: bool = False
+        self,
+        number: int,
+        residency: Residency,
+        lookahead: Lookahead,
+        token_memory: TokenMemory,
+        *,
+        fast: bool = False,
     ) -> None:
         self.number = number
         self.fast = fast
         self.residency = residency
         self.lookahead = lookahead
+        self.token_memory = token_memory
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -69,6 +78,8 @@ class StreamedExperts:
             # On an accelerator this waits for all earlier arithmetic, so that no slot is
             # overwritten while a kernel still reads it.
             rows = index.cpu().numpy()
+            if self.number == 0:
+                self.token_memory.note(rows)
             shares = weights.detach().float().cpu().numpy()
             likely = partial(self.lookahead.likely, self.number + 1, hidden)
             yield from self.residency.serve(self.number, rows, shares, likely)
