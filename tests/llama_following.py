@@ -76,7 +76,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "rounds": len(rounds), "wrong": [one for one in rounds if one != expected],
         "followed": followed, "stats": engine.stats(),
-        "dense_bytes": engine.experts.manifest.dense_bytes,
+        "beside_bytes": engine.experts.manifest.dense_bytes + engine.experts.edge_bytes,
         "rss_bytes": sum(llama_server.resident_bytes(f.base, f.base + f.size_bytes) for f in files),
     }  # fmt: skip
 

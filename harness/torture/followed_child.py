@@ -16,7 +16,7 @@ import flashmoe
 from flashmoe.memory import following
 from harness.torture.usage import usage
 
-_PROMPT, _NEW = 100, 20
+_PROMPT, _NEW = 240, 20
 
 
 def main(store: Path) -> None:

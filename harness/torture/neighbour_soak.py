@@ -69,8 +69,9 @@ def _rounds(
         speed = 10 ** chance.uniform(8, 9.2)
         neighbour.hold(wanted, speed)
         budgets: list[int] = []
-        while not neighbour.has_it() or not budgets:
-            answer = ask()
+        has_it = False
+        while not has_it:
+            answer, has_it = ask(), neighbour.has_it()
             if answer["tokens"] != first["tokens"]:
                 raise FlashMoEError(f"soak: other tokens in round {rounds}")
             budgets.append(answer["memory_bytes"])

@@ -12,7 +12,7 @@ from harness.torture.neighbour_soak import MIB, WARM_UP, transformers_model
 
 LIMIT_BYTES = 1792 * MIB
 EXPERTS_BYTES = 192 * MIB
-SPARE_BYTES = 144 * MIB  # what the neighbour leaves: code must fit, and it is less than the experts
+SPARE_BYTES = 128 * MIB  # what the neighbour leaves: code must fit, and it is less than the experts
 WITHIN_SECONDS = 30.0
 
 
@@ -32,7 +32,7 @@ def test_a_model_lives_beside_a_program_that_takes_all_memory(large_store):
             answers = [ask()]
             while not neighbour.has_it():
                 answers.append(ask())
-            answers.append(ask())
+            answers.append(least := ask())
             assert answers[-1]["resident_bytes"] < EXPERTS_BYTES // 8
             assert answers[-1]["shrank"] >= 1
             neighbour.hold(0)
@@ -40,5 +40,5 @@ def test_a_model_lives_beside_a_program_that_takes_all_memory(large_store):
             while not answers[-1]["grew"] and time.monotonic() < until:
                 answers.append(ask())
             assert answers[-1]["grew"]
-            assert answers[-1]["memory_bytes"] > EXPERTS_BYTES // 8
+            assert answers[-1]["memory_bytes"] > least["memory_bytes"]
             assert {tuple(one["tokens"]) for one in answers} == {tuple(first["tokens"])}

@@ -237,4 +237,4 @@ def test_llama_cpps_server_follows_too(gguf_files):
     stats = result["stats"]
     assert stats["shrank"] >= 2
     assert stats["grew"] >= 2
-    assert result["rss_bytes"] <= result["dense_bytes"] + stats["memory_bytes"]
+    assert result["rss_bytes"] <= result["beside_bytes"] + stats["memory_bytes"]
