@@ -335,6 +335,31 @@ def test_what_nobody_came_to_need_leaves_nothing_wrong(slow, then, fails):
     assert all(slow.memory.holds(0, expert) for expert in (3, 4))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_late_reads_come_also_where_the_budget_changes_meanwhile(slow, fails):
+    chosen, engine = np.array([3, 4]), slow.engine
+    assert slow.begin(0, chosen, np.array([5])) == PART
+    engine.follower._ended.clear()  # somebody follows
+    with ThreadPoolExecutor(1) as graph:  # a graph is computed
+        graph.submit(engine._computing.acquire).result()
+        engine.adjust(EXPERTS * EXTENT_BYTES)
+        assert engine.memory_bytes == EXPERTS * EXTENT_BYTES
+        slow.memory.broken = {(0, 3)} if fails else set()
+        slow.go.set()
+        assert slow.rest(0) == PYTHON
+        if fails:
+            with pytest.raises(FlashMoEError, match="expert 3 of 0"):
+                engine.at_once.await_late()
+        else:
+            engine.at_once.await_late()
+            assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+        graph.submit(engine._computing.release).result()
+    slow.memory.broken = set()
+    engine.decoder.arm()
+    assert slow.decode(0, chosen, np.array([5])) == READY
+    assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+
+
 def test_what_is_unusual_is_left_to_python():
     run = Run(Memory(), EXPERTS * LAYERS, "lru")
     chosen = np.array([3, 4])

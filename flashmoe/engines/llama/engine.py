@@ -20,7 +20,7 @@ from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.reading.range_reader import RangeReader
-from flashmoe.residency import warm_start
+from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.residency.at_once_work import DECIDING, READY, TOTAL, WAIT
 from flashmoe.residency.choice_log import Choice
@@ -39,6 +39,7 @@ class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
     arithmetic = "llama.cpp"
+    reserve_bytes = RESERVE_BYTES
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class LlamaEngine(Engine):
         Raises FlashMoEError where the budget is too small.
         """
         self.experts = experts
-        self.beside_bytes = beside_bytes
+        self.beside_bytes = beside_bytes + experts.edge_bytes
         reader = RangeReader(experts)
         super().__init__(
             reader,
@@ -74,8 +75,12 @@ class LlamaEngine(Engine):
         self.decoder: Decoder | None = None  # once somebody can arm it
         self.at_once = AtOnce(self.residency, reader)
 
+    @property
+    def present_bytes(self) -> int:
+        return int(self.at_once.places.sizes[BYTES])
+
     def _budget_bytes(self, memory: int | str) -> int:
-        return self._places_bytes(memory, int(self.at_once.places.sizes[BYTES]))
+        return self._places_bytes(memory, self.present_bytes)
 
     def _places_bytes(self, memory: int | str, present_bytes: int) -> int:
         """What is left of `memory` for whole places: the pages at their ends stay filled.
@@ -85,11 +90,10 @@ class LlamaEngine(Engine):
         manifest, edge_bytes = self.experts.manifest, self.experts.edge_bytes
         if memory != "auto":
             return layout.check_budget(memory, manifest, edge_bytes) - edge_bytes
-        least = layout.least_bytes(manifest, edge_bytes)
-        memory_bytes = free_memory.budget_bytes(
-            self.beside_bytes, "cpu", least, present_bytes, reserve_bytes=RESERVE_BYTES
+        least = budget.least_bytes(manifest, whole_events=True)
+        return free_memory.budget_bytes(
+            self.beside_bytes, "cpu", least, present_bytes, self.reserve_bytes
         )
-        return memory_bytes - edge_bytes
 
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
@@ -212,7 +216,26 @@ class LlamaEngine(Engine):
     def resize(self, memory: int | str) -> None:
         with self._by_python():
             super().resize(memory)
-            self.at_once.trim()
+
+    def adjust(self, memory_bytes: int) -> None:
+        """In the midst of a graph too, of which a prompt's takes long: between two layers' events.
+
+        The experts that are multiplied by stay where they are.
+        """
+        if not self._computing.try_acquire():
+            super().adjust(memory_bytes)
+            return
+        try:
+            with self._by_python():
+                super().adjust(memory_bytes)
+        finally:
+            self._computing.release()
+
+    def _change_budget(self, memory_bytes: int) -> None:
+        if self.decoder:
+            self.decoder.disarm()
+        super()._change_budget(memory_bytes)
+        self.at_once.trim()
 
     def reset(self) -> None:
         with self._by_python():
