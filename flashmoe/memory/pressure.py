@@ -6,6 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.util import cgroups
+
 # Of the time between two questions, in which at least one program waited.
 PRESSED_SHARE = 0.1
 _MACHINE = Path("/proc/pressure/memory")
@@ -17,16 +19,12 @@ class Pressure:
     def __init__(
         self,
         machine: Path = _MACHINE,
-        root: Path = Path("/sys/fs/cgroup"),
-        membership: Path = Path("/proc/self/cgroup"),
+        root: Path = cgroups.ROOT,
+        membership: Path = cgroups.MEMBERSHIP,
     ) -> None:
-        self._file = machine
-        with suppress(OSError, ValueError):
-            for line in membership.read_text().splitlines():
-                number, _, path = line.split(":", 2)
-                own = root / path.lstrip("/") / "memory.pressure"
-                if number == "0" and own.exists():
-                    self._file = own
+        folders = cgroups.folders("memory", root, membership)
+        files = [folder / "memory.pressure" for version, folder in folders if version == 2]
+        self._file = next((file for file in files if file.exists()), machine)
         self._asked_at = time.monotonic()
         self._waited_seconds = self._read()
 
