@@ -168,6 +168,7 @@ def test_the_tokenizer_is_loaded_before_the_model(capfd, own_store, tmp_path, mo
 
 def test_the_default_budget_is_what_memory_is_free(capfd, demo_store, tmp_path, monkeypatch):
     monkeypatch.setattr("flashmoe.memory.free_memory.budget_bytes", lambda *_: 9 << 20)
+    monkeypatch.setattr("flashmoe.engines.follower.Follower.start", lambda _: None)
     options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--json")
     status, out, _ = run(capfd, "generate", demo_store, *options)
     assert (status, json.loads(out)["stats"]["slots_per_layer"]) == (0, 12)
