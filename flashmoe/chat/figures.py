@@ -55,6 +55,8 @@ class Figures:
 
     def text(self) -> str:
         """The line; without the cache's part where the server does not tell."""
+        if not self._tokens:
+            return "no answer yet"
         parts = [f"{self._rate():.1f} token/s"]
         if self._before and self._now:
             hits, misses, read_bytes = (

@@ -73,16 +73,17 @@ class ServerProcess:
             self._process.wait()
 
     def wait_until_ready(self, show: Callable[[str], object]) -> None:
-        """Return once it answers; `show` gets the line that it said last.
+        """Return once it answers; `show` gets how long it takes, and the line that it said last.
 
         Raises FlashMoEError where it ends instead.
         """
+        started = time.monotonic()
         while self._get(self._port, "/health") is None:
             if self._process.poll() is not None:
                 self._print_log()
                 raise self._failure()
-            if self._said:
-                show(self._said[-1].removeprefix(_OURS))
+            said = self._said[-1].removeprefix(_OURS) if self._said else "the server starts"
+            show(f"loading, {time.monotonic() - started:.0f} s: {said}")
             time.sleep(_AGAIN_SECONDS)
 
     def check(self) -> None:
