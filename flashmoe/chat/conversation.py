@@ -81,10 +81,8 @@ class Conversation:
                     for piece in _pieces(chunk):
                         text += "" if piece.is_reasoning else piece.text
                         yield piece
-        except openai.APIError as error:
+        except Exception as error:  # of the connection the client's HTTP library has its own
             raise FlashMoEError(_sentence(error)) from None
-        except Exception as error:  # of the connection: the client's HTTP library has its own
-            raise FlashMoEError(f"the server broke off ({error or type(error).__name__})") from None
         finally:
             if text:
                 self.turns[number:] = [(question, text)]
@@ -110,7 +108,9 @@ def _pieces(chunk: Any) -> list[Piece]:
     return pieces
 
 
-def _sentence(error: openai.APIError) -> str:
+def _sentence(error: Exception) -> str:
     """What the server says, without the client's words around it."""
+    if isinstance(error, openai.APIConnectionError) or not isinstance(error, openai.APIError):
+        return f"the server broke off ({error.__cause__ or error})"
     body = error.body if isinstance(error.body, dict) else {}
     return str(body.get("message") or error.message)

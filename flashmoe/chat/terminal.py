@@ -12,7 +12,9 @@ from prompt_toolkit import PromptSession, print_formatted_text
 from prompt_toolkit.application import Application, in_terminal
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.layout import FormattedTextControl, HSplit, Layout, Window
 from prompt_toolkit.renderer import print_formatted_text as print_on
 from prompt_toolkit.styles import default_ui_style
@@ -56,7 +58,7 @@ class Terminal:
 class _View:
     """An answer that comes: whole lines are printed for good, the last one is drawn as it grows.
 
-    Ctrl-C stops it.
+    Ctrl-C stops it. What else is typed waits for the next prompt.
     """
 
     def __init__(self, pieces: Answer, status: Callable[[], str] | None) -> None:
@@ -69,21 +71,25 @@ class _View:
         keys = KeyBindings()
         keys.add("c-c")(self._stop)
         keys.add("<sigint>")(self._stop)
+        keys.add("<any>")(lambda event: self._typed.extend(event.key_sequence))
         self._app: Application[None] = Application(
             Layout(HSplit(windows)), key_bindings=keys, erase_when_done=True,
             min_redraw_interval=_REDRAW_SECONDS, refresh_interval=_REFRESH_SECONDS,
         )  # fmt: skip
         self._stopped = False
+        self._typed: list[KeyPress] = []
 
     async def run(self) -> None:
         """Returns when it has ended or was stopped. Raises FlashMoEError where it fails."""
         try:
             await self._app.run_async(pre_run=self._begin)
         finally:
+            typed = [*self._typed, *get_typeahead(self._app.input)]
+            store_typeahead(self._app.input, typed)
             if self._stopped:
                 self._line.append((_DIM, " [stopped]"))
             if self._line:
-                print_formatted_text(FormattedText(self._line))
+                self._print([*self._line, ("", "\n")])
 
     def _begin(self) -> None:
         self._app.create_background_task(self._take())
@@ -122,10 +128,13 @@ class _View:
         if newline:
             lines, self._line = [*self._line, (style, whole + newline)], []
             async with in_terminal():
-                print_on(self._app.output, FormattedText(lines), default_ui_style())
+                self._print(lines)
         if rest:
             self._line.append((style, rest))
             self._app.invalidate()
+
+    def _print(self, parts: list[tuple[str, str]]) -> None:
+        print_on(self._app.output, FormattedText(parts), default_ui_style())
 
 
 def _newline_by_alt_enter() -> KeyBindings:
