@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import flashmoe
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         policy=arguments.policy,
         context=arguments.context,
         extra=arguments.passed,
-        name=str(arguments.model) if arguments.model and path != arguments.model else None,
+        name=_name(arguments.model, path),
     )
     with Monitor(host, page_port, api_key) as monitor:
         print(
@@ -99,8 +100,16 @@ def run(arguments: argparse.Namespace) -> None:
             f"{settings.memory}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        status = engines.engine_for(path).serve(path, settings, monitor.watch)
+        watch = partial(monitor.watch, name=settings.name or path.name)
+        status = engines.engine_for(path).serve(path, settings, watch)
     end(status)
+
+
+def _name(model: Path | None, path: Path) -> str | None:
+    """What the user calls the model that lies at `path`; None where that is its path."""
+    if model is None:
+        return "demo"
+    return str(model) if model != path else None
 
 
 def check_host(host: str, api_key: str | None) -> None:

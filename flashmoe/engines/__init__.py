@@ -51,7 +51,8 @@ def load(
         a GGUF file (see `engines.llama.hosts.llama_cpp.load`).
         Where nothing lies there it is a name: one that Ollama or LM Studio know, or org/name or
         org/name:file.gguf on the hub (`hub`).
-    memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free.
+    memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free,
+        and less or more as that changes.
     revision: of a name on the hub: a branch, tag or commit.
     options: the engine's own. What is returned is what the engine's users know, with
         `.flashmoe`, an `engines.base.Engine`, beside it.

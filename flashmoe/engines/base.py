@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from flashmoe.engines.follower import Follower
 from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.reading.base import Reader
 from flashmoe.reading.read_queue import Span
 from flashmoe.residency import budget
+from flashmoe.residency.choice_log import Choice
 from flashmoe.residency.pools import NewArena
 from flashmoe.residency.residency import Residency
 from flashmoe.util import forks
@@ -28,7 +30,9 @@ class Engine:
     arithmetic: str  # see `Stats`, and the next one
     kernels: Mapping[str, str] = MappingProxyType({})
     beside_bytes = 0  # what a prompt takes besides, which memory="auto" leaves free
+    reserve_bytes = free_memory.RESERVE_BYTES  # what it leaves free at all times
     prefetch_layers = 0  # layers whose experts can be guessed
+    waiting_requests: Callable[[], int] | None = None  # of a server before it that has a queue
 
     def __init__(
         self,
@@ -54,25 +58,70 @@ class Engine:
             whole_events=whole_events,
         )
         self.lock = self.residency.lock
+        self.policy = policy
+        self.least_bytes = budget.least_bytes(self.manifest, whole_events=whole_events)
+        self.most_bytes = sum(one.n_experts * one.extent_bytes for one in self.manifest.layers)
+        self.follower = Follower(self)
         self._end_reads = weakref.finalize(self, reader.close)  # if it is dropped
         forks.look_after(self)
 
     def resize(self, memory: int | str) -> None:
-        """Give experts another budget from now on; output does not change. Not during generation.
+        """Give experts another budget from now on; output does not change.
 
+        While another thread generates, it waits for the end of a layer, or of llama.cpp's graph.
         What fits stays resident, as the policy chooses, and memory is given back at once; on an
         accelerator, and where layers begin or cease to share one cache, it starts cold. "auto":
-        what is free now, less a reserve. Raises FlashMoEError when the budget is too small or
-        more than there is, and leaves all as it was (but for an accelerator's slots: empty).
+        what is free now, less a reserve, and as `follow` from then on; a size stays what it is.
+        Raises FlashMoEError when the budget is too small or more than there is, and leaves all as
+        it was (but for an accelerator's slots: empty).
         """
         with self.lock:
             self._check_open()
-            memory_bytes = self._budget_bytes(memory)
-            try:
-                self.residency.pools.resize(memory_bytes)
-            finally:
-                if not self.residency.pools.all:  # an accelerator lost the room that it had
-                    self.close()
+            self._change_budget(self._budget_bytes(memory))
+            if memory == "auto":
+                self.follow()
+            else:
+                self.follower.stop()
+
+    def follow(self) -> None:
+        """Let the budget shrink and grow with what is free from now on, until a `resize`.
+
+        An accelerator's stays what it is.
+        """
+        if self.device == "cpu":
+            self.follower.start()
+
+    def adjust(self, memory_bytes: int) -> None:
+        """As `resize`, for whoever follows free memory; it does not wait for a graph's end.
+
+        Raises FlashMoEError where the memory cannot be had.
+        """
+        if memory_bytes < self.memory_bytes:
+            self.residency.asked_bytes = memory_bytes
+        with self.lock:
+            self.residency.asked_bytes = None
+            if self.residency.pools.all:
+                self._change_budget(memory_bytes if self.follower.follows else self.memory_bytes)
+
+    def _change_budget(self, memory_bytes: int) -> None:
+        """With the lock held."""
+        try:
+            self.residency.pools.resize(memory_bytes)
+        finally:
+            if not self.residency.pools.all:  # an accelerator lost the room that it had
+                self.close()
+
+    @property
+    def memory_bytes(self) -> int:
+        """The budget."""
+        return self.residency.pools.memory_bytes
+
+    @property
+    def present_bytes(self) -> int:
+        """What experts take, which they may use again."""
+        # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
+        pools = self.residency.pools
+        return pools.resident_bytes if self.device == "cpu" else pools.memory_bytes
 
     def _check_open(self) -> None:
         if not self.residency.pools.all:
@@ -80,14 +129,11 @@ class Engine:
 
     def _budget_bytes(self, memory: int | str) -> int:
         """For experts, of the `memory` that the user gives. Raises FlashMoEError without it."""
-        return self._auto_bytes() if memory == "auto" else parse_bytes(memory)
-
-    def _auto_bytes(self) -> int:
-        # a slot of DRAM takes memory once it was filled, one of an accelerator from the start
-        pools = self.residency.pools
-        present_bytes = pools.resident_bytes if self.device == "cpu" else pools.memory_bytes
-        least = budget.least_bytes(self.manifest)
-        return free_memory.budget_bytes(self.beside_bytes, self.device, least, present_bytes)
+        if memory != "auto":
+            return parse_bytes(memory)
+        return free_memory.budget_bytes(
+            self.beside_bytes, self.device, self.least_bytes, self.present_bytes, self.reserve_bytes
+        )
 
     def snapshot(self) -> Stats:
         """Counts since load or the last reset."""
@@ -114,6 +160,8 @@ class Engine:
                 resident_bytes=pools.resident_bytes,
                 peak_resident_bytes=pools.peak_resident_bytes,
                 memory_bytes=pools.memory_bytes,
+                grew=self.follower.grew,
+                shrank=self.follower.shrank,
                 direct_io=residency.reader.backend.direct,
                 arithmetic=self.arithmetic,
                 kernels=dict(self.kernels),
@@ -122,6 +170,16 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """`snapshot` as a dict, for JSON; `Stats` says what each entry means."""
         return self.snapshot().as_dict()
+
+    def watch_choices(self, wanted: bool) -> None:
+        """Keep what layers choose for `take_choices` from now on, or nothing more."""
+        with self.lock:
+            self.residency.routing.log.want(wanted)
+
+    def take_choices(self) -> list[Choice]:
+        """What layers chose since the last call, in order."""
+        with self.lock:
+            return self.residency.routing.log.take()
 
     def record_spans(self) -> list[Span]:
         """A list that from now on gets every read and computation: (what, start, end) in seconds.
@@ -139,6 +197,7 @@ class Engine:
     def reset_counts(self) -> None:
         """Counts at zero; residency and the policies' statistics stay as they are."""
         self.residency.reset_counts()
+        self.follower.reset_counts()
 
     def stand_still(self) -> None:
         """Let the layer at hand end, and begin none until `go_on` (see `util.forks`)."""
@@ -146,9 +205,12 @@ class Engine:
 
     def go_on(self, *, in_child: bool) -> None:
         self.residency.go_on(in_child=in_child)
+        if in_child and self.follower.follows:
+            self.follower.start()
 
     def close(self) -> None:
         """Free slots, threads and file descriptors. The model cannot run afterwards."""
+        self.follower.stop()
         with self.lock:
             self._end_reads()
             self.residency.pools.close()

@@ -42,8 +42,7 @@ def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     Raises FlashMoEError when it cannot be had, or the disk has too little room, before weights
     are fetched.
     """
-    is_free = revision is None and not os.path.lexists(path)
-    if is_free and (kept := local_models.find(os.fspath(path))):
+    if revision is None and (kept := kept_here(path)):
         return kept
     if not is_name(path):
         if revision is not None:
@@ -61,6 +60,11 @@ def on_disk(path: str | os.PathLike[str], revision: str | None = None) -> Path:
             check_room(Path(constants.HF_HUB_CACHE), repository, missing_bytes)
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     return folder if file is None else folder / file
+
+
+def kept_here(path: str | os.PathLike[str]) -> Path | None:
+    """The file of another program that keeps a model by this name, unless something lies there."""
+    return None if os.path.lexists(path) else local_models.find(os.fspath(path))
 
 
 def listed(path: str | os.PathLike[str], revision: str | None = None) -> Listed:

@@ -47,7 +47,11 @@ class Stats:
     peak_resident_bytes: int
     """The most that `resident_bytes` was."""
     memory_bytes: int
-    """The budget."""
+    """The budget; where `memory` is "auto", the present one."""
+    grew: int
+    """How often it grew, as memory="auto" follows what is free."""
+    shrank: int
+    """How often it gave back."""
     direct_io: bool
     """Reads bypass the page cache."""
     arithmetic: str

@@ -16,11 +16,13 @@ from flashmoe.util.sizes import format_bytes
 RESERVE_BYTES, RESERVE_SHARE = 768 << 20, 0.1
 
 # By cgroup version: the files of limit and usage, and the name in memory.stat of the page cache
-# that the kernel would give up.
+# that the kernel would give up. Above memory.high it slows programs down.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+_SOFT_LIMIT = "memory.high"
+_NO_LIMIT = 1 << 60  # version 1 says so by a number of this size
 
 
 def available_bytes() -> int:
@@ -29,6 +31,11 @@ def available_bytes() -> int:
     Raises FlashMoEError where the system does not say.
     """
     return max(0, min([_machine(), *_cgroups()]))
+
+
+def reserve_of(all_bytes: int, reserve_bytes: int = RESERVE_BYTES) -> int:
+    """What stays free of `all_bytes`, the experts' own among them."""
+    return max(reserve_bytes, int(all_bytes * RESERVE_SHARE))
 
 
 def budget_bytes(
@@ -42,12 +49,12 @@ def budget_bytes(
 
     dense_bytes: what the rest of the model is still to take there. least_bytes: what experts need
     at least. present_bytes: what experts take there now, which they may use again. reserve_bytes:
-    stays free, or a tenth of what there is if that is more.
+    see `reserve_of`.
     Raises FlashMoEError when less than `least_bytes` is left, or the system does not say how much
     memory is free.
     """
     available = available_bytes() if device == "cpu" else _free_on(device)
-    reserve = max(reserve_bytes, int(available * RESERVE_SHARE))
+    reserve = reserve_of(available + present_bytes, reserve_bytes)
     budget = available + present_bytes - reserve - dense_bytes
     if budget < least_bytes:
         besides = ""
@@ -102,10 +109,16 @@ def _cgroups(root: Path = cgroups.ROOT, membership: Path = cgroups.MEMBERSHIP) -
 
 def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
     """A cgroup's limit less its usage. Raises OSError or ValueError without a limit ("max")."""
+    limits = []
+    for name in (limit, _SOFT_LIMIT):
+        with suppress(OSError, ValueError):
+            limits.append(int((folder / name).read_text()))
+    if (limit_bytes := min(limits)) >= _NO_LIMIT:
+        raise ValueError(limit_bytes)
     used, inactive = int((folder / usage).read_text()), 0
     with suppress(OSError, ValueError):  # without statistics, none counts as reclaimable
         statistics = dict(
             line.split() for line in (folder / "memory.stat").read_text().splitlines()
         )
         inactive = int(statistics.get(reclaimable, 0))
-    return int((folder / limit).read_text()) - used + inactive
+    return limit_bytes - used + inactive

@@ -54,6 +54,7 @@ class Plan:
 def make(model: str, request: Request) -> Plan:
     """Raises FlashMoEError where the model cannot be run, or its heads cannot be had."""
     figures = measured.load()
+    model = str(hub.kept_here(model) or model)
     sizes = hub.gguf_sizes(model) if hub.is_name(model) and ":" not in model else {}
     files: list[Candidate] = []
     if sizes:

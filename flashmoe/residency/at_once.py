@@ -33,6 +33,7 @@ from flashmoe.residency.at_once_work import (
     TOTAL,
     Whole,
 )
+from flashmoe.residency.place_work import BYTES as HELD_BYTES
 from flashmoe.residency.place_work import FILLED, GUESSED, LEAVING, LIMIT_BYTES, NEEDED, Places
 from flashmoe.residency.residency import Residency
 from flashmoe.util.by_address import words_of
@@ -117,9 +118,13 @@ class AtOnce:
                 self.end(awaited - 1, self._step(FINISH, awaited - 1))
 
     def end_abandoned(self) -> None:
-        """End an event whose late reads the program never came to need; no error is told."""
+        """End an event whose late reads the program never came to need; no error is told.
+
+        Nothing is multiplied by its experts any more.
+        """
         with suppress(FlashMoEError, OSError):
             self.await_late()
+        self.whole.counts[N_NEEDED] = 0
 
     def end(self, layer: int, answer: int) -> None:
         """What is left to be done of an event for which `work` gave such an answer.
@@ -233,7 +238,8 @@ class AtOnce:
     def trim(self) -> None:
         """After a reset or a resize: empty the places of all that is not resident any more.
 
-        A resident whose room was lent stays absent, and is read when it is needed.
+        A resident whose room was lent stays absent, and is read when it is needed. What the event
+        at hand needs stays where it is, if that was not ended: the program multiplies by it.
         """
         with self.residency.lock:
             self.use_caches()
@@ -247,8 +253,21 @@ class AtOnce:
             for number in self.whole.leaving[: counts[N_LEAVING]].tolist():
                 self._reader.queue.wait(number)
             self._forget_spoilt()
+            places.sizes[LIMIT_BYTES] = self.residency.pools.memory_bytes
+            in_use = set(self.whole.needed[: counts[N_NEEDED]].tolist())
             for layer in range(len(places.extent_bytes)):
                 first = int(places.first[layer])
                 for expert in np.flatnonzero(self.residency.pools.of(layer).slot_of(layer) < 0):
-                    self._empty(places, layer, first + int(expert))
-            places.sizes[LIMIT_BYTES] = self.residency.pools.memory_bytes
+                    if first + int(expert) not in in_use:
+                        self._empty(places, layer, first + int(expert))
+            if in_use and places.sizes[HELD_BYTES] > places.sizes[LIMIT_BYTES]:
+                self._make_room(list(in_use))
+
+    def _make_room(self, in_use: list[int]) -> None:
+        """Keep the limit all the same: residents of other layers lend their room."""
+        places = self.places
+        marked = places.marks[in_use]
+        places.marks[in_use] |= NEEDED
+        layer = int(np.searchsorted(places.first, in_use[0], "right")) - 1
+        kernel(place_work.keep_limit, Policy)(places, layer)
+        places.marks[in_use] = marked

@@ -125,6 +125,17 @@ def empty(places, layer, number):
 
 
 @helper
+def keep_limit(places, around):
+    """Empty places until the budget is kept: those that a prompt would borrow at `around`."""
+    search = seek(around, True)
+    while places.sizes[BYTES] > places.sizes[LIMIT_BYTES]:
+        victim = next_victim(places, search)
+        if victim < 0:
+            break
+        empty(places, (around - search[BACK]) % len(places.extent_bytes), victim)
+
+
+@helper
 def _drop(pages):
     for i in range(len(pages)):
         if pages[i, 1] > pages[i, 0]:

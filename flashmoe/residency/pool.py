@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.memory.arena import Arena
+from flashmoe.memory.arena import Arena, Slot
+from flashmoe.policies.base import Policy
 
 
 @dataclass(eq=False)
@@ -35,6 +37,14 @@ class Pool:
         """By expert of the layer, [n_experts] int64: its slot, or -1 when it is not resident."""
         first = self.first_key(layer)
         return self.cache.residency.slot_of[first : first + self.n_experts]
+
+    def resize(self, policy: Policy, new: Sequence[Slot]) -> None:
+        """To a fresh policy's slots; as many experts stay as fit, as it chooses.
+
+        new: as many as the arena lacks.
+        """
+        self.cache, kept_slots = self.cache.resized(policy)
+        self.arena.resize(kept_slots, self.cache.n_slots, new)
 
     @property
     def resident_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache
@@ -71,6 +71,17 @@ class Pools:
             scope = Scope(layers[number].n_experts, top_k, 1, number, depth)
         return self.policy(scope, min(n_slots, scope.n_keys))
 
+    def caches_at(self, memory_bytes: int, numbers: Iterable[int]) -> list[ExpertCache] | None:
+        """Empty caches as these pools would have them at another budget.
+
+        None where layers would begin or cease to share one. Raises FlashMoEError for a budget
+        that is too small.
+        """
+        slots = self._divide(memory_bytes)
+        if slots.shared != self.slots.shared:
+            return None
+        return [ExpertCache(self.new_policy(number, slots.n_slots)) for number in numbers]
+
     def _new_pool(self, number: int) -> Pool:
         layer = self.manifest.layers[number]
         cache = ExpertCache(self.new_policy(number, self.slots.n_slots))
@@ -128,16 +139,32 @@ class Pools:
 
     def _resize_all(self) -> None:
         """To `slots`, with what fits still in them; what can fail comes first."""
-        policies = [self.new_policy(n, self.slots.n_slots) for n in range(len(self.all))]
-        new_slots = [
-            pool.arena.new_slots(pool.arena.lacks(policy.n_slots))
-            for pool, policy in zip(self.all, policies, strict=True)
-        ]
-        spares = self._new_spares()
-        for pool, policy, new in zip(self.all, policies, new_slots, strict=True):
-            pool.cache, kept_slots = pool.cache.resized(policy)
-            pool.arena.resize(kept_slots, pool.cache.n_slots, new)
+        changes = []
+        for number, pool in enumerate(self.all):
+            policy = self.new_policy(number, self.slots.n_slots)
+            if policy.n_slots != pool.cache.n_slots:
+                new = pool.arena.new_slots(pool.arena.lacks(policy.n_slots))
+                changes.append((pool, policy, new))
+        spares = self.prefetcher.spares
+        if (spares.n_slots if spares else 0) != self.slots.spares:
+            spares = self._new_spares()
+        for pool, policy, new in changes:
+            pool.resize(policy, new)
         self.prefetcher.use(spares)
+
+    def shrink(self, memory_bytes: int, but: Pool) -> None:
+        """Give back now what a `resize` to so few bytes would, but of one pool that is in use.
+
+        Nothing where that would start cold. A `resize` is to follow.
+        """
+        slots = self._divide(memory_bytes)
+        if slots.shared or self.slots.shared:
+            return
+        self._peak_before_bytes = self.peak_resident_bytes
+        for number, pool in enumerate(self.all):
+            policy = self.new_policy(number, slots.n_slots)
+            if pool is not but and policy.n_slots < pool.cache.n_slots:
+                pool.resize(policy, [])
 
     def _replace_all(self, caches_before: list[ExpertCache]) -> None:
         """By empty ones for `slots`; first if an accelerator has not the room for both."""

@@ -42,7 +42,7 @@ class Prefetcher:
 
     def use(self, spares: Arena | None) -> None:
         """Guess into these slots from now on; nothing may be on its way into the old ones."""
-        if self.spares:
+        if self.spares and self.spares is not spares:
             self.spares.close()
         self.spares = spares
         self._free = list(range(spares.n_slots)) if spares else []

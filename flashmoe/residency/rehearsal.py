@@ -26,12 +26,22 @@ def compile_policy(policy: str) -> None:
 
     Raises FlashMoEError where there is no such policy.
     """
-    scope = Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
-    cache = ExpertCache(policies.get(policy, online=True)(scope, _SLOTS))
-    routing = Routing(_TOP_K, _LAYERS)
+    cache, routing = _cache(policy, _SLOTS), Routing(_TOP_K, _LAYERS)
     for experts in ([[0, 1]], [[2, 3]], [[4, 5]]):
         decision = cache.decision(routing.event(0, np.array(experts), None, 0, _EXPERTS))
         decide(decision, type(cache.policy))(words_of(decision).ctypes.data)
+
+
+def compile_resize(policy: str) -> None:
+    """Shrink a small cache. Raises FlashMoEError where there is no such policy."""
+    cache, routing = _cache(policy, _SLOTS), Routing(_TOP_K, _LAYERS)
+    list(cache.waves(routing.event(0, np.arange(_SLOTS).reshape(-1, _TOP_K), None, 0, _EXPERTS)))
+    cache.resized(_cache(policy, _TOP_K).policy)
+
+
+def _cache(policy: str, n_slots: int) -> ExpertCache:
+    scope = Scope(_EXPERTS, _TOP_K, 1, 0, _LAYERS)
+    return ExpertCache(policies.get(policy, online=True)(scope, n_slots))
 
 
 def compile_reading() -> None:
@@ -51,4 +61,5 @@ def compile_events() -> Whole:
     at_once_work.compiled(whole)
     for function in (place_work.take, place_work.empty):
         kernel(function, Policy)(places, 0, 0)
+    kernel(place_work.keep_limit, Policy)(places, 0)
     return whole

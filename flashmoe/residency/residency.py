@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from flashmoe.cache.serving import is_long
 from flashmoe.reading.base import Reader
 from flashmoe.reading.read_queue import Span
+from flashmoe.residency.pool import Pool
 from flashmoe.residency.pools import NewArena, Pools
 from flashmoe.residency.prefetch import Prefetcher
 from flashmoe.residency.routing import Routing
@@ -48,6 +50,7 @@ class Residency:
         self.timings = Timings()
         self.routing = Routing(self.manifest.top_k, len(self.manifest.layers))
         self.prefetcher = Prefetcher(self.reader, enabled=prefetch)
+        self.asked_bytes: int | None = None  # a smaller budget, for which somebody waits
         self.pools = Pools(
             self.manifest,
             policy,
@@ -83,7 +86,16 @@ class Residency:
             missing = pool.cache.residency.slot_of[event.keys] < 0
             self.prefetcher.record.add_event(int(missing.sum()))
             guess = partial(self.guess, layer + 1, likely)
-            yield from service.groups(pool.cache.waves(event), guess)
+            with closing(service.groups(pool.cache.waves(event), guess)) as groups:
+                for group in groups:
+                    yield group
+                    self._give_back(but=pool)
+
+    def _give_back(self, but: Pool) -> None:
+        """Do not let whoever needs memory wait for the end of a prompt's layer."""
+        if self.asked_bytes is not None:
+            self.pools.shrink(self.asked_bytes, but)
+            self.asked_bytes = None
 
     def guess(self, layer: int, likely: Likely) -> None:
         """Begin to read what `layer` will probably need, if there is such a layer.

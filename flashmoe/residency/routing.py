@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashmoe.events import LAYERS_BELOW, Event, told
+from flashmoe.residency.choice_log import ChoiceLog
 
 
 class Routing:
@@ -18,6 +19,7 @@ class Routing:
         self._rows = [self._no_rows] * n_layers  # by layer, [tokens, top_k]
         self.n_tokens = np.zeros(n_layers, np.int64)  # of each layer's last event
         self.last = np.zeros((n_layers, top_k), np.int64)  # where n_tokens is 1: what it chose
+        self.log = ChoiceLog()  # gets the events that machine code served from whoever has them
 
     def event(
         self,
@@ -32,6 +34,7 @@ class Routing:
         weights: the router's, [tokens, top_k], if they are known.
         first_key: the key of the layer's expert 0 in the cache that serves it.
         """
+        self.log.keep(layer, rows, weights)
         lower_rows = self._note(layer, rows, n_experts)
         return Event.of_rows(rows, first_key, weights, lower_rows)
 

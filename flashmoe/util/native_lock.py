@@ -9,7 +9,7 @@ import numpy as np
 
 _RECURSIVE = 1  # PTHREAD_MUTEX_RECURSIVE on Linux
 _libc = ctypes.CDLL(None)
-for _name in ("lock", "unlock", "init"):
+for _name in ("lock", "trylock", "unlock", "init"):
     getattr(_libc, f"pthread_mutex_{_name}").argtypes = [ctypes.c_void_p]
 _libc.pthread_mutex_init.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 _libc.pthread_mutexattr_settype.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -34,6 +34,10 @@ class NativeLock:
 
     def acquire(self) -> None:
         _libc.pthread_mutex_lock(self.address)
+
+    def try_acquire(self) -> bool:
+        """Acquire it if nobody else holds it."""
+        return bool(_libc.pthread_mutex_trylock(self.address) == 0)
 
     def release(self) -> None:
         if os.getpid() == self._process:

@@ -61,6 +61,10 @@ SPECIAL_COLUMNS = {
     ),
     "faults-llama-files": ("file", "requests", "right", "refused", "wrong", "hangs", "other"),
     "faults-llama-kills": ("kills", "kept", "right", "wrong", "hangs", "other"),
+    "soak-neighbour": (
+        "engine", "seconds", "rounds", "answers", "neighbour_bytes", "neighbour_bytes_per_second",
+        "least_budget_bytes", "most_budget_bytes", "grew", "shrank",
+    ),
     "faults-kills": ("before", "kills", "steps", "no store", "whole store", "damaged"),
 }  # fmt: skip
 DIGESTS = {"hit_rates": digests.hit_rates, "policy_cost": digests.policy_cost}

@@ -1,6 +1,6 @@
 """The xllamacpp wheel's server with the cache, and orders on stdin: `MODEL MEMORY [WARM] --port N`.
 
-Orders, each answered by a line of JSON: fault KIND SEED; mend; save; resize BYTES; reset.
+Orders, each answered by a line of JSON: fault KIND SEED; mend; save; resize BYTES; reset; look.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flashmoe.engines.llama.hosts import xllamacpp as host
 from flashmoe.reading.pread import read_through
 from flashmoe.residency import warm_start
 from harness.torture.faults import Faults
+from harness.torture.usage import usage
 
 _SETTINGS: dict[str, Any] = {"n_ctx": 2048, "n_parallel": 1, "warmup": False, "n_gpu_layers": 0}
 
@@ -59,6 +60,8 @@ def main(words: list[str]) -> None:
                 engine.resize(int(values[0]))
             case "reset" if engine:
                 engine.reset()
+            case "look" if engine:
+                answer |= usage(engine)
         process = psutil.Process()
         answer |= {
             "rss_bytes": process.memory_info().rss,

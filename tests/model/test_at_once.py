@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,6 +72,36 @@ def test_what_was_lent_is_read_again_after_a_resize(steps, before, after):
                 engine.resize(after * EXTENT_BYTES)
                 assert len(memory.settled_content(engine)) <= after
                 before, after = after, before
+    finally:
+        engine.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps, budgets, budgets, st.sampled_from(["lru", "learned"]))
+def test_a_budget_that_changes_within_a_graph_leaves_what_is_multiplied_by(
+    steps, before, after, policy
+):
+    memory = Memory()
+    engine = LlamaEngine(memory, before * EXTENT_BYTES, policy)
+    engine.follower._ended.clear()  # somebody follows
+    try:
+        with ThreadPoolExecutor(1) as graph:  # a graph is computed
+            graph.submit(engine._computing.acquire).result()
+            for tokens, seed, wrong in steps:
+                generator = np.random.default_rng(seed)
+                choice = generator.random((LAYERS, tokens, EXPERTS)).argsort(2)[:, :, :TOP_K]
+                for layer, rows in enumerate(choice):
+                    above = choice[min(layer + 1, LAYERS - 1)]
+                    likely = generator.permutation(EXPERTS) if wrong else np.unique(above)
+                    engine.at_once.make_ready(layer, rows, likely.tolist)
+                    engine.adjust(after * EXTENT_BYTES)
+                    before, after = after, before
+                    assert all(memory.holds(layer, expert) for expert in rows.ravel().tolist())
+                    assert len(memory.settled_content(engine)) <= before
+                    assert engine.present_bytes <= engine.memory_bytes == before * EXTENT_BYTES
+            graph.submit(engine._computing.release).result()
+        engine.reset()
+        assert memory.settled_content(engine) == {}
     finally:
         engine.close()
 

@@ -163,6 +163,32 @@ def test_it_does_what_python_does(steps, extents, policy):
         run.engine.close()
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_who_looks_on_sees_every_choice_in_order(records):
+    """Those of machine code, and of Python in between; a record beside it has them too."""
+    run = Run(Memory(), EXPERTS * LAYERS, "lru")
+    if records:
+        run.engine.record()
+    run.engine.watch_choices(True)
+    served = []
+    for step, tokens in enumerate([1, 1, 5, 1]):
+        for layer, rows in enumerate(choices(step, tokens)):
+            if tokens > 1:
+                run.engine.note(layer, rows)
+                run.engine.at_once.make_ready(layer, rows, rows[0].tolist)
+            else:
+                assert run.decode(layer, rows[0], rows[0]) == READY
+            served.append((layer, rows.tolist()))
+    seen = run.engine.take_choices()
+    assert [(choice.layer, choice.rows.tolist()) for choice in seen] == served
+    if records:
+        assert len(run.engine.trace().experts) == 8
+    run.engine.watch_choices(False)
+    run.decode(0, np.arange(TOP_K), np.arange(TOP_K))
+    assert run.engine.take_choices() == []
+    run.engine.close()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.sets(st.integers(0, 23), max_size=3)),
                 max_size=8), budgets)  # fmt: skip
@@ -305,6 +331,31 @@ def test_what_nobody_came_to_need_leaves_nothing_wrong(slow, then, fails):
     content = slow.memory.settled_content(slow.engine)
     assert ((0, 3) in content) == (then != "a reset" and not fails)
     slow.engine.decoder.arm()
+    assert slow.decode(0, chosen, np.array([5])) == READY
+    assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_late_reads_come_also_where_the_budget_changes_meanwhile(slow, fails):
+    chosen, engine = np.array([3, 4]), slow.engine
+    assert slow.begin(0, chosen, np.array([5])) == PART
+    engine.follower._ended.clear()  # somebody follows
+    with ThreadPoolExecutor(1) as graph:  # a graph is computed
+        graph.submit(engine._computing.acquire).result()
+        engine.adjust(EXPERTS * EXTENT_BYTES)
+        assert engine.memory_bytes == EXPERTS * EXTENT_BYTES
+        slow.memory.broken = {(0, 3)} if fails else set()
+        slow.go.set()
+        assert slow.rest(0) == PYTHON
+        if fails:
+            with pytest.raises(FlashMoEError, match="expert 3 of 0"):
+                engine.at_once.await_late()
+        else:
+            engine.at_once.await_late()
+            assert all(slow.memory.holds(0, expert) for expert in (3, 4))
+        graph.submit(engine._computing.release).result()
+    slow.memory.broken = set()
+    engine.decoder.arm()
     assert slow.decode(0, chosen, np.array([5])) == READY
     assert all(slow.memory.holds(0, expert) for expert in (3, 4))
 

@@ -69,7 +69,7 @@ def test_a_resize_without_memory_leaves_all_as_it_was(stores, many_guesses, limi
     residents = [cache.resident for cache in model.flashmoe.residency.pools.caches]
     limited(made)
     with pytest.raises(FlashMoEError, match="no memory for"):
-        model.flashmoe.resize(budget(stores(), slots, 2))
+        model.flashmoe.resize(budget(stores(), slots, 1))
     assert model.flashmoe.stats() == stats
     assert [cache.resident for cache in model.flashmoe.residency.pools.caches] == residents
     limited(10)

@@ -171,6 +171,12 @@ def test_auto_sees_the_limits_of_cgroups_above(tmp_path, version):
         (folder / "memory.stat").write_text(f"anon 7\n{reclaimable} {100 << 20}\n")
     own.write_text("0::/a/b\n" if version == 2 else "9:cpu,memory:/a/b\n3:pids:/x\n")
     assert list(free_memory._cgroups(root, own)) == [300 << 20]
+    if version == 2:  # above it the kernel slows programs down
+        (base / "a" / "memory.high").write_text(str(450 << 20))
+        assert list(free_memory._cgroups(root, own)) == [250 << 20]
+    (base / "a" / limit).write_text(str((1 << 63) - 4096))
+    (base / "a" / "memory.high").write_text("max")
+    assert list(free_memory._cgroups(root, own)) == []
 
 
 @torch.inference_mode()

@@ -276,6 +276,8 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+        if self.memory == "auto":
+            self.engine.follow()
         if self.watch:
             self.watch(self.engine)
 

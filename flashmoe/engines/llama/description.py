@@ -8,9 +8,8 @@ from pathlib import Path
 
 from flashmoe.engines.llama import kv_cache
 from flashmoe.engines.llama.engine import RESERVE_BYTES
-from flashmoe.engines.llama.expert_tensors import expert_tensors, parts_of
+from flashmoe.engines.llama.expert_tensors import expert_tensors, heads_of
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.gguf_head import GGUFHead, read_head
 from flashmoe.engines.model_facts import ModelFacts
 from flashmoe.errors import FlashMoEError
 
@@ -19,16 +18,12 @@ _TABLE, _OUTPUT = "token_embd.weight", "output.weight"
 
 def describe(ggml: GGML, path: Path) -> ModelFacts:
     """Nothing but heads is read. Raises FlashMoEError where they are no MoE model's."""
-    heads: list[GGUFHead] = []
     by_layer: Counter[int] = Counter()
     counts: set[int] = set()
     kinds: Counter[int] = Counter()
-    parts = parts_of(ggml, path)
-    for part in parts:
-        head = read_head(ggml, part)
-        if head is None:
-            raise FlashMoEError(f"{part} is no GGUF file that llama.cpp can read: fetch it again")
-        heads.append(head)
+    by_part = heads_of(ggml, path)
+    heads = list(by_part.values())
+    for part, head in by_part.items():
         for tensor in expert_tensors(part, head):
             by_layer[tensor.layer] += tensor.size_bytes
             counts.add(tensor.n_experts)

@@ -20,9 +20,10 @@ from flashmoe.engines.stats import Stats
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.reading.range_reader import RangeReader
-from flashmoe.residency import warm_start
+from flashmoe.residency import budget, warm_start
 from flashmoe.residency.at_once import AtOnce
 from flashmoe.residency.at_once_work import DECIDING, READY, TOTAL, WAIT
+from flashmoe.residency.choice_log import Choice
 from flashmoe.residency.place_work import BYTES, MOST_BYTES
 from flashmoe.trace import Trace
 from flashmoe.util.native_lock import NativeLock
@@ -38,6 +39,7 @@ class LlamaEngine(Engine):
     """What a program of llama.cpp computes with, as far as it fits the budget."""
 
     arithmetic = "llama.cpp"
+    reserve_bytes = RESERVE_BYTES
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class LlamaEngine(Engine):
         Raises FlashMoEError where the budget is too small.
         """
         self.experts = experts
-        self.beside_bytes = beside_bytes
+        self.beside_bytes = beside_bytes + experts.edge_bytes
         reader = RangeReader(experts)
         super().__init__(
             reader,
@@ -73,8 +75,12 @@ class LlamaEngine(Engine):
         self.decoder: Decoder | None = None  # once somebody can arm it
         self.at_once = AtOnce(self.residency, reader)
 
+    @property
+    def present_bytes(self) -> int:
+        return int(self.at_once.places.sizes[BYTES])
+
     def _budget_bytes(self, memory: int | str) -> int:
-        return self._places_bytes(memory, int(self.at_once.places.sizes[BYTES]))
+        return self._places_bytes(memory, self.present_bytes)
 
     def _places_bytes(self, memory: int | str, present_bytes: int) -> int:
         """What is left of `memory` for whole places: the pages at their ends stay filled.
@@ -84,11 +90,10 @@ class LlamaEngine(Engine):
         manifest, edge_bytes = self.experts.manifest, self.experts.edge_bytes
         if memory != "auto":
             return layout.check_budget(memory, manifest, edge_bytes) - edge_bytes
-        least = layout.least_bytes(manifest, edge_bytes)
-        memory_bytes = free_memory.budget_bytes(
-            self.beside_bytes, "cpu", least, present_bytes, reserve_bytes=RESERVE_BYTES
+        least = budget.least_bytes(manifest, whole_events=True)
+        return free_memory.budget_bytes(
+            self.beside_bytes, "cpu", least, present_bytes, self.reserve_bytes
         )
-        return memory_bytes - edge_bytes
 
     def restore(self, path: Path) -> None:
         """Begin as an earlier run ended. Raises FlashMoEError for a file of another model."""
@@ -124,27 +129,48 @@ class LlamaEngine(Engine):
             self._check_open()
             if layer == 0:  # what is read later is checked when it was
                 self.experts.check_unchanged()
+            if self._logs:
+                self._read_log()
             if self._recorder:
-                self._record_log()
                 self._recorder.note(layer, rows)
 
     def next_sequence(self) -> None:
         """What is recorded from now on belongs to another sequence of the trace."""
         with self.lock:
             if self._recorder:
-                self._record_log()
+                self._read_log()
                 self._recorder.next_sequence()
 
     def use(self, decoder: Decoder) -> None:
         """Let machine code serve single tokens whenever it is armed. Not without the lock."""
         self.decoder = decoder
-        decoder.log(self._recorder is not None)
+        decoder.log(self._logs)
 
-    def _record_log(self) -> None:
-        """Record the events that no Python has seen yet."""
-        if self.decoder and self._recorder:
-            for layer, *choice in self.decoder.take_log().tolist():
-                self._recorder.note(layer, np.array([choice]))
+    @property
+    def _logs(self) -> bool:
+        """Somebody wants the events that machine code serves."""
+        return self._recorder is not None or self.residency.routing.log.wanted
+
+    def _read_log(self) -> None:
+        """Pass on the events that no Python has seen yet."""
+        if self.decoder:
+            log = self.decoder.take_log()
+            for layer, rows in zip(log[:, 0].tolist(), log[:, None, 1:], strict=True):
+                self.residency.routing.log.keep(layer, rows, None)
+                if self._recorder:
+                    self._recorder.note(layer, rows)
+
+    def watch_choices(self, wanted: bool) -> None:
+        with self.lock:
+            self._read_log()  # of before
+            super().watch_choices(wanted)
+            if self.decoder:
+                self.decoder.log(self._logs)
+
+    def take_choices(self) -> list[Choice]:
+        with self.lock:
+            self._read_log()
+            return super().take_choices()
 
     def end(self, layer: int, answer: int) -> None:
         """What machine code left of an event (see `decode_event.decode`).
@@ -157,10 +183,10 @@ class LlamaEngine(Engine):
     def record(self) -> Recorder:
         """Record which experts are chosen, from now on and from nothing."""
         with self.lock:
+            self._read_log()
             self._recorder = Recorder(self.manifest)
             if self.decoder:
                 self.decoder.log(True)
-                self.decoder.take_log()
         return self._recorder
 
     def trace(self, **info: object) -> Trace:
@@ -171,7 +197,7 @@ class LlamaEngine(Engine):
         if self._recorder is None:
             raise FlashMoEError("no trace: call record() before what is to be recorded")
         with self.lock:
-            self._record_log()
+            self._read_log()
         stats = self.snapshot()
         counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
         counts |= {"requests": stats.requests, "hits": stats.hits}
@@ -190,7 +216,26 @@ class LlamaEngine(Engine):
     def resize(self, memory: int | str) -> None:
         with self._by_python():
             super().resize(memory)
-            self.at_once.trim()
+
+    def adjust(self, memory_bytes: int) -> None:
+        """In the midst of a graph too, of which a prompt's takes long: between two layers' events.
+
+        The experts that are multiplied by stay where they are.
+        """
+        if not self._computing.try_acquire():
+            super().adjust(memory_bytes)
+            return
+        try:
+            with self._by_python():
+                super().adjust(memory_bytes)
+        finally:
+            self._computing.release()
+
+    def _change_budget(self, memory_bytes: int) -> None:
+        if self.decoder:
+            self.decoder.disarm()
+        super()._change_budget(memory_bytes)
+        self.at_once.trim()
 
     def reset(self) -> None:
         with self._by_python():

@@ -58,27 +58,35 @@ def parts_of(ggml: GGML, path: Path) -> list[Path]:
 
     Raises FlashMoEError where it is no file that llama.cpp reads, or the parts are not all there.
     """
-    contents = contents_of(ggml, path)
-    if contents is None:
-        raise FlashMoEError(f"{path} is no GGUF file that llama.cpp can read: fetch it again")
-    if contents.parts == 1:
+    head = _head_of(ggml, path)
+    if head.parts == 1:
         return [path]
     named = _PART.fullmatch(path.name)
-    if contents.part or named is None or int(named[2]) != 1 or int(named[3]) != contents.parts:
+    if head.part or named is None or int(named[2]) != 1 or int(named[3]) != head.parts:
         raise FlashMoEError(
-            f"{path} is part {contents.part + 1} of a model in {contents.parts} files: name the "
-            f"first, whose name ends with -00001-of-{contents.parts:05}.gguf"
+            f"{path} is part {head.part + 1} of a model in {head.parts} files: name the "
+            f"first, whose name ends with -00001-of-{head.parts:05}.gguf"
         )
     parts = [
-        path.with_name(f"{named[1]}-{number:05}-of-{contents.parts:05}.gguf")
-        for number in range(1, contents.parts + 1)
+        path.with_name(f"{named[1]}-{number:05}-of-{head.parts:05}.gguf")
+        for number in range(1, head.parts + 1)
     ]
     if missing := [part for part in parts if not part.exists()]:
         raise FlashMoEError(
-            f"{missing[0]} is missing: the {contents.parts} files of this model belong in one "
-            "folder"
+            f"{missing[0]} is missing: the {head.parts} files of this model belong in one folder"
         )
     return parts
+
+
+def heads_of(ggml: GGML, path: Path) -> dict[Path, GGUFHead]:
+    """Of each part. Raises FlashMoEError as `parts_of`, and where a later part cannot be read."""
+    return {part: _head_of(ggml, part) for part in parts_of(ggml, path)}
+
+
+def _head_of(ggml: GGML, path: Path) -> GGUFHead:
+    if (head := read_head(ggml, path)) is None:
+        raise FlashMoEError(f"{path} is no GGUF file that llama.cpp can read: fetch it again")
+    return head
 
 
 def is_experts(name: str) -> bool:

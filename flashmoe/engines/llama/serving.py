@@ -9,9 +9,9 @@ from pathlib import Path
 
 from flashmoe.engines.llama import context_size
 from flashmoe.engines.llama.attachment import Attachment
-from flashmoe.engines.llama.expert_tensors import expert_tensors, parts_of
+from flashmoe.engines.llama.expert_tensors import expert_tensors, heads_of
 from flashmoe.engines.llama.ggml import GGML
-from flashmoe.engines.llama.gguf_head import GGUFHead, read_head
+from flashmoe.engines.llama.gguf_head import GGUFHead
 from flashmoe.engines.llama.hosts import flags, program
 from flashmoe.engines.serving import ServeSettings, Watch
 from flashmoe.errors import FlashMoEError
@@ -108,11 +108,7 @@ def _settle(attachment: Attachment, path: Path, settings: ServeSettings) -> None
 
 def _heads(ggml: GGML, path: Path) -> list[GGUFHead]:
     """Of every part. Raises FlashMoEError where llama.cpp cannot read one, or none has experts."""
-    heads = []
-    for part in parts_of(ggml, path):
-        if (head := read_head(ggml, part)) is None:
-            raise FlashMoEError(f"{part} is no GGUF file that llama.cpp can read: fetch it again")
-        heads.append(head)
+    heads = list(heads_of(ggml, path).values())
     if not any(expert_tensors(path, head) for head in heads):
         raise FlashMoEError(
             f"{path} is no Mixture-of-Experts model ({heads[0].architecture}): serve it by "

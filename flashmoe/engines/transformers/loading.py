@@ -36,7 +36,8 @@ def load(
     path: a store, or a Hugging Face directory, whose experts are read in place.
     memory: bytes, or a size such as "4GiB", that experts may occupy; the rest of the model
         (5-7 % of it) comes on top. "auto": what machine and cgroup have free, less a reserve
-        (see `free_memory`). Output does not depend on it.
+        (see `free_memory`); it shrinks and grows as that does, but on an accelerator it stays what
+        it was at load. Output does not depend on it.
     policy: a name from `flashmoe policies`, or name:argument.
     device: where the model computes: "cpu", or an accelerator that torch knows, such as "cuda".
         There `memory` is the accelerator's; reads pass through 2 MiB of pinned DRAM a thread.
@@ -56,13 +57,14 @@ def load(
             f"arithmetic {arithmetic!r} is not known: choose from {', '.join(ARITHMETIC)}"
         )
     torch_device = _find_device(device)
-    memory_bytes = None if memory == "auto" else parse_bytes(memory)
+    memory_is_auto = memory == "auto"
+    memory_bytes = 0 if memory_is_auto else parse_bytes(memory)
     backend = backends.open_path(Path(path))
     try:
         model = backend.build()
         _check_fit(model, backend)
         _check_kernels(backend, torch_device)
-        if memory_bytes is None:
+        if memory_is_auto:
             contents = backend.manifest
             beside_bytes = contents.dense_bytes + most_waiting_bytes(model)
             least_bytes = budget.least_bytes(contents)
@@ -91,6 +93,8 @@ def load(
     model.flashmoe = engine  # type: ignore[assignment]
     model.name_or_path = str(path)
     streamed_model.protect(model)
+    if memory_is_auto:
+        engine.follow()
     return model
 
 

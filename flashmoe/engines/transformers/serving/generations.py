@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -37,6 +37,17 @@ class Generations(BaseGenerateManager):
         self._experts = list(moe_modules.expert_modules(model).values())
         self._thread = ThreadPoolExecutor(1, "flashmoe-generate")
         self._ending = False
+        self._unfinished: set[Future[None]] = set()
+
+    def waiting(self) -> int:
+        """Requests whose turn has not come."""
+        return max(0, len(self._unfinished) - 1)
+
+    def _submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        done = self._thread.submit(function, *arguments)
+        self._unfinished.add(done)
+        done.add_done_callback(self._unfinished.discard)
+        return done
 
     def generate_streaming(
         self,
@@ -67,7 +78,7 @@ class Generations(BaseGenerateManager):
             else:
                 send(None)
 
-        self._thread.submit(run)
+        self._submit(run)
         return queue, stream
 
     async def generate_non_streaming(
@@ -84,7 +95,7 @@ class Generations(BaseGenerateManager):
         """
         job = self._admit(inputs, gen_config)
         stream = TokenStream(processor._tokenizer, job.stops, partial(self._check, job))
-        done = self._thread.submit(self._generate, job, inputs, gen_config, stream)
+        done = self._submit(self._generate, job, inputs, gen_config, stream)
         await asyncio.wrap_future(done)
         text = processor.decode(stream.token_ids, skip_special_tokens=True)
         return stop_texts.cut(text, job.stops), inputs["input_ids"].shape[1], stream.token_ids

@@ -23,8 +23,10 @@ _PLAIN_CHAT = (
 class OneModel(ModelManager):
     """Has one model loaded, and gives it to whoever asks for any model."""
 
-    def __init__(self, model: transformers.PreTrainedModel, prompter: Prompter) -> None:
-        self.name = _name(prompter.directory)
+    def __init__(
+        self, model: transformers.PreTrainedModel, prompter: Prompter, name: str | None = None
+    ) -> None:
+        self.name = name or _name(prompter.directory)
         self.model = model
         self.tokenizer = prompter.tokenizer
         self.force_model = None

@@ -85,7 +85,8 @@ def opened(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) 
         watch(engine)
         generations = Generations(model, prefixes, context)
         until_end.enter_context(closing(generations))
-        asgi = app.build(OneModel(model, prompter), generations, settings.api_key)
+        engine.waiting_requests = generations.waiting
+        asgi = app.build(OneModel(model, prompter, settings.name), generations, settings.api_key)
         yield Server(asgi, bound, generations)
 
 
