@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
     """The command's own words, and those after -- where it passes them on to another program."""
-    if words[:1] == ["serve"] and "--" in words:  # argparse takes them for a MODEL
+    if words[:1] in (["chat"], ["serve"]) and "--" in words:  # argparse takes them for a MODEL
         place = words.index("--")
         return words[:place], words[place + 1 :]
     return words, []

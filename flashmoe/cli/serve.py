@@ -28,14 +28,14 @@ def port(text: str) -> int:
 
 
 def tokens(text: str) -> int:
-    """The type of --context. Raises ValueError for less than one token."""
+    """The type of --context, as a number of tokens. Raises ValueError for less than one token."""
     if not 0 < (number := int(text)) < 1 << 31:
         raise ValueError
     return number
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [options] [MODEL] [-- FLAGS of llama-server]"
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and how it runs, the same for every command that serves one."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -43,6 +43,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="GGUF file, Hugging Face directory, store, or a name on the hub, of Ollama's or of "
         "LM Studio's (default: the demo)",
     )
+    add_memory(parser)
+    parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
+    parser.add_argument(
+        "--context", type=tokens, metavar="TOKENS", help="default: what fits this machine"
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] [MODEL] [-- FLAGS of llama-server]"
+    add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="another needs a key (default: %(default)s)"
     )
@@ -52,11 +62,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"what requests must carry (default: the variable {KEY_VARIABLE}, which no list of "
         "processes shows)",
-    )
-    add_memory(parser)
-    parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
-    parser.add_argument(
-        "--context", type=tokens, metavar="TOKENS", help="default: what fits this machine"
     )
     parser.add_argument(
         "--page-port", type=port, help="of the live page and /metrics (default: the next port)"

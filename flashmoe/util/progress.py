@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,3 +31,14 @@ def count_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], obj
         desc=title, total=total, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
     ) as bar:
         yield bar.update
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], object]]:
+    """A line to replace by another one, cut to the terminal's width; it is gone at the end."""
+    with tqdm(bar_format="{desc}", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def update(text: str) -> None:
+            bar.set_description_str(text[: shutil.get_terminal_size().columns - 1])
+
+        yield update

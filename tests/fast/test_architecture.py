@@ -14,7 +14,7 @@ from flashmoe.policies.parts import compiled
 # Top to bottom. A folder, or a file beside the folders, imports only from those below it.
 # `flashmoe` is the package's own __init__.py.
 ORDER = (
-    "__main__", "cli", "plan", "monitor", "flashmoe", "engines", "local_models", "train",
+    "__main__", "cli", "chat", "plan", "monitor", "flashmoe", "engines", "local_models", "train",
     "residency", "reading", "memory", "cache", "policies", "store", "quant", "kernels", "trace",
     "events", "disk", "util", "errors",
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""A conversation in the terminal with a model that a child process serves."""
