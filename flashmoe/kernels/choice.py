@@ -1,7 +1,7 @@
 """Multiplies by a plain bfloat16 weight in the way that is the fastest on this machine.
 
 Which way that is gets measured once for each shape, and kept on disk: so a model gives the same
-bits whenever it is loaded here.
+bits whenever it is loaded here. What was measured while others used the processor is not kept.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,10 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WAYS: dict[str, Product] = {"torch": F.linear, "rows": by_rows.product, "tiles": by_tiles.product}
 _ROWS = 1024  # of a weight are enough to measure
 _WEIGHTS = 9  # in turn, so that large ones come from memory
+_ROUNDS, _LONG_ROUNDS = 8, 3  # times of few tokens, and of many
 _LONG_SECONDS = 0.05  # one such time is enough
+_TRIES = 3  # to measure while nobody else uses the processor
+_MOST_SWITCHES = 90  # a second; a busy program beside this one causes hundreds
 _GAIN = 0.95  # another way than torch's own must take less than this share of its time
 
 
@@ -92,7 +96,20 @@ def choice(shape: Shape) -> Choice:
     except RuntimeError as error:  # no home
         logger.debug("not kept: %s", error)
         return _measure(shape)
-    return _kept(path) or _keep(path, _measure(shape))
+    if kept := _kept(path):
+        return kept
+    for _ in range(_TRIES):
+        started, switches = time.perf_counter(), _switches()
+        measured = _measure(shape)
+        if _switches() - switches <= _MOST_SWITCHES * (time.perf_counter() - started):
+            return _keep(path, measured)
+    logger.debug("%s: not kept, because the processor was busy", shape)
+    return measured
+
+
+def _switches() -> int:
+    """How often a thread of this process had to make way for another program."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _kept(path: Path) -> Choice | None:
@@ -149,7 +166,7 @@ def _measure(shape: Shape) -> Choice:
     names = list(WAYS) if not shape.transposed else [name for name in WAYS if name != "rows"]
     for tokens in TOKENS:
         x = torch.ones(tokens, shape.columns, dtype=torch.bfloat16)
-        seconds = {name: _seconds(WAYS[name], x, weights) for name in names}
+        seconds = _least_seconds({name: WAYS[name] for name in names}, x, weights)
         fastest = min(seconds, key=seconds.__getitem__)
         ways.append(fastest if seconds[fastest] < _GAIN * seconds["torch"] else "torch")
         # by rows every token costs as much as the first one
@@ -175,18 +192,27 @@ def _packed_seconds(weights: list[torch.Tensor]) -> float:
     except (AttributeError, RuntimeError):
         return float("inf")
     x = torch.ones(1, weights[0].shape[1], dtype=torch.bfloat16)
-    return _seconds(packed.product, x, rearranged)
+    return _least_seconds({"packed": packed.product}, x, rearranged)["packed"]
 
 
-def _seconds(way: Product, x: torch.Tensor, weights: list[torch.Tensor]) -> float:
-    """The least of a few times, after one that may have had to compile something."""
-    way(x, weights[0])
-    best = float("inf")
-    for weight in weights[1 : 4 if len(x) > TOKENS[2] else _WEIGHTS]:
-        started = time.perf_counter()
-        way(x, weight)
-        seconds = time.perf_counter() - started
-        best = min(best, seconds)
-        if seconds > _LONG_SECONDS:
+def _least_seconds(
+    ways: dict[str, Product], x: torch.Tensor, weights: list[torch.Tensor]
+) -> dict[str, float]:
+    """Of each way the least of a few times, after one that may have had to compile something.
+
+    In turn, so that what disturbs one disturbs all, and each by the weight that was used longest
+    ago, so that none finds it in a cache.
+    """
+    for way in ways.values():
+        way(x, weights[0])
+    least = dict.fromkeys(ways, float("inf"))
+    next_weight = cycle(weights)
+    for _ in range(_LONG_ROUNDS if len(x) > TOKENS[2] else _ROUNDS):
+        for name, way in ways.items():
+            weight = next(next_weight)
+            started = time.perf_counter()
+            way(x, weight)
+            least[name] = min(least[name], time.perf_counter() - started)
+        if max(least.values()) > _LONG_SECONDS:
             break
-    return best
+    return least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -143,6 +144,7 @@ def test_a_choice_is_made_once_for_a_machine(tmp_path, monkeypatch):
         measured.append(shape)
         return Choice(("rows", "tiles", *["torch"] * (len(TOKENS) - 2)), packed=False)
 
+    monkeypatch.setattr(choice, "_switches", lambda: 0)
     monkeypatch.setattr(choice, "_measure", measure)
     first = choice.choice(shape)
     choice.choice.cache_clear()  # as another process
@@ -162,6 +164,18 @@ def test_a_choice_is_made_once_for_a_machine(tmp_path, monkeypatch):
     choice._keep(path.with_name("new.json"), other)
     assert choice._keep(path.with_name("new.json"), first) == other
     assert {p.name for p in path.parent.iterdir()} == {path.name, "new.json"}
+
+
+def test_what_was_measured_on_a_busy_processor_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    switches, measured = itertools.count(0, 1 << 40), []
+    monkeypatch.setattr(choice, "_switches", lambda: next(switches))
+    slow = Choice(("torch",) * len(TOKENS), packed=False)
+    monkeypatch.setattr(choice, "_measure", lambda shape: measured.append(shape) or slow)
+    shape = Shape(96, 64)
+    assert choice.choice(shape) == choice.choice(shape) == slow
+    assert measured == [shape] * 3
+    assert not (tmp_path / "flashmoe" / "kernels").exists()
 
 
 def test_a_choice_that_cannot_be_kept_is_made_all_the_same(tmp_path, monkeypatch):
