@@ -24,8 +24,8 @@ def forced_routing(
 
     And their weights, where the trace has them, as float32: policies look at those too.
     `lookahead` then guesses as the recorded routers did, or not at all where the trace has no
-    guesses: those of random weights would be right by chance only. The hidden states
-    stay the model's own. Works for every system whose experts are
+    guesses: those of random weights would be right by chance only. The first layer is not guessed,
+    because the tokens are not the trace's. The hidden states stay the model's own. Works for every system whose experts are
     transformers' experts modules. Raises FlashMoEError when the geometry differs, and when the
     trace is used up.
     """
@@ -72,10 +72,11 @@ def forced_routing(
             return routed and routed._replace(experts=torch.from_numpy(index))
 
         lookahead.route = route  # type: ignore[method-assign]
+        lookahead.token_memory.likely = list  # type: ignore[method-assign]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         if lookahead:
-            del lookahead.route
+            del lookahead.route, lookahead.token_memory.likely

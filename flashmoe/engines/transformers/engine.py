@@ -56,13 +56,13 @@ class TransformersEngine(Engine):
         if arithmetic == FAST and device.type == "cpu":
             self.kernels = {str(shape): str(found) for shape, found in choices(model).items()}
         self.modules = moe_modules.expert_modules(model)
-        self.lookahead = Lookahead(model)
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
         memory = TokenMemory(vocabulary, self.manifest.top_k)
+        self.lookahead = Lookahead(model, memory)
         self._token_hook = token_memory.watch(model, memory, self.residency)
         for number, module in enumerate(self.modules.values()):
             experts = StreamedExperts(
-                number, self.residency, self.lookahead, memory, fast=arithmetic == FAST
+                number, self.residency, self.lookahead, fast=arithmetic == FAST
             )
             streamed_module.install(module, experts)
 
@@ -78,7 +78,8 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         with self.lock:
-            self._token_hook.remove()
+            self.lookahead = Lookahead(model, memory)
+        self._token_hook.remove()
             for module in self.modules.values():
                 streamed_module.uninstall(module)
             super().close()

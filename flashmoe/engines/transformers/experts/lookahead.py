@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from flashmoe.engines.transformers.experts.token_memory import TokenMemory
 from flashmoe.engines.transformers.model import moe_modules
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,11 @@ class Lookahead:
     guess is mostly right (docs/speed.md#prefetching-fills-the-drives-idle-time).
     mixtral-offloading, DAOP and Fate guess in the same way.
     routers: by layer; None where a layer has none that can be asked.
+    token_memory: of the first MoE layer, which has no layer below it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, token_memory: TokenMemory) -> None:
+        self.token_memory = token_memory
         self.routers = [
             _router_beside(model, name, module)
             for name, module in moe_modules.expert_modules(model).items()

@@ -14,7 +14,6 @@ from flashmoe.engines.transformers.experts import gradients
 from flashmoe.engines.transformers.experts.lone_token import LoneToken
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
 from flashmoe.engines.transformers.experts.mixture import Mixture, precision_of
-from flashmoe.engines.transformers.experts.token_memory import TokenMemory
 from flashmoe.residency.residency import Residency
 from flashmoe.residency.service import Group
 
@@ -31,7 +30,6 @@ class StreamedExperts:
         number: int,
         residency: Residency,
         lookahead: Lookahead,
-        token_memory: TokenMemory,
         *,
         fast: bool = False,
     ) -> None:
@@ -39,7 +37,6 @@ class StreamedExperts:
         self.fast = fast
         self.residency = residency
         self.lookahead = lookahead
-        self.token_memory = token_memory
 
     def forward(
         self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -79,7 +76,7 @@ class StreamedExperts:
             # overwritten while a kernel still reads it.
             rows = index.cpu().numpy()
             if self.number == 0:
-                self.token_memory.note(rows)
+                self.lookahead.token_memory.note(rows)
             shares = weights.detach().float().cpu().numpy()
             likely = partial(self.lookahead.likely, self.number + 1, hidden)
             yield from self.residency.serve(self.number, rows, shares, likely)
