@@ -25,9 +25,9 @@ def forced_routing(
     And their weights, where the trace has them, as float32: policies look at those too.
     `lookahead` then guesses as the recorded routers did, or not at all where the trace has no
     guesses: those of random weights would be right by chance only. The first layer is not guessed,
-    because the tokens are not the trace's. The hidden states stay the model's own. Works for every system whose experts are
-    transformers' experts modules. Raises FlashMoEError when the geometry differs, and when the
-    trace is used up.
+    because the tokens are not the trace's. The hidden states stay the model's own. Works for every
+    system whose experts are transformers' experts modules. Raises FlashMoEError when the geometry
+    differs, and when the trace is used up.
     """
     modules = moe_modules.expert_modules(model)
     counts = set(map(moe_modules.n_experts, modules.values()))
@@ -72,11 +72,12 @@ def forced_routing(
             return routed and routed._replace(experts=torch.from_numpy(index))
 
         lookahead.route = route  # type: ignore[method-assign]
-        lookahead.token_memory.likely = list  # type: ignore[method-assign]
+        memory, lookahead.token_memory = lookahead.token_memory, None
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         if lookahead:
-            del lookahead.route, lookahead.token_memory.likely
+            del lookahead.route
+            lookahead.token_memory = memory

@@ -78,8 +78,7 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         with self.lock:
-            self.lookahead = Lookahead(model, memory)
-        self._token_hook.remove()
+            self._token_hook.remove()
             for module in self.modules.values():
                 streamed_module.uninstall(module)
             super().close()

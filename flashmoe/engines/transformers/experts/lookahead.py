@@ -33,10 +33,10 @@ class Lookahead:
     guess is mostly right (docs/speed.md#prefetching-fills-the-drives-idle-time).
     mixtral-offloading, DAOP and Fate guess in the same way.
     routers: by layer; None where a layer has none that can be asked.
-    token_memory: of the first MoE layer, which has no layer below it.
+    token_memory: of the first MoE layer, which has no layer below it; None: nobody guesses it.
     """
 
-    def __init__(self, model: nn.Module, token_memory: TokenMemory) -> None:
+    def __init__(self, model: nn.Module, token_memory: TokenMemory | None = None) -> None:
         self.token_memory = token_memory
         self.routers = [
             _router_beside(model, name, module)

@@ -75,7 +75,7 @@ class StreamedExperts:
             # On an accelerator this waits for all earlier arithmetic, so that no slot is
             # overwritten while a kernel still reads it.
             rows = index.cpu().numpy()
-            if self.number == 0:
+            if self.number == 0 and self.lookahead.token_memory:
                 self.lookahead.token_memory.note(rows)
             shares = weights.detach().float().cpu().numpy()
             likely = partial(self.lookahead.likely, self.number + 1, hidden)
