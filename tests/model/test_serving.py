@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from huggingface_hub import AsyncInferenceClient
 
 import flashmoe
 from flashmoe.engines.serving import ServeSettings
@@ -130,6 +133,34 @@ def test_a_completion_is_what_transformers_itself_generates(client, plain):
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.prompt_tokens == plain.count(PROMPTS[0])
     assert answer.usage.completion_tokens == 8
+
+
+def test_what_transformers_chat_asks_is_answered(server, plain):
+    """In its order: `transformers/cli/chat.py`, of transformers 5.24."""
+    root = f"http://127.0.0.1:{server.port}"
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    assert urllib.request.urlopen(f"{root}/health").status == 200
+    body = json.dumps({"model": "org/any"}).encode()
+    request = urllib.request.Request(f"{root}/load_model", body, headers)
+    with urllib.request.urlopen(request) as answer:
+        events = [json.loads(line[6:]) for line in answer if line.strip()]
+    assert events[-1]["status"] == "ready"
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False)
+
+    async def converse():
+        async with AsyncInferenceClient(base_url=f"{root}/v1", api_key=KEY) as client:
+            stream = await client.chat_completion(
+                user("Hello"),
+                stream=True,
+                model="org/any",
+                extra_body={"generation_config": config.to_json_string(), "model": "org/any"},
+            )
+            return [chunk.choices[0] async for chunk in stream if chunk.choices]
+
+    pieces = asyncio.run(converse())
+    text = "".join(piece.delta.content or "" for piece in pieces)
+    assert text.strip() == plain("user: Hello\nassistant:", 8).strip()
+    assert pieces[-1].finish_reason == "length"
 
 
 def test_a_chat_goes_through_the_models_template_with_its_tools(client, plain):
