@@ -230,6 +230,7 @@ def test_half_of_a_wrong_guess_is_emptied_before_it_is_used():
     some = np.array([0, 1])
     run.serve(0, some, some)
     run.serve(1, some, some)  # all that is needed below is there
+    memory.settled_content(run.engine)  # nothing is on its way that would be taken for a guess
     read_through(when_let)
     run.serve(0, some, np.array([5, 6]))
     wait_until(lambda: len(begun) == 4)  # no more guesses are read at once
