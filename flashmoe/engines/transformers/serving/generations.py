@@ -25,17 +25,21 @@ from flashmoe.engines.transformers.serving.token_stream import Stopped, TokenStr
 class Generations(BaseGenerateManager):
     """What transformers' handlers let generate.
 
-    context: the tokens that prompt and answer may have together.
+    context: the tokens that prompt and answer may have together. thread: what generates.
     """
 
     def __init__(
-        self, model: transformers.PreTrainedModel, prefixes: KeptPrefixes, context: int
+        self,
+        model: transformers.PreTrainedModel,
+        prefixes: KeptPrefixes,
+        context: int,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self.model = model
         self.prefixes = prefixes
         self.context = context
         self._experts = list(moe_modules.expert_modules(model).values())
-        self._thread = ThreadPoolExecutor(1, "flashmoe-generate")
+        self._thread = thread
         self._ending = False
         self._unfinished: set[Future[None]] = set()
 

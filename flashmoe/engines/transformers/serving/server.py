@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,17 +64,21 @@ def opened(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) 
     with ExitStack() as until_end:
         bound = until_end.enter_context(_bound(settings.host, settings.port))
         prompter = Prompter(Path(path))
-        model = loading.load(
+        # OpenMP's threads sleep between operations where two threads of a process have teams of
+        # them: so the thread that generates is the only one that ever computes
+        thread = until_end.enter_context(ThreadPoolExecutor(1, "flashmoe-generate"))
+        model = thread.submit(
+            loading.load,
             path,
             memory=settings.memory,
             policy=settings.policy,
             device=flags.device,
             prefetch=not flags.no_prefetch,
             arithmetic=flags.arithmetic,
-        )
+        ).result()
         engine: Any = model.flashmoe
         until_end.enter_context(closing(engine))
-        memory = cache_memory.measure(model)
+        memory = thread.submit(cache_memory.measure, model).result()
         context = _context(model, settings.context, memory, caches_bytes)
         prefixes = KeptPrefixes(
             lambda: cache_memory.new_cache(model), memory, max(caches_bytes, memory.at(context))
@@ -83,7 +88,7 @@ def opened(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) 
             engine.resize("auto")
         engine.reset_counts()
         watch(engine)
-        generations = Generations(model, prefixes, context)
+        generations = Generations(model, prefixes, context, thread)
         until_end.enter_context(closing(generations))
         engine.waiting_requests = generations.waiting
         asgi = app.build(OneModel(model, prompter, settings.name), generations, settings.api_key)
