@@ -103,6 +103,8 @@ class Service:
 
     def _begin(self, loads: Sequence[_Turn]) -> None:
         """Start reading `loads`; first what a guess has begun with."""
+        if not loads:
+            return
         layer, arena = self._layer, self._pool.arena
         others = []
         for key, slot in loads:

@@ -56,10 +56,12 @@ class TransformersEngine(Engine):
         if arithmetic == FAST and device.type == "cpu":
             self.kernels = {str(shape): str(found) for shape, found in choices(model).items()}
         self.modules = moe_modules.expert_modules(model)
-        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-        memory = TokenMemory(vocabulary, self.manifest.top_k)
+        memory = None
+        if self.residency.prefetcher.pays:
+            vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+            memory = TokenMemory(vocabulary, self.manifest.top_k)
         self.lookahead = Lookahead(model, memory)
-        self._token_hook = token_memory.watch(model, memory, self.residency)
+        self._token_hook = memory and token_memory.watch(model, memory, self.residency)
         for number, module in enumerate(self.modules.values()):
             experts = StreamedExperts(
                 number, self.residency, self.lookahead, fast=arithmetic == FAST
@@ -78,7 +80,8 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         with self.lock:
-            self._token_hook.remove()
+            if self._token_hook:
+                self._token_hook.remove()
             for module in self.modules.values():
                 streamed_module.uninstall(module)
             super().close()

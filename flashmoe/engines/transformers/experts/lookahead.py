@@ -8,14 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers.experts.token_memory import TokenMemory
+from flashmoe.engines.transformers.experts.token_memory import VOTING_TOKENS, TokenMemory
 from flashmoe.engines.transformers.model import moe_modules
 
 logger = logging.getLogger(__name__)
-
-# Only so many of a prompt's last tokens vote, because asking a router about all of them would
-# double its work.
-VOTING_TOKENS = 512
 
 
 class RouterOutput(NamedTuple):

@@ -11,7 +11,8 @@ from torch import nn
 from flashmoe.engines.transformers.model.streamed_parameter import refusal
 from flashmoe.residency.residency import Residency
 
-# Only so many of a prompt's last tokens vote.
+# Only so many of a prompt's last tokens vote, here and where a router is asked, whose work it would
+# double to ask about all of them.
 VOTING_TOKENS = 512
 
 
