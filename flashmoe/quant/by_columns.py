@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flashmoe.kernels.torch_threads import REORDERED, Tensors, Threaded
+from flashmoe.kernels.torch_threads import REORDERED, Threaded
+from flashmoe.quant.by_rows import products
 from flashmoe.quant.small_floats import small_number
 from flashmoe.util.machine_code import helper
 
 _BLOCK = 64  # words of outputs, whose sums stay in the nearest cache
-_LEAST = 8  # words of outputs that are worth a thread
+_WORD = 8  # outputs in a word, of a weight or of its zero points
 _AT_ONCE = 4  # inputs of a word of outputs
 
 
@@ -48,7 +49,8 @@ def times_columns(weights: Sequence[Columns], x: torch.Tensor, ones: int) -> tor
     """
     wrong = torch.zeros(1, dtype=torch.int32)
     with_wrong = [(*weight, wrong) for weight in weights]
-    out = _products(_columns_kernel(ones), with_wrong, x, weights[0].scales.shape)
+    rows = weights[0].scales.shape[1]
+    out = products(_columns_kernel(ones), rows, with_wrong, x.contiguous(), rows_at_once=_WORD)
     return None if wrong.item() else out
 
 
@@ -62,18 +64,8 @@ def times_rows(
     words, zeros, scales = weights[0]
     if len(words) // len(zeros) % _AT_ONCE:
         return None
-    return _products(_rows_kernel(places), weights, x, scales.shape)
-
-
-def _products(
-    kernel: Threaded, weights: Sequence[Tensors], x: torch.Tensor, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """shape: [groups, out]. Threads share words of eight outputs."""
-    out = torch.empty(*x.shape[:2], shape[1])
-    whole = [tuple(part.contiguous() for part in weight) for weight in weights]
-    pairs = zip(whole, x.contiguous(), out, strict=True)
-    kernel([(*weight, *pair) for weight, *pair in pairs], shape[1] // 8, _LEAST)
-    return out
+    kernel = _rows_kernel(places)
+    return products(kernel, scales.shape[1], weights, x.contiguous(), rows_at_once=_WORD)
 
 
 @helper

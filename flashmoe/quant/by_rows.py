@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flashmoe.kernels.by_rows import LEAST_ROWS, of_bfloat16
-from flashmoe.kernels.torch_threads import REORDERED, Threaded
+from flashmoe.kernels.torch_threads import REORDERED, Tensors, Threaded
 from flashmoe.util.machine_code import helper
 
 FEW = 6  # tokens; for more, a plain weight is worth making
@@ -60,7 +60,7 @@ def times_halves(
     apart = by_group.mul(numbers.unit).view(*by_group.shape[:3], half, 2).transpose(3, 4)
     offsets = by_group.sum(3).mul_(numbers.offset)
     kernel = _halves_kernel(numbers, factor, half)
-    return _products(kernel, rows, weights, apart.contiguous(), offsets)
+    return products(kernel, rows, weights, apart.contiguous(), offsets)
 
 
 def times_bytes(
@@ -73,7 +73,7 @@ def times_bytes(
     """
     (rows, columns), (_, blocks) = weights[0].values.shape, weights[0].scales.shape
     kernel = _bytes_kernel(numbers, factor, columns // blocks)
-    return _products(kernel, rows, weights, x.mul(numbers.unit).contiguous())
+    return products(kernel, rows, weights, x.mul(numbers.unit).contiguous())
 
 
 def stored(scales: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,24 @@ def _sources(*functions: Bits) -> tuple[Path, ...]:
     return Path(__file__), *(Path(inspect.getfile(function)) for function in functions)
 
 
-def _products(
-    kernel: Threaded, rows: int, weights: Sequence[Quantised], *of_tokens: torch.Tensor
+def products(
+    kernel: Threaded,
+    rows: int,
+    weights: Sequence[Tensors],
+    *of_tokens: torch.Tensor,
+    rows_at_once: int = 1,
 ) -> torch.Tensor:
-    """of_tokens: what the kernel takes besides a weight, [many, n, ...]."""
+    """What a kernel makes of weights that have so many rows: [many, n, rows].
+
+    of_tokens: what it takes besides a weight, [many, n, ...]. rows_at_once: which a thread cannot
+    share with another.
+    """
     out = torch.empty(*of_tokens[0].shape[:2], rows)
-    whole = [(values, scales.contiguous()) for values, scales in weights]
+    whole = [tuple(part.contiguous() for part in weight) for weight in weights]
     each = zip(whole, *of_tokens, out, strict=True)
-    kernel([(*weight, *tensors) for weight, *tensors in each], rows, LEAST_ROWS)
+    kernel(
+        [(*weight, *tensors) for weight, *tensors in each],
+        rows // rows_at_once,
+        LEAST_ROWS // rows_at_once,
+    )
     return out
