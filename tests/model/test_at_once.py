@@ -29,6 +29,15 @@ steps = st.lists(  # of each step: how many tokens, a seed for what they choose,
 budgets = st.integers(EXPERTS, EXPERTS * LAYERS + 2)  # in extents
 
 
+def choices(tokens: int, seed: int, wrong: bool):
+    """Of each layer: its number, rows [tokens, TOP_K], and a guess of the next layer's experts."""
+    generator = np.random.default_rng(seed)
+    choice = generator.random((LAYERS, tokens, EXPERTS)).argsort(2)[:, :, :TOP_K]
+    for layer, rows in enumerate(choice):
+        above = choice[min(layer + 1, LAYERS - 1)]
+        yield layer, rows, generator.permutation(EXPERTS) if wrong else np.unique(above)
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps, budgets, st.sampled_from(["lru", "learned"]))
 def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
@@ -39,11 +48,7 @@ def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
     routing = Routing(TOP_K, LAYERS)
     try:
         for tokens, seed, wrong in steps:
-            generator = np.random.default_rng(seed)
-            choice = generator.random((LAYERS, tokens, EXPERTS)).argsort(2)[:, :, :TOP_K]
-            for layer, rows in enumerate(choice):
-                above = choice[min(layer + 1, LAYERS - 1)]
-                likely = generator.permutation(EXPERTS) if wrong else np.unique(above)
+            for layer, rows, likely in choices(tokens, seed, wrong):
                 engine.at_once.make_ready(layer, rows, likely.tolist)
                 for expert in np.unique(rows).tolist():
                     assert memory.holds(layer, expert)
@@ -88,11 +93,7 @@ def test_a_budget_that_changes_within_a_graph_leaves_what_is_multiplied_by(
         with ThreadPoolExecutor(1) as graph:  # a graph is computed
             graph.submit(engine._computing.acquire).result()
             for tokens, seed, wrong in steps:
-                generator = np.random.default_rng(seed)
-                choice = generator.random((LAYERS, tokens, EXPERTS)).argsort(2)[:, :, :TOP_K]
-                for layer, rows in enumerate(choice):
-                    above = choice[min(layer + 1, LAYERS - 1)]
-                    likely = generator.permutation(EXPERTS) if wrong else np.unique(above)
+                for layer, rows, likely in choices(tokens, seed, wrong):
                     engine.at_once.make_ready(layer, rows, likely.tolist)
                     engine.adjust(after * EXTENT_BYTES)
                     before, after = after, before
