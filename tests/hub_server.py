@@ -33,7 +33,7 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = ()):
 
         def answer(self, *, body: bool) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
-            self.asked.append(f"{self.command} {path}")
+            self.line = f"{self.command} {path}"
             parts = path.split("/")
             name = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
             if name in gated:
@@ -62,12 +62,13 @@ def serve(repositories: dict[str, Path], gated: tuple[str, ...] = ()):
             with open(file, "rb") as opened:
                 opened.seek(int(first))
                 data = opened.read(int(last) + 1 - int(first))
-            self.asked[-1] += f" {len(data)} bytes"
+            self.line += f" {len(data)} bytes"
             end = int(first) + len(data) - 1
             of = f"bytes {first}-{end}/{file.stat().st_size}"
             self.say(206, data, body, {"X-Repo-Commit": COMMIT, "Content-Range": of})
 
         def say(self, status: int, data: bytes, body: bool, headers: dict[str, str]) -> None:
+            self.asked.append(self.line)
             self.send_response(status)
             for key, value in (headers | {"Content-Length": str(len(data))}).items():
                 self.send_header(key, value)

@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from huggingface_hub import AsyncInferenceClient
+from huggingface_hub import AsyncInferenceClient, constants
 
 import flashmoe
 from flashmoe.engines.serving import ServeSettings
@@ -135,8 +135,9 @@ def test_a_completion_is_what_transformers_itself_generates(client, plain):
     assert answer.usage.completion_tokens == 8
 
 
-def test_what_transformers_chat_asks_is_answered(server, plain):
+def test_what_transformers_chat_asks_is_answered(server, plain, monkeypatch):
     """In its order: `transformers/cli/chat.py`, of transformers 5.24."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the library would ask no server
     root = f"http://127.0.0.1:{server.port}"
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     assert urllib.request.urlopen(f"{root}/health").status == 200
