@@ -47,6 +47,8 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "mutations": ("mutation", "mutants", "equal", "refused", "alike", "more", "different",
                   "traceback"),
     "soak": ("seconds", "rounds", "tokens", "rss_bytes", "descriptors", "threads"),
+    "served": ("engine", "requests", "equal", "different", "second_turn_share", "whole_of_plain",
+               "streamed_of_plain", "watched_of_whole"),
     "long_prompts": ("tokens", "system", "peak_beside_bytes", "experts_beside_bytes",
                      "hidden_bytes", "busiest_expert_tokens"),
     "warm": ("kind", "first_token_cold", "first_token_warm", "first_100_cold", "first_100_warm"),
