@@ -22,7 +22,7 @@ from harness.runs.served import Prompt, Served
 REQUESTS, CLIENTS, HANGING_UP_ONE_IN = 200, 8, 10
 ANSWER_TOKENS, ABANDONED_TOKENS = 8, 400
 WARM_UP_REQUESTS = 50  # until what grows once has grown
-TURN_TOKENS, NEW_TOKENS, CONVERSATIONS = 2000, 50, 3
+TURN_TOKENS, NEW_TOKENS, CONVERSATIONS = 1990, 50, 3  # the demo takes 2,048 in all
 DECODED_TOKENS, SHORT_TOKENS = 96, 4
 MEMORY = "64GiB"  # all experts are resident, so that no drive's noise is in a ratio
 Plain = Callable[[Prompt], float]  # seconds a token, of plain generation

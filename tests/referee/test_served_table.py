@@ -25,7 +25,7 @@ class MadeUp:
             self.asked += 1
             wrong = self.asked == self.wrong_at
         length = len(prompt.split())
-        seconds = 0.1 if length > 2000 and prompt[:500] in self.known else 1.0
+        seconds = 0.1 if length > 1900 and prompt[:500] in self.known else 1.0
         self.known.add(prompt[:500])
         text = " wrong" if wrong else f" {length}"
         return Answer(text, tokens - self.short, length, seconds + tokens / 10)
@@ -58,8 +58,8 @@ def test_of_a_crowd_everyone_is_counted_once(wrong_at):
 
 def test_a_second_turn_goes_on_where_the_first_ended():
     row = served_table.second_turn(MadeUp(), served_table._Prompts(ids=False))
-    assert row["first_turn_tokens"] == 2000
-    assert row["second_turn_tokens"] == 2000 + 1 + 50
+    assert row["first_turn_tokens"] == served_table.TURN_TOKENS
+    assert row["second_turn_tokens"] == served_table.TURN_TOKENS + 1 + 50
     assert row["second_turn_share"] == pytest.approx(0.2 / 1.1)
 
 
