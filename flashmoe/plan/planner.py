@@ -49,15 +49,30 @@ class Request:
     arithmetic: str = "exact"
 
 
-def speeds_of(facts: ModelFacts, machine: Machine, request: Request, figures: Measured) -> Speeds:
+def speeds_of(facts: ModelFacts, machine: Machine, arithmetic: str, figures: Measured) -> Speeds:
     """How fast this machine should run the model's engine: cores multiply, memory brings."""
-    cores = machine.cores * measured.core_speed(figures, facts, request.arithmetic)
+    engine = facts.engine
+    expert_way, dense_way = measured.expert_way(facts, arithmetic), measured.dense_way(facts)
+    slower, prompt_slower = 1.0, 1.0
+    if not machine.avx512:
+        slower = figures.slower_without_avx512
+        prompt_slower = figures.prompt_slower_without_avx512.get(engine, slower)
+
+    def weights(by_way: dict[str, float], way: str, times: float) -> float:
+        return machine.cores / (times * measured.seconds_per_weight(by_way, way))
+
+    decode, prompt = figures.core_seconds_per_weight, figures.prompt_core_seconds_per_weight
     return Speeds(
-        arithmetic=min(cores, machine.memory_bytes_per_second),
-        layer_seconds=figures.layer_seconds[facts.engine],
+        memory=machine.memory_bytes_per_second,
+        expert_weights=weights(decode, expert_way, slower),
+        dense_weights=weights(decode, dense_way, slower),
+        layer_seconds=figures.layer_seconds[engine],
         drive=machine.drive_bytes_per_second,
-        serial_share=figures.serial_share[facts.engine],
-        prompt_gain=figures.prompt_gain[facts.engine],
+        serial_share=figures.serial_share[engine],
+        waits_for_reads=engine == "llama",
+        prompt_expert_weights=weights(prompt, measured.prompt_way(expert_way), prompt_slower),
+        prompt_dense_weights=weights(prompt, measured.prompt_way(dense_way), prompt_slower),
+        new_memory=machine.new_memory_bytes_per_second,
     )
 
 
@@ -97,12 +112,16 @@ def _outlook(
     fits: bool,
 ) -> Outlook:
     share = memory_bytes / facts.experts_bytes
-    rates = [curve.at(share) for curve in measured.curves_for(figures, facts)]
+    curves = measured.curves_for(figures, facts)
+    rates = [curve.at(share) for curve in curves]
     hit_rate = Between(fmean(rates), min(rates), max(rates))
-    speeds = speeds_of(facts, machine, request, figures)
-    expected, low, high = (1 / formula.token_seconds(facts, rate, speeds) for rate in hit_rate)
+    speeds = speeds_of(facts, machine, request.arithmetic, figures)
+    expected, low, high = (
+        1 / formula.token_seconds(facts, share, rate, speeds) for rate in hit_rate
+    )
     below, above = figures.token_range[facts.engine]
-    first = formula.first_token_seconds(facts, request.prompt_tokens, speeds)
+    needed = fmean(curve.needed(request.prompt_tokens) for curve in curves)
+    first = formula.first_token_seconds(facts, share, needed, request.prompt_tokens, speeds)
     sooner, later = figures.first_token_range[facts.engine]
     return Outlook(
         budget=name,
