@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from flashmoe.engines.model_facts import ModelFacts
+from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.plan import formula, measured
 from flashmoe.plan.formula import Speeds
@@ -15,7 +16,7 @@ from flashmoe.plan.machine import Machine
 from flashmoe.plan.measured import Measured
 
 SHARES = (0.15, 0.25, 0.4, 0.6, 1.0)  # of all experts, beside what "auto" would take
-AUTO = "auto"
+AUTO, ASKED = "auto", "asked"
 _GOOD_ENOUGH = 0.95  # of the best speed, for which a smaller budget is advised
 
 
@@ -31,7 +32,7 @@ class Between(NamedTuple):
 class Outlook:
     """What a budget brings."""
 
-    budget: str  # "auto", or a share of all experts
+    budget: str  # "auto", a share of all experts, or "asked": the request's
     memory_bytes: int  # for experts
     share: float  # of the experts that this holds
     fits: bool  # beside the rest of the model, in memory that is free now
@@ -47,6 +48,7 @@ class Request:
     context_tokens: int
     prompt_tokens: int
     arithmetic: str = "exact"
+    memory_bytes: int | None = None  # for experts; None: the best budget is looked for
 
 
 def speeds_of(facts: ModelFacts, machine: Machine, arithmetic: str, figures: Measured) -> Speeds:
@@ -79,7 +81,9 @@ def speeds_of(facts: ModelFacts, machine: Machine, arithmetic: str, figures: Mea
 def outlooks(
     facts: ModelFacts, machine: Machine, request: Request, figures: Measured
 ) -> list[Outlook]:
-    """Of each share of the experts that the engine can run in, and of "auto" where that fits."""
+    """Of each share of the experts that the engine can run in, of "auto" where that fits, and of
+    what is asked. Raises FlashMoEError where the engine cannot run in what is asked.
+    """
     free = _auto_bytes(facts, machine, request)
     budgets = [
         (f"{share:.0%}", int(share * facts.experts_bytes))
@@ -88,6 +92,11 @@ def outlooks(
     ]
     if free >= facts.least_bytes:
         budgets.append((AUTO, min(free, facts.experts_bytes)))
+    if request.memory_bytes is not None:
+        if request.memory_bytes < facts.least_bytes:
+            least = f"{-(-facts.least_bytes >> 20)}MiB"
+            raise FlashMoEError(f"this model's experts need a budget of {least} at least")
+        budgets.append((ASKED, min(request.memory_bytes, facts.experts_bytes)))
     return [
         _outlook(facts, machine, request, figures, name, memory_bytes, memory_bytes <= free)
         for name, memory_bytes in budgets
@@ -137,8 +146,12 @@ def _outlook(
 
 
 def advised(rows: Sequence[Outlook]) -> Outlook | None:
-    """The smallest budget that is nearly as fast as the best that fits; None: none does."""
-    fitting = [row for row in rows if row.fits]
+    """What was asked; else the smallest budget that is nearly as fast as the best that fits.
+
+    None: it does not fit, or nothing does.
+    """
+    asked = [row for row in rows if row.budget == ASKED]
+    fitting = [row for row in asked or rows if row.fits]
     best = max((row.tokens_per_second.expected for row in fitting), default=0.0)
     good = [row for row in fitting if row.tokens_per_second.expected >= _GOOD_ENOUGH * best]
     return min(good, key=lambda row: (row.memory_bytes, row.budget != AUTO), default=None)

@@ -149,10 +149,13 @@ def _model(plan: Plan) -> str:
 
 def _machine(plan: Plan) -> str:
     here = plan.machine
+    vectors = "with" if here.avx512 else "without"
+    cores = "1 core" if here.cores == 1 else f"{here.cores} cores"
     lines = [
-        f"This machine: {here.cores} cores",
+        f"This machine: {cores}, {vectors} AVX-512",
         f"  memory       {format_bytes(here.available_bytes)} free, "
-        f"{here.memory_bytes_per_second / 1e9:.1f} GB/s",
+        f"{here.memory_bytes_per_second / 1e9:.1f} GB/s; new memory "
+        f"{here.new_memory_bytes_per_second / 1e9:.1f} GB/s",
         f"  drive        {here.drive_bytes_per_second / 1e9:.2f} GB/s, measured on "
         f"{here.drive_measured_on}",
     ]
@@ -184,7 +187,12 @@ def _table(plan: Plan) -> str:
     known = ", ".join(plan.curves)
     lines += ["", f"Eight of ten measured runs lay in such ranges. Hit rates: routing of {known}."]
     if not plan.commands:
-        lines += ["", "Nothing fits the memory that is free: free some, or take a smaller model."]
+        asked = plan.request.memory_bytes is not None
+        what, instead = (
+            ("So much", "ask for less") if asked else ("Nothing", "take a smaller model")
+        )
+        does = "does not fit" if asked else "fits"
+        lines += ["", f"{what} {does} the memory that is free: free some, or {instead}."]
     for command in plan.commands:
         lines += ["", f"    {command}"]
     return "\n".join(lines)

@@ -15,8 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Path:
-    from harness.reproduce import folder_for
     from harness.report import report
+    from harness.reproduce import folder_for
     from harness.tables import hit_rates, prompt_experts
 
     folder = folder_for("full-scale")

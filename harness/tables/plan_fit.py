@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 from typing import Any
 
@@ -38,7 +39,8 @@ _SHARES = [round(float(share), 2) for share in np.linspace(0, 1, 21)]
 _SECONDS = [float(f"{seconds:.3g}") for seconds in np.geomspace(1e-12, 5e-9, 121)]
 _TIMES = [round(float(times), 2) for times in np.geomspace(1, 8, 43)]
 _NEW_MEMORY = [float(f"{speed:.3g}") for speed in np.geomspace(0.3e9, 10e9, 36)]
-_SWEEPS = 4  # over all figures, one after the other
+_SWEEPS = 3  # over all figures, one after the other
+_STEP = 5  # every so many choices are tried first, then those near the best
 Figures = dict[str, float]
 
 
@@ -164,7 +166,7 @@ def _with_arithmetic(fitted: Fit, cases: Sequence[Case]) -> Fit:
     once = {(case.source, case.system, case.facts.weights): case for case in cases}.values()
     ways = sorted({way for case in once for way in _ways(case)})
     without = any(not case.avx512 for case in once)
-    choices = {way: _SECONDS for way in ways} | ({"slower": _TIMES} if without else {})
+    choices = dict.fromkeys(ways, _SECONDS) | ({"slower": _TIMES} if without else {})
 
     def of(values: Figures) -> Fit:
         per_weight = {way: values[way] for way in ways}
@@ -198,7 +200,7 @@ def _with_shares(fitted: Fit, cases: Sequence[Case]) -> Fit:
 def _with_prompts(fitted: Fit, cases: Sequence[Case]) -> Fit:
     ways = sorted({measured.prompt_way(way) for case in cases for way in _ways(case)})
     without = sorted({case.facts.engine for case in cases if not case.avx512})
-    choices = {way: _SECONDS for way in ways} | {engine: _TIMES for engine in without}
+    choices = dict.fromkeys(ways, _SECONDS) | dict.fromkeys(without, _TIMES)
     choices["new memory"] = _NEW_MEMORY
 
     def of(values: Figures) -> Fit:
@@ -229,7 +231,7 @@ def _enough(fitted: Fit) -> Fit:
     figures = fitted.figures
     return _with(
         fitted,
-        serial_share={engine: 0.0 for engine in figures.layer_seconds} | figures.serial_share,
+        serial_share=dict.fromkeys(figures.layer_seconds, 0.0) | figures.serial_share,
         prompt_core_seconds_per_weight=figures.prompt_core_seconds_per_weight
         or figures.core_seconds_per_weight,
     )
@@ -250,6 +252,8 @@ def _descend(
 
     for _ in range(_SWEEPS if len(choices) > 1 else 1):
         for name, among in choices.items():
-            errors = [mean_error(name, choice) for choice in among]
-            values[name] = among[int(np.argmin(errors))]
+            coarse = min(among[::_STEP], key=partial(mean_error, name))
+            at = among.index(coarse)
+            near = among[max(at - _STEP + 1, 0) : at + _STEP]
+            values[name] = min(near, key=partial(mean_error, name))
     return values
