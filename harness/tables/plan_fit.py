@@ -39,7 +39,7 @@ _SHARES = [round(float(share), 2) for share in np.linspace(0, 1, 21)]
 _SECONDS = [float(f"{seconds:.3g}") for seconds in np.geomspace(1e-12, 5e-9, 121)]
 _TIMES = [round(float(times), 2) for times in np.geomspace(1, 8, 43)]
 _NEW_MEMORY = [float(f"{speed:.3g}") for speed in np.geomspace(0.3e9, 10e9, 36)]
-_SWEEPS = 3  # over all figures, one after the other
+_MOST_SWEEPS = 20  # over all figures, one after the other, until none changes
 _STEP = 5  # every so many choices are tried first, then those near the best
 Figures = dict[str, float]
 
@@ -250,10 +250,13 @@ def _descend(
         candidate = of(values | {name: choice})
         return statistics.fmean(abs(error(case, candidate)) for case in cases)
 
-    for _ in range(_SWEEPS if len(choices) > 1 else 1):
+    for _ in range(_MOST_SWEEPS):
+        before = dict(values)
         for name, among in choices.items():
             coarse = min(among[::_STEP], key=partial(mean_error, name))
             at = among.index(coarse)
             near = among[max(at - _STEP + 1, 0) : at + _STEP]
             values[name] = min(near, key=partial(mean_error, name))
+        if values == before:
+            break
     return values

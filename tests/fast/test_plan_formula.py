@@ -32,7 +32,8 @@ SPEEDS = Speeds(
 LARGE = replace(
     FACTS, layers=48, n_experts=128, top_k=8, experts_bytes=17 * GB, dense_bytes=GB,
     dense_token_bytes=GB, parameters=30 * GB, expert_parameters=29 * GB,
-    least_bytes=GB // 2, kv_bytes=100_000, window_kv_bytes=0, reserve_bytes=free_memory.RESERVE_BYTES,
+    least_bytes=GB // 2, kv_bytes=100_000, window_kv_bytes=0,
+    reserve_bytes=free_memory.RESERVE_BYTES,
 )  # fmt: skip
 MACHINE = Machine(20 * GB, 2, True, 20 * GB, GB, 2 * GB, "a drive")
 REQUEST = Request(context_tokens=4096, prompt_tokens=500)
