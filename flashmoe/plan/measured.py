@@ -77,7 +77,7 @@ class Measured:
 def load(path: Path = FILE) -> Measured:
     document = json.loads(path.read_text())
     curves = (
-        Curve(**{name: tuple(v) if isinstance(v, list) else v for name, v in one.items()})
+        Curve(**one | {name: tuple(v) for name, v in one.items() if isinstance(v, list)})
         for one in document.pop("curves")
     )
     return Measured(curves=tuple(curves), **document)

@@ -116,9 +116,10 @@ def _commands(
     name = shlex.quote(model)
     serve = f"flashmoe serve {name} --memory {memory} --context {request.context_tokens}"
     if facts.engine != "llama":
-        fast = " --arithmetic fast" if request.arithmetic == "fast" else ""
-        prompt = 'flashmoe generate {} --memory {}{} --prompt "..."'
-        return [prompt.format(name, memory, fast), serve]
+        generate = f"flashmoe generate {name} --memory {memory}"
+        if request.arithmetic == "fast":  # which a server does not take
+            return [f'{generate} --arithmetic fast --prompt "..."']
+        return [f'{generate} --prompt "..."', serve]
     if hub.is_name(model):
         return [serve]
     served = f"llama-server -m {name} -c {request.context_tokens}"
@@ -133,7 +134,7 @@ def text(plan: Plan) -> str:
 def _model(plan: Plan) -> str:
     facts = plan.facts
     lines = [
-        f"{plan.model}: {facts.architecture}, {facts.parameters / 1e9:.1f} billion weights, "
+        f"{plan.model}: {facts.architecture}, {_count(facts.parameters)} weights, "
         f"{facts.bits_per_weight:.1f} bits each",
         f"  experts      {format_bytes(facts.experts_bytes)}, {facts.weights}: {facts.layers} "
         f"layers x {facts.n_experts}, of {format_bytes(facts.expert_bytes)} each",
@@ -196,6 +197,10 @@ def _table(plan: Plan) -> str:
     for command in plan.commands:
         lines += ["", f"    {command}"]
     return "\n".join(lines)
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.1f} billion" if weights >= 1e8 else f"{weights / 1e6:.1f} million"
 
 
 def _between(value: Between) -> str:

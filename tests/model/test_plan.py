@@ -86,6 +86,9 @@ def test_a_plan_of_a_directory_names_a_command_that_can_be_pasted(tmp_path, capf
     assert plan["facts"]["n_experts"] == 8
     assert plan["budgets"][-1]["budget"] == "auto"
     assert plan["machine"]["drive_bytes_per_second"] > 0
+    _, out, _ = run(capfd, "plan", path, "--arithmetic", "fast", "--memory", "1MiB")
+    assert f"flashmoe generate '{path}' --memory 1MiB --arithmetic fast" in out
+    assert "flashmoe serve" not in out  # which has but one arithmetic
     assert [file.name for file in tmp_path.iterdir()] == ["a model"]
 
 

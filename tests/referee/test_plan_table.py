@@ -57,7 +57,6 @@ def cases() -> list[Case]:
 def test_a_fit_finds_rows_again_that_were_made_by_the_formula():
     fitted = plan_fit.fit(cases())
     assert fitted.figures.serial_share == {"llama": SHARE}
-    assert fitted.figures.slower_without_avx512 == pytest.approx(2, rel=0.1)
     for case in cases():
         speeds = plan_fit.speeds_of(case, fitted)
         tokens = 1 / plan_fit.token_seconds(case, fitted, speeds)
