@@ -54,7 +54,7 @@ def describe(ggml: GGML, path: Path) -> ModelFacts:
         dense_token_bytes=dense_bytes - table_bytes,
         beside_bytes=0,
         parameters=sum(weights_of.values()),
-        expert_parameters=sum(n for name, n in weights_of.items() if "_exps." in name),
+        expert_parameters=sum(n for name, n in weights_of.items() if name.endswith("_exps.weight")),
         kv_bytes=cache.full_layers * cache.layer_bytes,
         window_kv_bytes=cache.window_layers * cache.layer_bytes,
         window_tokens=heads[0].sizes["attention.sliding_window"],
