@@ -52,8 +52,7 @@ def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> Non
     say("replaying recorded routing")
     cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     if traces:
-        others = ("deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
-        cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes(), ("demo", *others))
+        cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes(), hit_rates.STAND_INS)
         cases += hit_rates.outside_cases(traces)
     with count_bar("replaying", hit_rates.total_events(cases), "event") as advance:
         rows, layers = hit_rates.table(cases, advance)

@@ -20,6 +20,7 @@ class ModelFacts:
     dense_token_bytes: int  # what a token reads of that: of an embedding table one row
     beside_bytes: int  # what a prompt takes besides
     parameters: int  # weights in all
+    expert_parameters: int  # of all layers' experts
     kv_bytes: int  # of the KV cache, a token in the context
     window_kv_bytes: int  # the same, of layers that look back no further than `window_tokens`
     window_tokens: int
@@ -35,6 +36,16 @@ class ModelFacts:
     def touched_bytes(self) -> float:
         """Of experts that one token multiplies by."""
         return self.layers * self.top_k * self.expert_bytes
+
+    @property
+    def touched_parameters(self) -> float:
+        """Weights of experts that one token multiplies by."""
+        return self.expert_parameters * self.top_k / self.n_experts
+
+    @property
+    def dense_bytes_per_weight(self) -> float:
+        """Of all but experts."""
+        return self.dense_bytes / max(self.parameters - self.expert_parameters, 1)
 
     @property
     def total_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""What this machine has: free memory and cores, and how fast memory and drive are, measured."""
+"""What this machine has: free memory, cores, and how fast memory and drive are, measured."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import tempfile
@@ -25,10 +26,13 @@ from flashmoe.disk.files import check_room
 from flashmoe.errors import reading
 from flashmoe.memory import free_memory
 from flashmoe.reading.base import PIECE_BYTES, READERS
+from flashmoe.util import cores
 from flashmoe.util.sizes import format_bytes
 
 DRIVE_SECONDS, MEMORY_SECONDS = 1.5, 0.4
 _TEST_FILE_BYTES = 256 << 20
+_NEW_BYTES = 256 << 20
+_CPUINFO = Path("/proc/cpuinfo")
 _SWEEP_BYTES = 64 << 20  # of memory a core, at a time: more than its caches hold
 
 
@@ -38,7 +42,9 @@ class Machine:
 
     available_bytes: int  # of memory, for this process, by the machine and its cgroups
     cores: int
+    avx512: bool
     memory_bytes_per_second: float
+    new_memory_bytes_per_second: float  # that is written for the first time
     drive_bytes_per_second: float
     drive_measured_on: str
 
@@ -55,8 +61,16 @@ def measure(path: Path | None, piece_bytes: int, folder: Path) -> Machine:
         on = f"a temporary file of {format_bytes(_TEST_FILE_BYTES)} in {folder}"
         with _test_file(folder) as temporary:
             drive = drive_speed(temporary, piece_bytes)
-    cores = len(os.sched_getaffinity(0))
-    return Machine(free_memory.available_bytes(), cores, memory_speed(cores), drive, on)
+    count = cores.available()
+    return Machine(
+        available_bytes=free_memory.available_bytes(),
+        cores=count,
+        avx512=has_avx512(),
+        memory_bytes_per_second=memory_speed(count),
+        new_memory_bytes_per_second=new_memory_speed(),
+        drive_bytes_per_second=drive,
+        drive_measured_on=on,
+    )
 
 
 def drive_speed(path: Path, piece_bytes: int, seconds: float = DRIVE_SECONDS) -> float:
@@ -93,9 +107,9 @@ def drive_speed(path: Path, piece_bytes: int, seconds: float = DRIVE_SECONDS) ->
             os.close(descriptor)
 
 
-def memory_speed(cores: int, seconds: float = MEMORY_SECONDS) -> float:
+def memory_speed(count: int, seconds: float = MEMORY_SECONDS) -> float:
     """Bytes a second that all cores together read of memory."""
-    words = [np.ones(_SWEEP_BYTES // 8, np.int64) for _ in range(cores)]
+    words = [np.ones(_SWEEP_BYTES // 8, np.int64) for _ in range(count)]
     ends = time.perf_counter() + seconds
 
     def sweep(mine: np.ndarray) -> int:
@@ -106,9 +120,32 @@ def memory_speed(cores: int, seconds: float = MEMORY_SECONDS) -> float:
         return done
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(cores) as threads:
+    with ThreadPoolExecutor(count) as threads:
         done = sum(threads.map(sweep, words))
     return done / (time.perf_counter() - started)
+
+
+def new_memory_speed() -> float:
+    """Bytes a second of memory that is asked for and first written to, in the system's pages.
+
+    The system must find and clear each page, and so must the host of a virtual machine: on some
+    that takes longer than a drive takes to read as much.
+    """
+    with mmap.mmap(-1, _NEW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        pages = np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE]
+        started = time.perf_counter()
+        pages[:] = 1
+        seconds = time.perf_counter() - started
+        del pages  # which keeps the memory
+    return _NEW_BYTES / seconds
+
+
+def has_avx512(cpuinfo: Path = _CPUINFO) -> bool:
+    """Has this processor vectors of 512 bits? No, where nobody says."""
+    try:
+        return " avx512f " in f"{cpuinfo.read_text()} ".replace("\n", " ")
+    except OSError:
+        return False
 
 
 @contextmanager

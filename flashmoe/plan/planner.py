@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from flashmoe.engines.model_facts import ModelFacts
+from flashmoe.errors import FlashMoEError
 from flashmoe.memory import free_memory
 from flashmoe.plan import formula, measured
 from flashmoe.plan.formula import Speeds
@@ -15,7 +16,7 @@ from flashmoe.plan.machine import Machine
 from flashmoe.plan.measured import Measured
 
 SHARES = (0.15, 0.25, 0.4, 0.6, 1.0)  # of all experts, beside what "auto" would take
-AUTO = "auto"
+AUTO, ASKED = "auto", "asked"
 _GOOD_ENOUGH = 0.95  # of the best speed, for which a smaller budget is advised
 
 
@@ -31,7 +32,7 @@ class Between(NamedTuple):
 class Outlook:
     """What a budget brings."""
 
-    budget: str  # "auto", or a share of all experts
+    budget: str  # "auto", a share of all experts, or "asked": the request's
     memory_bytes: int  # for experts
     share: float  # of the experts that this holds
     fits: bool  # beside the rest of the model, in memory that is free now
@@ -47,24 +48,42 @@ class Request:
     context_tokens: int
     prompt_tokens: int
     arithmetic: str = "exact"
+    memory_bytes: int | None = None  # for experts; None: the best budget is looked for
 
 
-def speeds_of(facts: ModelFacts, machine: Machine, request: Request, figures: Measured) -> Speeds:
+def speeds_of(facts: ModelFacts, machine: Machine, arithmetic: str, figures: Measured) -> Speeds:
     """How fast this machine should run the model's engine: cores multiply, memory brings."""
-    cores = machine.cores * measured.core_speed(figures, facts, request.arithmetic)
+    engine = facts.engine
+    expert_way, dense_way = measured.expert_way(facts, arithmetic), measured.dense_way(facts)
+    slower, prompt_slower = 1.0, 1.0
+    if not machine.avx512:
+        slower = figures.slower_without_avx512
+        prompt_slower = figures.prompt_slower_without_avx512.get(engine, slower)
+
+    def weights(by_way: dict[str, float], way: str, times: float) -> float:
+        return machine.cores / (times * measured.seconds_per_weight(by_way, way))
+
+    decode, prompt = figures.core_seconds_per_weight, figures.prompt_core_seconds_per_weight
     return Speeds(
-        arithmetic=min(cores, machine.memory_bytes_per_second),
-        layer_seconds=figures.layer_seconds[facts.engine],
+        memory=machine.memory_bytes_per_second,
+        expert_weights=weights(decode, expert_way, slower),
+        dense_weights=weights(decode, dense_way, slower),
+        layer_seconds=figures.layer_seconds[engine],
         drive=machine.drive_bytes_per_second,
-        serial_share=figures.serial_share[facts.engine],
-        prompt_gain=figures.prompt_gain[facts.engine],
+        serial_share=figures.serial_share[engine],
+        waits_for_reads=engine == "llama",
+        prompt_expert_weights=weights(prompt, measured.prompt_way(expert_way), prompt_slower),
+        prompt_dense_weights=weights(prompt, measured.prompt_way(dense_way), prompt_slower),
+        new_memory=machine.new_memory_bytes_per_second,
     )
 
 
 def outlooks(
     facts: ModelFacts, machine: Machine, request: Request, figures: Measured
 ) -> list[Outlook]:
-    """Of each share of the experts that the engine can run in, and of "auto" where that fits."""
+    """Of each share of the experts that the engine can run in, of "auto" where that fits, and of
+    what is asked. Raises FlashMoEError where the engine cannot run in what is asked.
+    """
     free = _auto_bytes(facts, machine, request)
     budgets = [
         (f"{share:.0%}", int(share * facts.experts_bytes))
@@ -73,6 +92,11 @@ def outlooks(
     ]
     if free >= facts.least_bytes:
         budgets.append((AUTO, min(free, facts.experts_bytes)))
+    if request.memory_bytes is not None:
+        if request.memory_bytes < facts.least_bytes:
+            least = f"{-(-facts.least_bytes >> 20)}MiB"
+            raise FlashMoEError(f"this model's experts need a budget of {least} at least")
+        budgets.append((ASKED, min(request.memory_bytes, facts.experts_bytes)))
     return [
         _outlook(facts, machine, request, figures, name, memory_bytes, memory_bytes <= free)
         for name, memory_bytes in budgets
@@ -97,12 +121,16 @@ def _outlook(
     fits: bool,
 ) -> Outlook:
     share = memory_bytes / facts.experts_bytes
-    rates = [curve.at(share) for curve in measured.curves_for(figures, facts)]
+    curves = measured.curves_for(figures, facts)
+    rates = [curve.at(share) for curve in curves]
     hit_rate = Between(fmean(rates), min(rates), max(rates))
-    speeds = speeds_of(facts, machine, request, figures)
-    expected, low, high = (1 / formula.token_seconds(facts, rate, speeds) for rate in hit_rate)
+    speeds = speeds_of(facts, machine, request.arithmetic, figures)
+    expected, low, high = (
+        1 / formula.token_seconds(facts, share, rate, speeds) for rate in hit_rate
+    )
     below, above = figures.token_range[facts.engine]
-    first = formula.first_token_seconds(facts, request.prompt_tokens, speeds)
+    needed = fmean(curve.needed(request.prompt_tokens) for curve in curves)
+    first = formula.first_token_seconds(facts, share, needed, request.prompt_tokens, speeds)
     sooner, later = figures.first_token_range[facts.engine]
     return Outlook(
         budget=name,
@@ -118,8 +146,12 @@ def _outlook(
 
 
 def advised(rows: Sequence[Outlook]) -> Outlook | None:
-    """The smallest budget that is nearly as fast as the best that fits; None: none does."""
-    fitting = [row for row in rows if row.fits]
+    """What was asked; else the smallest budget that is nearly as fast as the best that fits.
+
+    None: it does not fit, or nothing does.
+    """
+    asked = [row for row in rows if row.budget == ASKED]
+    fitting = [row for row in asked or rows if row.fits]
     best = max((row.tokens_per_second.expected for row in fitting), default=0.0)
     good = [row for row in fitting if row.tokens_per_second.expected >= _GOOD_ENOUGH * best]
     return min(good, key=lambda row: (row.memory_bytes, row.budget != AUTO), default=None)

@@ -116,9 +116,10 @@ def _commands(
     name = shlex.quote(model)
     serve = f"flashmoe serve {name} --memory {memory} --context {request.context_tokens}"
     if facts.engine != "llama":
-        fast = " --arithmetic fast" if request.arithmetic == "fast" else ""
-        prompt = 'flashmoe generate {} --memory {}{} --prompt "..."'
-        return [prompt.format(name, memory, fast), serve]
+        generate = f"flashmoe generate {name} --memory {memory}"
+        if request.arithmetic == "fast":  # which a server does not take
+            return [f'{generate} --arithmetic fast --prompt "..."']
+        return [f'{generate} --prompt "..."', serve]
     if hub.is_name(model):
         return [serve]
     served = f"llama-server -m {name} -c {request.context_tokens}"
@@ -133,7 +134,7 @@ def text(plan: Plan) -> str:
 def _model(plan: Plan) -> str:
     facts = plan.facts
     lines = [
-        f"{plan.model}: {facts.architecture}, {facts.parameters / 1e9:.1f} billion weights, "
+        f"{plan.model}: {facts.architecture}, {_count(facts.parameters)} weights, "
         f"{facts.bits_per_weight:.1f} bits each",
         f"  experts      {format_bytes(facts.experts_bytes)}, {facts.weights}: {facts.layers} "
         f"layers x {facts.n_experts}, of {format_bytes(facts.expert_bytes)} each",
@@ -149,10 +150,13 @@ def _model(plan: Plan) -> str:
 
 def _machine(plan: Plan) -> str:
     here = plan.machine
+    vectors = "with" if here.avx512 else "without"
+    cores = "1 core" if here.cores == 1 else f"{here.cores} cores"
     lines = [
-        f"This machine: {here.cores} cores",
+        f"This machine: {cores}, {vectors} AVX-512",
         f"  memory       {format_bytes(here.available_bytes)} free, "
-        f"{here.memory_bytes_per_second / 1e9:.1f} GB/s",
+        f"{here.memory_bytes_per_second / 1e9:.1f} GB/s; new memory "
+        f"{here.new_memory_bytes_per_second / 1e9:.1f} GB/s",
         f"  drive        {here.drive_bytes_per_second / 1e9:.2f} GB/s, measured on "
         f"{here.drive_measured_on}",
     ]
@@ -184,10 +188,19 @@ def _table(plan: Plan) -> str:
     known = ", ".join(plan.curves)
     lines += ["", f"Eight of ten measured runs lay in such ranges. Hit rates: routing of {known}."]
     if not plan.commands:
-        lines += ["", "Nothing fits the memory that is free: free some, or take a smaller model."]
+        asked = plan.request.memory_bytes is not None
+        what, instead = (
+            ("So much", "ask for less") if asked else ("Nothing", "take a smaller model")
+        )
+        does = "does not fit" if asked else "fits"
+        lines += ["", f"{what} {does} the memory that is free: free some, or {instead}."]
     for command in plan.commands:
         lines += ["", f"    {command}"]
     return "\n".join(lines)
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.1f} billion" if weights >= 1e8 else f"{weights / 1e6:.1f} million"
 
 
 def _between(value: Between) -> str:

@@ -39,6 +39,7 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
                   "tokens_per_second", "share_of_roofline", "over_bf16"),
     "plan": ("of_table", "system", "resident_share", "hit_rate", "predicted_hit_rate",
              "tokens_per_second", "predicted_tokens_per_second", "uncalibrated_tokens_per_second"),
+    "prompt_experts": ("trace", "tokens", "sequences", "needed_share"),
     "timeline": None,
     "quality": ("system", "slots", "perplexity", "perplexity_of_the_model", "tokens_differing",
                 "prediction_accuracy"),

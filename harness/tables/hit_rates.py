@@ -33,6 +33,10 @@ _RESAMPLES = 1000
 SEED = 20261124
 
 
+# Whose routing is replayed with real models': the demo, and small models of their geometry.
+STAND_INS = ("demo", "deepseek-v2-lite", "gpt-oss-20b", "mixtral-8x7b", "qwen3-30b-a3b")
+
+
 @dataclass(frozen=True)
 class Case:
     """Some sequences of a trace."""

@@ -39,6 +39,7 @@ class Case:
     share: float  # of the experts that fit
     drive_bytes_per_second: float
     cores: int
+    avx512: bool
     hit_rate: float
     tokens_per_second: float
     first_token_seconds: float
@@ -47,8 +48,13 @@ class Case:
 
     @property
     def source(self) -> tuple[str, str]:
-        """What is left out when it is judged."""
+        """The table, which is left out when a row of it is judged."""
         return self.folder, self.table
+
+    @property
+    def machine(self) -> str:
+        """Its description: a folder is named after it and the profile."""
+        return self.folder.partition("gib-")[0]
 
 
 def committed() -> list[Case]:
@@ -66,7 +72,11 @@ def _of_folder(folder: Path) -> Iterator[Case]:
         cases = _served(path.stem, frame) if kind == "servers" else _loaded(frame)
         for case in cases:
             yield replace(
-                case, folder=folder.name, table=path.stem, cores=record["machine"]["cores"]
+                case,
+                folder=folder.name,
+                table=path.stem,
+                cores=record["machine"]["cores"],
+                avx512="avx512" in folder.name,  # see provenance.machine_slug
             )
 
 
@@ -136,6 +146,7 @@ def _case(
         share=share,
         drive_bytes_per_second=min(drive, limit) if limit and limit == limit else drive,
         cores=0,
+        avx512=False,
         hit_rate=row["hit_rate"],
         tokens_per_second=row["tokens_per_second"],
         first_token_seconds=first_token_seconds,

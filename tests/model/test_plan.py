@@ -27,7 +27,7 @@ _PLANS = """
 import sys
 from flashmoe import cli
 from flashmoe.plan import machine
-machine.measure = lambda *_: machine.Machine(20 << 30, 2, 20e9, 2e9, "no drive")
+machine.measure = lambda *_: machine.Machine(20 << 30, 2, True, 20e9, 1e9, 2e9, "no drive")
 for name in sys.argv[1:]:
     if cli.main(["plan", name, "--json"]):
         print("refused")
@@ -43,6 +43,9 @@ def test_a_checkpoint_takes_what_transformers_makes_of_it(family, tmp_path):
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     count = facts.layers * facts.n_experts
+    assert facts.expert_parameters == sum(
+        p.numel() for name, p in model.named_parameters() if ".experts." in name
+    )
     assert experts <= facts.experts_bytes < experts + count * ALIGNMENT_BYTES  # of each extent
     dense = sum(size for name, size in sizes.items() if ".experts." not in name)
     assert facts.dense_bytes == pytest.approx(dense, rel=0.01)
@@ -63,6 +66,7 @@ def test_a_gguf_file_takes_what_lies_in_it(family, tmp_path):
     assert facts.weights == "q4_0"
     assert (facts.n_experts, facts.top_k) == (gguf_models.EXPERTS, gguf_models.TOP_K)
     assert facts.layers == len(weights.description.layers)
+    assert facts.expert_parameters * 4.5 / 8 == facts.experts_bytes
     assert 0 <= path.stat().st_size - facts.total_bytes < 100_000  # the head, and alignment
     width = weights.config.hidden_size
     assert facts.dense_bytes - facts.dense_token_bytes == 2 * width * weights.config.vocab_size
@@ -82,6 +86,9 @@ def test_a_plan_of_a_directory_names_a_command_that_can_be_pasted(tmp_path, capf
     assert plan["facts"]["n_experts"] == 8
     assert plan["budgets"][-1]["budget"] == "auto"
     assert plan["machine"]["drive_bytes_per_second"] > 0
+    _, out, _ = run(capfd, "plan", path, "--arithmetic", "fast", "--memory", "1MiB")
+    assert f"flashmoe generate '{path}' --memory 1MiB --arithmetic fast" in out
+    assert "flashmoe serve" not in out  # which has but one arithmetic
     assert [file.name for file in tmp_path.iterdir()] == ["a model"]
 
 

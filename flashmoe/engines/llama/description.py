@@ -40,6 +40,7 @@ def describe(ggml: GGML, path: Path) -> ModelFacts:
     table_bytes = places[_TABLE].size_bytes if {_TABLE, _OUTPUT} <= places.keys() else 0
     n_experts = max(counts)
     cache = kv_cache.of_token(heads)
+    weights_of = {name: math.prod(place.shape) for name, place in places.items()}
     one_each = experts_bytes // n_experts
     return ModelFacts(
         engine=__package__.rpartition(".")[2],
@@ -52,7 +53,8 @@ def describe(ggml: GGML, path: Path) -> ModelFacts:
         dense_bytes=dense_bytes,
         dense_token_bytes=dense_bytes - table_bytes,
         beside_bytes=0,
-        parameters=sum(math.prod(place.shape) for place in places.values()),
+        parameters=sum(weights_of.values()),
+        expert_parameters=sum(n for name, n in weights_of.items() if name.endswith("_exps.weight")),
         kv_bytes=cache.full_layers * cache.layer_bytes,
         window_kv_bytes=cache.window_layers * cache.layer_bytes,
         window_tokens=heads[0].sizes["attention.sliding_window"],

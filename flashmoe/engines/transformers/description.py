@@ -45,6 +45,8 @@ def _facts(backend: ModelBackend) -> ModelFacts:
     if not model.config.get_text_config().tie_word_embeddings:
         table_bytes = sum(p.numel() * p.element_size() for p in embedding.parameters())
     cached = cache_of(model.config)
+    named = list(model.named_parameters())
+    modules = tuple(f"{layer.module}." for layer in manifest.layers)
     return ModelFacts(
         engine=__package__.rpartition(".")[2],
         architecture=manifest.architecture,
@@ -56,7 +58,8 @@ def _facts(backend: ModelBackend) -> ModelFacts:
         dense_bytes=manifest.dense_bytes,
         dense_token_bytes=manifest.dense_bytes - table_bytes,
         beside_bytes=most_waiting_bytes(model),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for _, parameter in named),
+        expert_parameters=sum(p.numel() for name, p in named if name.startswith(modules)),
         kv_bytes=cached.full_bytes,
         window_kv_bytes=cached.window_bytes,
         window_tokens=cached.window_tokens,
