@@ -116,18 +116,10 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
     room = 4 * rows // len(pairs)
 
     def watch(some: Sequence[tuple[int, tuple[int, int]]], skip: int) -> list[Decisions]:
-        jobs = [
-            (
-                trace,
-                streams[stream],
-                layer,
-                CAPACITIES[number % len(CAPACITIES)],
-                room,
-                skip,
-                seed + number,
-            )
-            for number, (layer, stream) in some
-        ]
+        jobs = []
+        for number, (layer, stream) in some:
+            capacity = CAPACITIES[number % len(CAPACITIES)]
+            jobs.append((trace, streams[stream], layer, capacity, room, skip, seed + number))
         return list(many_jobs.outcomes(_watch, jobs, threads=True))
 
     probe = watch(list(enumerate(pairs[::PROBE_ONE_IN])), PROBE_SKIP)

@@ -82,16 +82,10 @@ class TrainPaper(Training):
         last = len(sequences) - 1
         held_out = set(range(HELD_OUT_ONE_IN - 1, len(sequences), HELD_OUT_ONE_IN)) or {last}
         train = [s for number, s in enumerate(sequences) if number not in held_out] or sequences
-        parts = [
-            list(
-                many_jobs.outcomes(
-                    _watch,
-                    [(trace, layer, part, EVICTIONS) for layer in range(trace.n_layers)],
-                    threads=True,
-                )
-            )
-            for part in (train, [sequences[number] for number in sorted(held_out)])
-        ]
+        parts = []
+        for part in (train, [sequences[number] for number in sorted(held_out)]):
+            jobs = [(trace, layer, part, EVICTIONS) for layer in range(trace.n_layers)]
+            parts.append(list(many_jobs.outcomes(_watch, jobs, threads=True)))
         counts = [min(len(layer[2]) for layer in part) for part in parts]
         if min(counts) < 10:
             raise FlashMoEError("the trace is too short: hardly an expert is evicted; record more")

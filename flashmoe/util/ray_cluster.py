@@ -32,7 +32,8 @@ def connected(address: str) -> Iterator[None]:
         raise FlashMoEError(f"cluster {address}: no Ray answers there ({error})") from None
     try:
         register_ray()
-        with joblib.parallel_config("ray", n_jobs=int(ray.cluster_resources()["CPU"])):
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        with joblib.parallel_config("ray", n_jobs=max(1, cores)):
             yield
     except ray.exceptions.RayError as error:
         said = str(error).strip().partition("\n")[0]
