@@ -110,10 +110,18 @@ def _in_processes(jobs: int) -> joblib.Parallel:
     """A single job runs in this process."""
     import joblib
 
-    with joblib.parallel_config(
-        "loky", inner_max_num_threads=1, initializer=workers.end_with_parent
-    ):
-        return joblib.Parallel(max(1, min(jobs, joblib.cpu_count())), return_as="generator")
+    at_once = max(1, min(jobs, joblib.cpu_count()))
+    with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=_begin_worker):
+        # one by one, because a batch may end with the slowest job while other cores have none
+        return joblib.Parallel(at_once, return_as="generator", batch_size=1)
+
+
+def _begin_worker() -> None:
+    from joblib.externals.loky import process_executor
+
+    workers.end_with_parent()
+    # Compiled policies, which look like a leak, stay: a new worker would have to load them again.
+    process_executor._MAX_MEMORY_LEAK_SIZE = float("inf")
 
 
 def _on_cluster() -> joblib.Parallel:
