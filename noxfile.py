@@ -144,8 +144,9 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def fast(session: nox.Session) -> None:
     """Cache, policies, traces and simulator: seconds, without torch (once more to compile)."""
-    packages = ("numba", "numpy", "safetensors", "tqdm")
-    session.install("-c", "constraints.txt", *packages, "cachetools", "hypothesis", "pytest")
+    packages = ("joblib", "numba", "numpy", "safetensors", "tqdm")
+    for_tests = ("cachetools", "distributed", "hypothesis", "pytest")
+    session.install("-c", "constraints.txt", *packages, *for_tests)
     session.install("--no-deps", "-e", ".")
     # the plugin of pytest-benchmark, whose option pyproject.toml sets, is not there
     session.run("pytest", "tests/fast", "-o", "addopts=-q", "-m", "not slow", *session.posargs)

@@ -52,6 +52,11 @@ class Trace:
     def top_k(self) -> int:
         return int(self.experts.shape[2])
 
+    def __sizeof__(self) -> int:
+        """Bytes with its arrays', by which Dask and Ray see what to send to a machine once."""
+        arrays = (self.experts, self.sequence, *(getattr(self, name) for name in _OPTIONAL))
+        return object.__sizeof__(self) + sum(a.nbytes for a in arrays if a is not None)
+
     def sequences(self) -> Iterator[tuple[int, slice]]:
         """Each sequence's number and its range of tokens, in order."""
         yield from _runs(self.sequence)

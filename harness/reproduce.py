@@ -47,8 +47,13 @@ def run_ssd(folder: Path, command: str, seconds: float = 1.0) -> None:
     report.record(folder, "ssd", command)
 
 
-def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> None:
-    """The demo model's held-out routing; with `traces`, also the small models' and theirs."""
+def run_hit_rates(
+    folder: Path, command: str, traces: Path | None = None, timed: bool = True
+) -> None:
+    """The demo model's held-out routing; with `traces`, also the small models' and theirs.
+
+    timed: write what the policies cost, too; it is this machine's only where it replays.
+    """
     say("replaying recorded routing")
     cases = hit_rates.shipped_cases(hit_rates.demo_expert_bytes())
     if traces:
@@ -63,7 +68,8 @@ def run_hit_rates(folder: Path, command: str, traces: Path | None = None) -> Non
         for row in rows
     ]
     report.write(folder, "hit_rates", rows)
-    report.write(folder, "policy_cost", costs)
+    if timed:
+        report.write(folder, "policy_cost", costs)
     report.write(folder, "gap_by_layer", layers)
     report.write(folder, "paper_training", paper_training.table())
     report.record(folder, "hit_rates", command, seed=hit_rates.SEED)

@@ -25,6 +25,16 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Add --cluster, the same for every command that replays or trains."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="a Dask or Ray cluster to compute on, dask://HOST:PORT or ray://HOST:PORT "
+        "(default: this machine's cores)",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `flashmoe`, with a subcommand for each module of this package."""
     top = argparse.ArgumentParser(

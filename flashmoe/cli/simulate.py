@@ -8,8 +8,10 @@ from pathlib import Path
 
 from flashmoe import policies, trace
 from flashmoe.cache import simulate
-from flashmoe.cache.replay_pool import ReplayJob, replay_all
+from flashmoe.cache.replays import ReplayJob, replay_all
+from flashmoe.cli import add_cluster
 from flashmoe.errors import FlashMoEError
+from flashmoe.util import many_jobs
 from flashmoe.util.progress import count_bar
 
 HELP = "replay a trace against policies and capacities"
@@ -48,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one event per recorded forward pass and layer, not per token",
     )
+    add_cluster(parser)
     parser.add_argument("--json", action="store_true")
 
 
@@ -70,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         for capacity, slots in sizes
         for name in names
     ]
-    with count_bar("replaying", sum(job.events for job in jobs), "event") as progress:
+    events = sum(job.events for job in jobs)
+    with many_jobs.on(arguments.cluster), count_bar("replaying", events, "event") as progress:
         rows = [outcome.row() for outcome in replay_all(jobs, progress)]
     if arguments.json:
         print(json.dumps(rows))

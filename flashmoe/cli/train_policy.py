@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from flashmoe import trace
-from flashmoe.cli import seed
+from flashmoe.cli import add_cluster, seed
 from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
+from flashmoe.util import many_jobs
 
 HELP = "train a policy on traces"
 SEED = 20261124
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "flashmoe-paper:FILE",
     )
     parser.add_argument("--seed", type=seed, default=SEED)
+    add_cluster(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,5 +39,6 @@ def run(arguments: argparse.Namespace) -> None:
         choices = ", ".join(train.kinds())
         raise FlashMoEError(f"--kind {arguments.kind!r} is unknown: choose from {choices}")
     traces = [trace.load(path) for path in arguments.traces]
-    kind().run(traces, arguments.out, arguments.seed, print)
+    with many_jobs.on(arguments.cluster):
+        kind().run(traces, arguments.out, arguments.seed, print)
     print(f"wrote {arguments.out}")

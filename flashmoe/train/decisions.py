@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from flashmoe.policies.parts.features import (
 from flashmoe.policies.parts.next_uses import Future, advance
 from flashmoe.policies.parts.random_numbers import draw
 from flashmoe.trace import Trace
+from flashmoe.util import many_jobs
 from flashmoe.util.machine_code import helper
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # shares of a layer's experts
@@ -114,27 +113,37 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
     rng.shuffle(pairs)
     pairs = pairs[: max(200, rows // 300)]
 
-    def watch(job: tuple[int, tuple[int, int]], skip: int) -> Decisions:
-        number, (layer, stream) = job
-        scope = Scope(trace.n_experts, trace.top_k, 1, layer, trace.n_layers)
-        slots = simulate.slots_for(trace, CAPACITIES[number % len(CAPACITIES)])
-        events = simulate.events_of(trace, streams[stream], range(layer, layer + 1))
-        room = 4 * rows // len(pairs) + slots
-        teacher = Teacher(scope, slots, room, skip, seed + number)
-        teacher.foresee(events)
-        ExpertCache(teacher).replay(events)
-        written = teacher.counts[ROWS]
-        return Decisions(teacher.features[:written], teacher.distance_gaps[:written])
+    room = 4 * rows // len(pairs)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        probe = list(threads.map(watch, enumerate(pairs[::PROBE_ONE_IN]), repeat(PROBE_SKIP)))
-        expected = PROBE_SKIP * PROBE_ONE_IN * sum(len(part.features) for part in probe)
-        skip = max(1, round(expected / rows))
-        parts = list(threads.map(watch, enumerate(pairs), repeat(skip)))
+    def watch(some: Sequence[tuple[int, tuple[int, int]]], skip: int) -> list[Decisions]:
+        jobs = []
+        for number, (layer, stream) in some:
+            capacity = CAPACITIES[number % len(CAPACITIES)]
+            jobs.append((trace, streams[stream], layer, capacity, room, skip, seed + number))
+        return list(many_jobs.outcomes(_watch, jobs, threads=True))
+
+    probe = watch(list(enumerate(pairs[::PROBE_ONE_IN])), PROBE_SKIP)
+    expected = PROBE_SKIP * PROBE_ONE_IN * sum(len(part.features) for part in probe)
+    skip = max(1, round(expected / rows))
+    parts = watch(list(enumerate(pairs)), skip)
     return Decisions(
         np.concatenate([part.features for part in parts]),
         np.concatenate([part.distance_gaps for part in parts]),
     )
+
+
+def _watch(
+    trace: Trace, tokens: np.ndarray, layer: int, capacity: float, room: int, skip: int, seed: int
+) -> Decisions:
+    """Those of one stream at one layer, about `room` rows at most, of one in `skip` evictions."""
+    scope = Scope(trace.n_experts, trace.top_k, 1, layer, trace.n_layers)
+    slots = simulate.slots_for(trace, capacity)
+    events = simulate.events_of(trace, tokens, range(layer, layer + 1))
+    teacher = Teacher(scope, slots, room + slots, skip, seed)
+    teacher.foresee(events)
+    ExpertCache(teacher).replay(events)
+    written = teacher.counts[ROWS]
+    return Decisions(teacher.features[:written], teacher.distance_gaps[:written])
 
 
 def _chained(sequences: list[np.ndarray]) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from flashmoe.policies.parts import policy_file
 from flashmoe.policies.parts.next_uses import Future, advance
 from flashmoe.trace import Trace
 from flashmoe.train import Report, Training
+from flashmoe.util import many_jobs
 
 CAPACITY = 0.5  # share of a layer's experts that have slots, as in the paper
 EVICTIONS = 400  # about as many per layer to train on, and as many held out
@@ -81,10 +82,10 @@ class TrainPaper(Training):
         last = len(sequences) - 1
         held_out = set(range(HELD_OUT_ONE_IN - 1, len(sequences), HELD_OUT_ONE_IN)) or {last}
         train = [s for number, s in enumerate(sequences) if number not in held_out] or sequences
-        parts = [
-            [_watch(trace, layer, part, EVICTIONS) for layer in range(trace.n_layers)]
-            for part in (train, [sequences[number] for number in sorted(held_out)])
-        ]
+        parts = []
+        for part in (train, [sequences[number] for number in sorted(held_out)]):
+            jobs = [(trace, layer, part, EVICTIONS) for layer in range(trace.n_layers)]
+            parts.append(list(many_jobs.outcomes(_watch, jobs, threads=True)))
         counts = [min(len(layer[2]) for layer in part) for part in parts]
         if min(counts) < 10:
             raise FlashMoEError("the trace is too short: hardly an expert is evicted; record more")

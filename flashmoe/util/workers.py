@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 # Workers fork from a server that has imported much and run nothing, because a new interpreter would
 # take seconds for these imports. `CONTEXT.set_forkserver_preload` says what the server imports.
@@ -26,6 +28,8 @@ def silence_stderr() -> None:
 
 def _await_parents_end() -> None:
     parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
+    if parent and parent.pid:
+        # not `parent.join()`, for which only multiprocessing's own processes have what they need
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(parent.pid)], [], [])
     os._exit(1)

@@ -27,11 +27,17 @@ count, amount = _above_zero(int), _above_zero(float)
 
 
 def command_line(words: Sequence[str], parsed: argparse.Namespace) -> str:
-    """The command as it was given, for provenance: a path shows as DIR, a trace as TRACE."""
+    """The command as it was given, for provenance.
+
+    A path shows as DIR, a trace as TRACE, a cluster as ADDRESS.
+    """
     paths = set(_paths(parsed))
+    cluster = getattr(parsed, "cluster", None)
 
     def mask(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if cluster and value == cluster:
+            return option + equals + "ADDRESS"
         path = Path(value)
         if path not in paths or not value:
             return word

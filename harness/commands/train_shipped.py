@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flashmoe.cli import add_cluster
+from flashmoe.util import many_jobs
+
 HELP = "train the policy that ships"
 
 
@@ -17,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's networks, on the demo")
     parser.add_argument("--out", type=Path, help="default: in place of the shipped file")
     parser.add_argument("--seed", type=int, default=20261124)
+    add_cluster(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,8 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     from flashmoe.policies.learned import SHIPPED
     from harness.tables import train_shipped
 
-    if arguments.paper:
-        train_shipped.train_paper(arguments.seed)
-    else:
-        outside = [trace.load(path) for path in arguments.traces]
-        train_shipped.train_learned(outside, arguments.out or SHIPPED, arguments.seed)
+    outside = [trace.load(path) for path in arguments.traces]
+    with many_jobs.on(arguments.cluster):
+        if arguments.paper:
+            train_shipped.train_paper(arguments.seed)
+        else:
+            train_shipped.train_learned(outside, arguments.out or SHIPPED, arguments.seed)

@@ -17,8 +17,10 @@ from flashmoe.cache import simulate
 from flashmoe.policies.learned import KIND, Network
 from flashmoe.policies.parts import policy_file
 from flashmoe.policies.parts.features import NAMES
+from flashmoe.trace import Trace
 from flashmoe.train.decisions import Decisions, gather
 from flashmoe.train.learned import fit
+from flashmoe.util import many_jobs
 from harness.tables import data_splits, hit_rates
 from harness.tables.hit_rates import Case
 
@@ -56,15 +58,21 @@ def train_without(
     return network
 
 
-def closed(case: Case, network: Network) -> float:
+def closed(cases: Sequence[Case], network: Network) -> list[float]:
+    """The share of the gap that `network` closes in each case."""
+    names = ("lru", "learned", "belady")
+    jobs = [(case.routing, name, network) for case in cases for name in names]
+    rates = np.array(list(many_jobs.outcomes(hit_rate, jobs))).reshape(len(cases), len(names))
+    return [float((ours - lru) / (belady - lru)) for lru, ours, belady in rates]
+
+
+def hit_rate(routing: Trace, policy: str, network: Network) -> float:
+    """Of a policy, where it is `learned` with `network`, written to a file where this runs."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "p.safetensors"
         policy_file.save(path, KIND, network, {})
-        lru, ours, belady = (
-            simulate.replay(case.routing, name, CAPACITY).hit_rate
-            for name in ("lru", f"learned:{path}", "belady")
-        )
-    return (ours - lru) / (belady - lru)
+        name = f"learned:{path}" if policy == "learned" else policy
+        return simulate.replay(routing, name, CAPACITY).hit_rate
 
 
 def print_table(folder: Path) -> None:
@@ -87,7 +95,7 @@ def print_table(folder: Path) -> None:
     def row(label: str, names: Sequence[str], prefixes: tuple[str, ...]) -> None:
         network = train_without([parts[n] for n in names], [sizes[n] for n in names], prefixes)
         print(
-            f"| {label} | " + " | ".join(f"{closed(c, network):.1%}" for c in cases) + " |",
+            f"| {label} | " + " | ".join(f"{s:.1%}" for s in closed(cases, network)) + " |",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import flashmoe
 from flashmoe import policies, trace
-from flashmoe.cache.replay_pool import ReplayJob, replay_all
+from flashmoe.cache.replays import ReplayJob, replay_all
 from flashmoe.cache.simulate import Conditions, Replay
 from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.errors import FlashMoEError
@@ -123,7 +123,7 @@ def table(
         for case, start, capacity in parts
         for name in labels(case, start, capacity)
     )
-    replays = replay_all(jobs, advance)
+    replays = iter(list(replay_all(jobs, advance)))
     rows, layers = [], []
     for case, start, capacity in parts:
         outcomes = {name: next(replays) for name in labels(case, start, capacity)}

@@ -12,7 +12,7 @@ import flashmoe
 HEAVY = ("torch", "transformers", "llama_cpp", "gguf", "elftools")
 LIGHT = (
     "flashmoe", "flashmoe.cli.simulate", "flashmoe.cache.expert_cache",
-    "flashmoe.cache.replay_pool", "flashmoe.cache.simulate", "flashmoe.disk.files",
+    "flashmoe.cache.replays", "flashmoe.cache.simulate", "flashmoe.disk.files",
     "flashmoe.disk.plain_npz", "flashmoe.events", "flashmoe.policies",
     "flashmoe.policies.parts.policy_file", "flashmoe.reading.read_queue", "flashmoe.trace",
     "flashmoe.train.decisions", "flashmoe.util.registry", "flashmoe.util.sizes",

@@ -34,6 +34,7 @@ def command_line(words: str) -> str:
         ("full-scale --routing /b/c.npz --sequence c", "full-scale --routing TRACE --sequence c"),
         ("hit-rates --traces=../traces/", "hit-rates --traces=DIR"),
         ("quant --texts texts", "quant --texts DIR"),
+        ("hit-rates --cluster dask://a:1", "hit-rates --cluster ADDRESS"),
         ("run flashmoe --prompt a|b", "run flashmoe --prompt 'a|b'"),
     ],
 )

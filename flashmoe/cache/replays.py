@@ -1,16 +1,13 @@
-"""Many replays at once, on all cores."""
+"""Many replays at once, on all cores or on a cluster."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 from flashmoe.cache.simulate import Conditions, Replay, replay
 from flashmoe.trace import Trace
-from flashmoe.util import workers
+from flashmoe.util import many_jobs
 
 
 class ReplayJob(NamedTuple):
@@ -33,18 +30,9 @@ def replay_all(
 ) -> Iterator[Replay]:
     """The outcome of each job, in order; `progress` is told each one's token-layers.
 
-    In processes, not threads: compiling a policy, seconds the first time, holds Python's lock.
-    Raises FlashMoEError as `replay` does.
+    Raises FlashMoEError as `replay` does, and as `many_jobs.outcomes` does.
     """
-    pool = ProcessPoolExecutor(
-        os.cpu_count(), mp_context=workers.CONTEXT, initializer=workers.end_with_parent
-    )
-    try:
-        pending = deque((job, pool.submit(replay, *job)) for job in jobs)
-        while pending:
-            job, outcome = pending.popleft()
-            done = outcome.result()
-            progress(job.events)
-            yield done
-    finally:
-        pool.shutdown(cancel_futures=True)
+    jobs = list(jobs)
+    for job, outcome in zip(jobs, many_jobs.outcomes(replay, jobs), strict=True):
+        progress(job.events)
+        yield outcome
