@@ -85,12 +85,17 @@ def _full_scale() -> Iterator[str]:
         shipped = table.routing.str.startswith(SHIPPED)
         if "warm_up_tokens" not in table:  # made before it was noted: of whole runs it is known
             table["warm_up_tokens"] = table.tokens.eq(TOKENS).map({True: WARM_UP_TOKENS})
+        if "bypass_slots" not in table:  # made before there were any
+            table["bypass_slots"] = 0
         counted = table[shipped & table.warm_up_tokens.notna() & table.system.isin(engines)]
         for row in counted.itertuples():
             policy, shared = engines[row.system], bool(row.shared)
             first = PROMPT_TOKENS + int(row.warm_up_tokens)
             decoded = slice(first, first + int(row.tokens))
-            fresh = _decode_hit_rate(str(row.model), policy, row.slots, shared, decoded)
+            conditions = simulate.Conditions(
+                as_recorded=True, shared=shared, bypass=bool(row.bypass_slots)
+            )
+            fresh = _decode_hit_rate(str(row.model), policy, row.slots, conditions, decoded)
             if abs(fresh - row.hit_rate) > 5e-7:  # written with six digits
                 yield (
                     f"{path.relative_to(report.RESULTS)}: {row.system} at {row.slots:.4g} slots "
@@ -98,7 +103,9 @@ def _full_scale() -> Iterator[str]:
                 )
 
 
-def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decoded: slice) -> float:
+def _decode_hit_rate(
+    model: str, policy: str, slots: float, conditions: simulate.Conditions, decoded: slice
+) -> float:
     """Of the decoded tokens that a capped run counts: what two replays from cold differ by."""
     routing = MODELS[model]
     recorded = trace.load(routing.trace).named(routing.sequence)
@@ -106,7 +113,6 @@ def _decode_hit_rate(model: str, policy: str, slots: float, shared: bool, decode
     for tokens in (decoded.start, decoded.stop):
         step = np.maximum(np.arange(tokens, dtype=np.int32) - PROMPT_TOKENS + 1, 0)
         part = replace(recorded.first(tokens), step=step)
-        conditions = simulate.Conditions(as_recorded=True, shared=shared)
         counted.append(simulate.replay(part, policy, 1.0, conditions, slots=slots))
     before, after = counted
     return (after.hits - before.hits) / (after.requests - before.requests)
@@ -141,7 +147,8 @@ def _recorded_run(path: Path, row: Any) -> str | None:
     said = [recorded.info.get(name) for name in ("slots", "requests", "hits")]
     if said[0] != row.slots_per_layer:
         return f"recorded with {said[0]} slots a layer, in the table {row.slots_per_layer:g}"
-    policy, conditions = str(recorded.info.get("policy")), simulate.Conditions(as_recorded=True)
+    policy, bypass = str(recorded.info.get("policy")), bool(recorded.info.get("bypass_slots"))
+    conditions = simulate.Conditions(as_recorded=True, bypass=bypass)
     fresh = simulate.replay(recorded, policy, 1.0, conditions, slots=row.slots_per_layer)
     if [fresh.requests, fresh.hits] != said[1:]:
         return f"recorded {said[2]} hits of {said[1]}, replayed {fresh.hits} of {fresh.requests}"
@@ -167,8 +174,8 @@ def _engine() -> Iterator[str]:
         model.flashmoe.reset()
         trace = record(model, [ids[0]], max_new_tokens=32)
         stats = model.flashmoe.stats()
-        slots = int(model.flashmoe.snapshot().slots_per_layer)
-        conditions = simulate.Conditions(as_recorded=True)
+        slots = model.flashmoe.snapshot().slots_per_layer
+        conditions = simulate.Conditions(as_recorded=True, bypass=stats["bypass_slots"] > 0)
         outcome = simulate.replay(trace, "learned", 1.0, conditions, slots=slots)
         if (outcome.requests, outcome.hits) != (stats["requests"], stats["hits"]):
             yield f"engine {stats['hits']} hits, simulator {outcome.hits}"

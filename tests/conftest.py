@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def loaded(stores):
     yield get
     for model in models:
         model.flashmoe.close()
+
+
+@pytest.fixture(scope="module")
+def whim() -> Iterator[str]:
+    """A policy of this name, which bypasses by chance."""
+    from whim import Whim
+
+    from flashmoe import policies
+
+    policies.available()[Whim.name] = Whim
+    yield Whim.name
+    del policies.available()[Whim.name]
 
 
 @pytest.fixture

@@ -22,10 +22,16 @@ from flashmoe.policies.parts.compiled import kernel, state_of
 
 
 class Wave(NamedTuple):
-    """A part of an event that fits the slots: (key, slot) pairs resident, and to be read."""
+    """A part of an event that fits the slots: (key, slot) pairs resident, and to be read.
+
+    Slots from the cache's n_slots on are bypass slots, free again when the wave was used. moves:
+    (slot, bypass slot) pairs of hits that have lost their slots to loads: what lies in them changes
+    places before anything is read.
+    """
 
     hits: list[tuple[int, int]]
     loads: list[tuple[int, int]]
+    moves: list[tuple[int, int]]
 
 
 class ExpertCache:
@@ -34,7 +40,8 @@ class ExpertCache:
     Hits are counted against residency at the event's start, and no member of an event is
     evicted by it before it was served. An event with more members than slots (a prefill)
     comes as several waves; each member is served in exactly one of them, of a long event in
-    ascending order.
+    ascending order. An event of no more members than the policy has bypass slots is one wave, in
+    which these hold the members that it does not keep.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -58,10 +65,14 @@ class ExpertCache:
             if n_hits < n:
                 end = self._next_wave(self._state, self.residency, n, done)
             keys = members[done:end]
-            wave = Wave([], [])
+            wave, outside = Wave([], [], []), self.n_slots
             for key, slot, before in zip(
                 keys.tolist(), slot_of[keys].tolist(), slots_before, strict=False
             ):
+                if slot < 0:
+                    if before >= 0:
+                        wave.moves.append((before, outside))
+                    slot, outside = outside, outside + 1
                 (wave.loads if before < 0 else wave.hits).append((key, slot))
             self.policy_seconds += time.perf_counter() - started
             yield wave

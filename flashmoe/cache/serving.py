@@ -51,6 +51,12 @@ def is_long(event):
 
 
 @helper
+def may_bypass(policy, n):
+    """May an event of `n` experts leave some of them without a slot?"""
+    return n <= policy.bypass_slots
+
+
+@helper
 def begin(policy, residency, event):
     """Count the event, tell the policy, set `members` in the order of serving; how many hit.
 
@@ -70,7 +76,7 @@ def begin(policy, residency, event):
             members[n] = key
             n += 1
     n_slots = len(residency.residents)
-    if is_long(event) and n > n_slots and not policy.bypasses:
+    if is_long(event) and n > n_slots and not may_bypass(policy, n):
         members[:n] = np.sort(members[:n])
         if hits == n_slots:  # the lowest hit goes first, so that there is a slot to read into
             lowest = 0
@@ -90,21 +96,23 @@ def begin(policy, residency, event):
 def next_wave(policy, residency, n, start):
     """Make the `n` members from `start` on resident until no slot is left; where this wave ends.
 
-    None that is still to be served makes room (unless the policy bypasses).
+    None that is still to be served makes room. Where the event may bypass, it is one wave, and
+    whom the policy does not keep has no slot afterwards.
     """
     room, members = len(residency.residents), residency.members[:n]
+    bypass = may_bypass(policy, n)
     for key in members[start:]:
-        residency.protected[key] = not policy.bypasses
+        residency.protected[key] = not bypass
         if residency.slot_of[key] >= 0:
             room -= 1
     end = start
     while end < len(members):
         key = members[end]
         if residency.slot_of[key] < 0:
-            if not room:
+            if room <= 0 and not bypass:
                 break
             room -= 1
-            _admit(policy, residency, key)
+            _admit(policy, residency, key, bypass)
         end += 1
     for key in members[start:]:
         residency.protected[key] = False
@@ -122,8 +130,11 @@ def serve(policy, residency, event):
 
 
 @helper
-def _admit(policy, residency, key):
-    """Give `key` a free slot, or that of the resident whom the policy chooses."""
+def _admit(policy, residency, key, bypass):
+    """Give `key` a free slot, or that of the resident whom the policy chooses.
+
+    bypass: it may choose `key` itself, which gets no slot then.
+    """
     if residency.sizes[FREE]:
         residency.sizes[FREE] -= 1
         slot = residency.free[residency.sizes[FREE]]
@@ -133,7 +144,7 @@ def _admit(policy, residency, key):
             if not residency.protected[resident]:
                 residency.candidates[n] = resident
                 n += 1
-        if policy.bypasses:
+        if bypass:
             residency.candidates[n] = key
             n += 1
         evicted = victim(policy, residency.candidates[:n])

@@ -23,6 +23,7 @@ class Conditions:
     shared: bool = False  # one budget for all layers instead of one cache each
     as_recorded: bool = False  # events are the recorded forward passes, not single tokens
     interleaved: int = 1  # sequences served in turn, token by token, by one cache
+    bypass: bool = True  # a policy that bypasses has top_k slots for it, beside the others
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Replay:
 
     policy: str
     capacity: float  # fraction of a layer's experts
-    slots: float  # per layer
+    slots: float  # per layer, those for bypass left out
     conditions: Conditions
     policy_seconds: float  # cache and policy together
     counted: np.ndarray  # [caches, streams, 2] int64: requests and hits
@@ -141,21 +142,27 @@ def replay(
     """Replay every stream of `trace` at every layer.
 
     policy: a name, or `name:argument`. `slots` overrides the slots per layer that `capacity`
-    gives. A request is one distinct expert of an event.
+    gives; of a fraction the lowest layers have one slot more than the others, as in the engine. A
+    request is one distinct expert of an event.
     """
     conditions = conditions or Conditions()
     choice = policies.get(policy)
-    slots = slots or slots_for(trace, capacity)  # a fraction where layers share odd numbers
+    slots = slots or slots_for(trace, capacity)
+    least, more = divmod(round(slots * trace.n_layers), trace.n_layers)
     width = trace.n_layers if conditions.shared else 1
     turns = streams(trace, conditions.interleaved)
     counted = np.zeros((trace.n_layers // width, len(turns), 2), np.int64)
     policy_seconds = 0.0
     for group, first in enumerate(range(0, trace.n_layers, width)):
         layers = range(first, first + width)
-        scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers)
+        bypass_slots = trace.top_k if conditions.bypass else 0
+        scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers, bypass_slots)
+        n_slots = width * least + max(0, min(width, more - first))
 
-        def new_cache(future: Events | None, scope: Scope = scope) -> ExpertCache:
-            eviction = choice(scope, round(slots * width))
+        def new_cache(
+            future: Events | None, scope: Scope = scope, n_slots: int = n_slots
+        ) -> ExpertCache:
+            eviction = choice(scope, n_slots)
             if eviction.offline and future is not None:
                 eviction.foresee(future)
             return ExpertCache(eviction)

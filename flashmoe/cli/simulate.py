@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=float,
         metavar="N",
-        help="slots per layer, as an engine counted them, instead of fractions",
+        help="slots per layer, as an engine counted them, instead of fractions; of 20.5 the lower "
+        "half of the layers has 21, the others 20",
     )
     parser.add_argument(
         "--warm", action="store_true", help="carry residency from sequence to sequence"
@@ -49,6 +50,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--as-recorded",
         action="store_true",
         help="one event per recorded forward pass and layer, not per token",
+    )
+    parser.add_argument(
+        "--no-bypass",
+        dest="bypass",
+        action="store_false",
+        help="keep every expert that is read; else a policy such as learned may compute a token's "
+        "experts without keeping them, for which it has top_k slots (of the whole model) more than "
+        "others",
     )
     add_cluster(parser)
     parser.add_argument("--json", action="store_true")
@@ -67,7 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise FlashMoEError(f"--slots {slots:g}: a layer has 1 to {recorded.n_experts}")
     sizes: list[tuple[float, float | None]] = [(capacity, None) for capacity in capacities]
     sizes += [(slots / recorded.n_experts, slots) for slots in arguments.slots or []]
-    conditions = simulate.Conditions(arguments.warm, arguments.shared, arguments.as_recorded)
+    conditions = simulate.Conditions(
+        arguments.warm, arguments.shared, arguments.as_recorded, bypass=arguments.bypass
+    )
     jobs = [
         ReplayJob(recorded, name, capacity, conditions, slots)
         for capacity, slots in sizes
@@ -84,6 +95,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for row in rows:
         print(
-            f"{row['policy']:16} {row['capacity']:8.3f} {row['slots']:6} {row['requests']:10} "
+            f"{row['policy']:16} {row['capacity']:8.3f} {row['slots']:6.4g} {row['requests']:10} "
             f"{row['hits']:10} {row['hit_rate']:8.4f}"
         )

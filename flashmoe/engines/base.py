@@ -145,6 +145,7 @@ class Engine:
                 shared=pools.slots.shared,
                 slots=sum(cache.n_slots for cache in caches),
                 slots_per_layer=pools.slots_per_layer,
+                bypass_slots=pools.slots.bypass,
                 requests=sum(cache.requests for cache in caches),
                 hits=sum(cache.hits for cache in caches),
                 prefetch_layers=self.prefetch_layers if residency.prefetcher.pays else 0,

@@ -15,9 +15,12 @@ class Stats:
     shared: bool
     """One cache serves all layers."""
     slots: int
-    """Slots of all caches, spare ones left out."""
+    """Slots of all caches, spare and bypass ones left out."""
     slots_per_layer: float
-    """Slots that a layer has, or its share of those of all layers."""
+    """Slots that a layer has, or its share of those of all layers. Of a fraction, the lowest layers
+    have one more than the others, unless they share."""
+    bypass_slots: int
+    """Slots for a token's experts that their cache does not keep; 0: it keeps every one."""
     requests: int
     """Distinct (forward step, layer, expert)."""
     hits: int
@@ -43,7 +46,7 @@ class Stats:
     policy_seconds: float
     """The cache's and its policy's part of that."""
     resident_bytes: int
-    """Experts in slots now, spare slots included."""
+    """Experts in slots now, spare and bypass slots included."""
     peak_resident_bytes: int
     """The most that `resident_bytes` was."""
     memory_bytes: int

@@ -30,6 +30,7 @@ class Scope(NamedTuple):
     n_layers: int = 1  # MoE layers that this cache serves
     first_layer: int = 0  # the lowest of them, counted from 0
     depth: int = 1  # MoE layers of the whole model
+    bypass_slots: int = 0  # experts of one event that may be computed without a slot of this cache
 
     @property
     def n_keys(self) -> int:
@@ -41,20 +42,24 @@ class Policy(ABC):
     """Decides which resident expert makes room. One instance serves one cache.
 
     The cache calls `touch` once per event, before it asks for any victim, and `victim` once
-    per eviction. A policy keeps statistics of its own and never learns what the engine does
-    with the slots. numba compiles both methods: everything that they change lies in NumPy
-    arrays that __init__ makes, and anything else that __init__ sets is a constant to them.
+    per missing expert that finds no slot empty. A policy keeps statistics of its own and never
+    learns what the engine does with the slots. numba compiles both methods: everything that they
+    change lies in NumPy arrays that __init__ makes, and anything else that __init__ sets is a
+    constant to them.
     """
 
     name: ClassVar[str]
     offline: ClassVar[bool] = False  # True: needs `foresee`, so only the simulator can run it
     pools: ClassVar[bool] = False  # True: suits one cache that all layers share
+    bypasses: ClassVar[bool] = False  # True: need not keep what it reads (see `bypass_slots`)
     parameter: ClassVar[str] = ""  # describes what may follow the name after a colon
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         self.n_keys = scope.n_keys
         self.n_slots = n_slots
-        self.bypasses = False  # True: may evict an expert of the current event, or not admit it
+        # An event of so many experts or fewer may leave some of them without a slot: then the
+        # missing one is among the candidates, and so are the event's own experts.
+        self.bypass_slots = scope.bypass_slots if self.bypasses else 0
 
     @abstractmethod
     def touch(self, event: Event, now: int) -> None:

@@ -14,7 +14,8 @@ class BeladyBypass(Belady):
     """
 
     name = "belady-bypass"
+    bypasses = True
 
     def __init__(self, scope: Scope, n_slots: int) -> None:
         super().__init__(scope, n_slots)
-        self.bypasses = True
+        self.bypass_slots = scope.n_keys  # a bound, whatever there is

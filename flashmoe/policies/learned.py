@@ -70,6 +70,7 @@ class Learned(Policy):
 
     name = "learned"
     pools = True
+    bypasses = True
     parameter = "a file from `flashmoe train-policy`"
 
     def __init__(self, scope: Scope, n_slots: int, network: Network | None = None) -> None:

@@ -34,7 +34,15 @@ from flashmoe.residency.at_once_work import (
     Whole,
 )
 from flashmoe.residency.place_work import BYTES as HELD_BYTES
-from flashmoe.residency.place_work import FILLED, GUESSED, LEAVING, LIMIT_BYTES, NEEDED, Places
+from flashmoe.residency.place_work import (
+    FILLED,
+    GUESSED,
+    KEPT_BYTES,
+    LEAVING,
+    LIMIT_BYTES,
+    NEEDED,
+    Places,
+)
 from flashmoe.residency.residency import Residency
 from flashmoe.util.by_address import words_of
 
@@ -69,6 +77,8 @@ class AtOnce:
     def use_caches(self) -> None:
         """Go by the pools' caches, which may be others than before."""
         pools = self.residency.pools
+        largest_bytes = int(self.places.extent_bytes.max())
+        self.places.sizes[KEPT_BYTES] = pools.slots.bypass * largest_bytes
         for layer, row in enumerate(self.whole.pools):
             pool = pools.of(layer)
             cache = pool.cache

@@ -34,6 +34,7 @@ from flashmoe.residency.place_work import (
     Places,
     empty,
     fill,
+    room_to_guess,
     seek,
 )
 from flashmoe.util.by_address import call, pointer, view
@@ -186,11 +187,14 @@ def _guess(whole, layer):
     likely = whole.likely[: counts[N_LIKELY]]
     for number in likely:
         places.marks[number] |= LIKELY
-    search = seek(layer, counts[N_NEEDED] > whole.pools[layer, N_SLOTS])
+    lends = counts[N_NEEDED] > whole.pools[layer, N_SLOTS]
+    search, extent_bytes = seek(layer, lends), places.extent_bytes[above]
+    room = extent_bytes * len(likely) if lends else room_to_guess(places)
     for number in likely:
         if not places.marks[number] & FILLED:
-            if not fill(places, above, number, search):
+            if room < extent_bytes or not fill(places, above, number, search):
                 break
+            room -= extent_bytes
             start(whole.queue, whole.ranges[number, : whole.n_ranges[number]], True)
             places.marks[number] |= GUESSED
             whole.guessed[counts[N_GUESSED]] = number

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from flashmoe.errors import FlashMoEError
-from flashmoe.store.manifest import Manifest
+from flashmoe.store.manifest import LayerSpec, Manifest
 from flashmoe.util.sizes import format_bytes
 
 # Slots for guesses: so many, and no larger a share of all (docs/speed.md#spare-slots).
@@ -19,8 +20,9 @@ class Slots(NamedTuple):
     """How a budget is used."""
 
     shared: bool  # one cache for all layers
-    n_slots: int  # of each cache, where a layer has so many experts
-    spares: int
+    n_slots: tuple[int, ...]  # of each cache, where a layer has so many experts
+    spares: int  # for guesses
+    bypass: int = 0  # for experts of the event at hand that their cache does not keep
 
 
 def divide(
@@ -29,6 +31,7 @@ def divide(
     *,
     policy_can_share: bool,
     reserve_spares: bool,
+    policy_bypasses: bool = False,
     whole_events: bool = False,
 ) -> Slots:
     """The slots that `memory_bytes` pays for.
@@ -37,13 +40,16 @@ def divide(
         give each layer top_k slots is shared in any case.
     reserve_spares: keep spare slots for prefetching, from what whole slots for every layer leave;
         a slot a layer is given up for them only where nothing is left.
+    policy_bypasses: keep top_k slots for a token's experts that have no other, where layers are
+        laid out alike, not all experts fit, and each cache has slots for a token all the same. Then
+        some layers have one slot more than others, so that nothing is left.
     whole_events: all experts of a prompt's event are in memory at once, those beyond the slots in
         the room of other layers' experts. Layers do not share a cache then.
     Raises FlashMoEError when the budget holds less than one token needs at one layer (or at
     all of them, where layers differ in size and cannot share).
     """
     if whole_events:
-        return _divide_whole(manifest, memory_bytes, reserve_spares)
+        return _divide_whole(manifest, memory_bytes, reserve_spares, policy_bypasses)
     layers = manifest.layers
     first, top_k = layers[0], manifest.top_k
     alike = _alike(manifest)
@@ -60,15 +66,34 @@ def divide(
     reserve_spares = reserve_spares and alike and whole < most
     extents = memory_bytes // first.extent_bytes
     spares = min(SPARES, int(extents * SPARE_SHARE), extents - top_k) if reserve_spares else 0
+    bypass = top_k if policy_bypasses and alike and whole < most else 0
+    least_slots = top_k if shared else top_k * len(layers)
+    if bypass and extents - bypass >= least_slots:
+        spares = min(spares, extents - bypass - least_slots)
+        rest = extents - bypass - spares
+        n_slots = (rest,) if shared else _spread(layers, rest * first.extent_bytes)
+        return Slots(shared, n_slots, spares, bypass)
     if shared:
-        return Slots(True, extents - spares, spares)
+        return Slots(True, (extents - spares,), spares)
     left = (memory_bytes - whole * one_each) // first.extent_bytes
     if spares and not left and whole > top_k:
         whole, left = whole - 1, len(layers)
-    return Slots(False, min(whole, most), min(spares, left))
+    return Slots(False, (min(whole, most),) * len(layers), min(spares, left))
 
 
-def _divide_whole(manifest: Manifest, memory_bytes: int, reserve_spares: bool) -> Slots:
+def _spread(layers: Sequence[LayerSpec], memory_bytes: int) -> tuple[int, ...]:
+    """As many slots for every layer as there is room for; the lowest get one more of the rest."""
+    each, left = divmod(memory_bytes, sum(layer.extent_bytes for layer in layers))
+    n_slots = []
+    for layer in layers:
+        left -= layer.extent_bytes
+        n_slots.append(each + 1 if left >= 0 else each)
+    return tuple(n_slots)
+
+
+def _divide_whole(
+    manifest: Manifest, memory_bytes: int, reserve_spares: bool, policy_bypasses: bool
+) -> Slots:
     """As many slots a layer as there is room for; at least all experts of any one layer fit."""
     if memory_bytes < (least := least_bytes(manifest, whole_events=True)):
         raise FlashMoEError(
@@ -79,10 +104,14 @@ def _divide_whole(manifest: Manifest, memory_bytes: int, reserve_spares: bool) -
     one_each = sum(layer.extent_bytes for layer in manifest.layers)
     largest = max(layer.extent_bytes for layer in manifest.layers)
     if memory_bytes >= most * one_each:
-        return Slots(False, most, 0)
-    extents = memory_bytes // largest
+        return Slots(False, (most,) * len(manifest.layers), 0)
+    extents, top_k = memory_bytes // largest, manifest.top_k
     spares = min(SPARES, int(extents * SPARE_SHARE)) if reserve_spares else 0
-    return Slots(False, max(1, (memory_bytes - spares * largest) // one_each), spares)
+    rest = memory_bytes - (spares + top_k) * largest
+    if policy_bypasses and rest >= top_k * one_each:
+        return Slots(False, _spread(manifest.layers, rest), spares, top_k)
+    each = max(1, (memory_bytes - spares * largest) // one_each)
+    return Slots(False, (each,) * len(manifest.layers), spares)
 
 
 def least_bytes(manifest: Manifest, *, whole_events: bool = False) -> int:

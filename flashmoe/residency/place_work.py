@@ -18,7 +18,10 @@ from flashmoe.util.machine_code import helper
 # What is known of a place. FILLED: or about to be. RESIDENT: the cache's decision. NEEDED: by the
 # event at hand. GUESSED, LEAVING: bytes may come, of a guess or of a wrong one. LIKELY: scratch.
 FILLED, RESIDENT, NEEDED, GUESSED, LEAVING, LIKELY = (1 << bit for bit in range(6))
-BYTES, MOST_BYTES, LIMIT_BYTES, CLOCK = range(4)  # positions in `Places.sizes`
+# Positions in `Places.sizes`. KEPT_BYTES: of the limit, what guesses leave to a token's experts
+# that the cache does not keep, so that these never take a resident's room.
+BYTES, MOST_BYTES, LIMIT_BYTES, CLOCK, KEPT_BYTES = range(5)
+_STAYS = RESIDENT | GUESSED | LEAVING  # whose room the next event does not get
 AROUND, BACK, PASS, LAST_PASS = range(4)  # positions in a search for victims
 _MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (Linux 5.7)
 
@@ -31,7 +34,7 @@ class Places(NamedTuple):
     pages: np.ndarray  # [experts, kinds, 2] int64: addresses, from and to, of pages of its own
     marks: np.ndarray  # [experts] uint8
     since: np.ndarray  # [experts] int64: by CLOCK, when it was filled
-    sizes: np.ndarray  # [4] int64
+    sizes: np.ndarray  # [5] int64
 
     @classmethod
     def empty(cls, extent_bytes: Sequence[int], first: Sequence[int], pages: np.ndarray):
@@ -42,7 +45,7 @@ class Places(NamedTuple):
             np.ascontiguousarray(pages, np.int64),
             np.zeros(first[-1], np.uint8),
             np.zeros(first[-1], np.int64),
-            np.zeros(4, np.int64),
+            np.zeros(5, np.int64),
         )
 
 
@@ -102,6 +105,19 @@ def fill(places, layer, number, search):
         _move(places.pages[giver], places.pages[number])
     take(places, layer, number)
     return True
+
+
+@helper
+def room_to_guess(places):
+    """Bytes that guesses may still take, where they take no resident's room."""
+    marks, first, extent_bytes = places.marks, places.first, places.extent_bytes
+    room = places.sizes[LIMIT_BYTES] - places.sizes[KEPT_BYTES]
+    for layer in range(len(extent_bytes)):
+        held = 0
+        for number in range(first[layer], first[layer + 1]):
+            held += (marks[number] & FILLED != 0) & (marks[number] & _STAYS != 0)
+        room -= held * extent_bytes[layer]
+    return room
 
 
 @helper

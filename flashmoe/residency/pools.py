@@ -17,9 +17,10 @@ NewArena = Callable[[LayerSpec, int], Arena]  # slots for so many experts of suc
 
 
 class Pools:
-    """The slots of a loaded model: a pool for each layer or one for all, and spare ones.
+    """The slots of a loaded model: a pool for each layer or one for all, spare and bypass ones.
 
-    The spare slots are the prefetcher's. Not thread-safe: see `Residency`.
+    The spare slots are the prefetcher's. The bypass slots are the event's at hand: its experts that
+    their cache does not keep lie there until they were computed. Not thread-safe: see `Residency`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Pools:
         self.slots = self._divide(memory_bytes)
         self._peak_before_bytes = 0  # of pools that are no more
         self.all: list[Pool] = []
+        self.bypass: Arena | None = None
         self._replace_all(caches_before=[])
 
     def _divide(self, memory_bytes: int) -> budget.Slots:
@@ -51,6 +53,7 @@ class Pools:
             memory_bytes,
             policy_can_share=self.policy.policy_class.pools,
             reserve_spares=self.prefetcher.pays,
+            policy_bypasses=self.policy.policy_class.bypasses,
             whole_events=self._whole_events,
         )
 
@@ -62,13 +65,20 @@ class Pools:
         """The pool that serves a layer."""
         return self.all[0 if self.slots.shared else layer]
 
-    def new_policy(self, number: int, n_slots: int) -> Policy:
-        """A fresh policy for one of the pools."""
+    def new_policy(
+        self, number: int, n_slots: int | None = None, slots: budget.Slots | None = None
+    ) -> Policy:
+        """A fresh policy for one of the pools.
+
+        n_slots: others than it would have. slots: how the budget is used; default: as it is now.
+        """
+        slots = slots or self.slots
         layers, top_k, depth = self.manifest.layers, self.manifest.top_k, len(self.manifest.layers)
-        if self.slots.shared:
-            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth)
+        n_slots = slots.n_slots[number] if n_slots is None else n_slots
+        if slots.shared:
+            scope = Scope(layers[0].n_experts, top_k, depth, 0, depth, slots.bypass)
         else:
-            scope = Scope(layers[number].n_experts, top_k, 1, number, depth)
+            scope = Scope(layers[number].n_experts, top_k, 1, number, depth, slots.bypass)
         return self.policy(scope, min(n_slots, scope.n_keys))
 
     def caches_at(self, memory_bytes: int, numbers: Iterable[int]) -> list[ExpertCache] | None:
@@ -80,39 +90,48 @@ class Pools:
         slots = self._divide(memory_bytes)
         if slots.shared != self.slots.shared:
             return None
-        return [ExpertCache(self.new_policy(number, slots.n_slots)) for number in numbers]
+        return [ExpertCache(self.new_policy(number, slots=slots)) for number in numbers]
 
     def _new_pool(self, number: int) -> Pool:
         layer = self.manifest.layers[number]
-        cache = ExpertCache(self.new_policy(number, self.slots.n_slots))
+        cache = ExpertCache(self.new_policy(number))
         return Pool(cache, self._new_arena(layer, cache.n_slots), number, layer.n_experts)
 
-    def _new_spares(self) -> Arena | None:
-        if not self.slots.spares:
-            return None
-        return self._new_arena(self.manifest.layers[0], self.slots.spares)
+    def _new_extra(self, n_slots: int, before: Arena | None = None) -> Arena | None:
+        """Slots that no cache knows; those of `before` where there are to be as many."""
+        if (before.n_slots if before else 0) == n_slots:
+            return before
+        return self._new_arena(self.manifest.layers[0], n_slots) if n_slots else None
+
+    def _use_bypass(self, bypass: Arena | None) -> None:
+        if self.bypass and self.bypass is not bypass:
+            self.bypass.close()
+        self.bypass = bypass
 
     @property
     def slots_per_layer(self) -> float:
-        """Slots that a layer has, or its share of those of all layers."""
-        most = max((pool.cache.n_slots for pool in self.all), default=0)
-        return most / len(self.manifest.layers) if self.slots.shared else most
+        """Slots that a layer has, or its share of those of all layers; the mean where they differ.
+
+        Where they differ, the lowest layers have one more than the others.
+        """
+        return sum(self.slots.n_slots) / len(self.manifest.layers) if self.all else 0
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of experts in slots now, spare slots included. Never above the budget."""
-        return self._spare_bytes + sum(pool.resident_bytes for pool in self.all)
+        """Bytes of experts in slots now, all other slots included. Never above the budget."""
+        return self._extra_bytes + sum(pool.resident_bytes for pool in self.all)
 
     @property
     def peak_resident_bytes(self) -> int:
         """The most that `resident_bytes` was since load or the last reset."""
-        present = self._spare_bytes + sum(pool.most_resident_bytes for pool in self.all)
+        present = self._extra_bytes + sum(pool.most_resident_bytes for pool in self.all)
         return max(self._peak_before_bytes, present)
 
     @property
-    def _spare_bytes(self) -> int:
-        spares = self.prefetcher.spares
-        return spares.n_slots * spares.extent_bytes if spares else 0
+    def _extra_bytes(self) -> int:
+        """Of slots that no cache knows."""
+        extra = filter(None, (self.prefetcher.spares, self.bypass))
+        return sum(arena.n_slots * arena.extent_bytes for arena in extra)
 
     def resize(self, memory_bytes: int) -> None:
         """Another budget from now on; what fits stays resident, as the policy chooses.
@@ -141,16 +160,16 @@ class Pools:
         """To `slots`, with what fits still in them; what can fail comes first."""
         changes = []
         for number, pool in enumerate(self.all):
-            policy = self.new_policy(number, self.slots.n_slots)
-            if policy.n_slots != pool.cache.n_slots:
+            policy, now = self.new_policy(number), pool.cache.policy
+            if (policy.n_slots, policy.bypass_slots) != (now.n_slots, now.bypass_slots):
                 new = pool.arena.new_slots(pool.arena.lacks(policy.n_slots))
                 changes.append((pool, policy, new))
-        spares = self.prefetcher.spares
-        if (spares.n_slots if spares else 0) != self.slots.spares:
-            spares = self._new_spares()
+        spares = self._new_extra(self.slots.spares, self.prefetcher.spares)
+        bypass = self._new_extra(self.slots.bypass, self.bypass)
         for pool, policy, new in changes:
             pool.resize(policy, new)
         self.prefetcher.use(spares)
+        self._use_bypass(bypass)
 
     def shrink(self, memory_bytes: int, but: Pool) -> None:
         """Give back now what a `resize` to so few bytes would, but of one pool that is in use.
@@ -162,7 +181,7 @@ class Pools:
             return
         self._peak_before_bytes = self.peak_resident_bytes
         for number, pool in enumerate(self.all):
-            policy = self.new_policy(number, slots.n_slots)
+            policy = self.new_policy(number, slots.n_slots[number])
             if pool is not but and policy.n_slots < pool.cache.n_slots:
                 pool.resize(policy, [])
 
@@ -172,11 +191,12 @@ class Pools:
             self._free()
         count = 1 if self.slots.shared else len(self.manifest.layers)
         pools = [self._new_pool(number) for number in range(count)]
-        spares = self._new_spares()
+        spares, bypass = self._new_extra(self.slots.spares), self._new_extra(self.slots.bypass)
         self._free()
         pools[0].cache.count_on(caches_before)
         self.all = pools
         self.prefetcher.use(spares)
+        self._use_bypass(bypass)
 
     def restart(self, caches: list[ExpertCache] | None = None) -> None:
         """Go on with these caches, one a pool and of its size; default: empty ones."""
@@ -201,3 +221,4 @@ class Pools:
             pool.arena.close()
         self.all = []
         self.prefetcher.use(None)
+        self._use_bypass(None)

@@ -81,6 +81,7 @@ class Residency:
                 self.reader,
                 self.prefetcher,
                 self.timings,
+                self.pools.bypass,
                 ascending=is_long(event),
             )
             missing = pool.cache.residency.slot_of[event.keys] < 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from flashmoe.cache.expert_cache import Wave
+from flashmoe.memory.arena import Arena
 from flashmoe.quant import Parameters
 from flashmoe.reading.base import Arriving, Reader
 from flashmoe.residency.pool import Pool
@@ -30,16 +31,21 @@ class Service:
         reader: Reader,
         prefetcher: Prefetcher,
         timings: Timings,
+        bypass: Arena | None,
         *,
         ascending: bool,
     ) -> None:
-        """ascending: in this order only, since outputs that come before their turn in the sum
-        would have to be kept, of a long event too many."""
+        """bypass: the bypass slots, all free, of which a wave may speak.
+
+        ascending: in this order only, since outputs that come before their turn in the sum would
+        have to be kept, of a long event too many.
+        """
         self._layer = layer
         self._pool = pool
         self._reader = reader
         self._prefetcher = prefetcher
         self._timings = timings
+        self._bypass = bypass
         self._ascending = ascending
         self._first_key = pool.first_key(layer)
         self._reads: dict[int, Arriving] = {}  # by key, in the order in which they began
@@ -66,8 +72,19 @@ class Service:
 
     def _decide(self, waves: Iterator[Wave]) -> Wave | None:
         wave = next(waves, None)
-        self._missing.update(wave.loads if wave else [])
+        if wave:
+            self._missing.update(wave.loads)
+            for slot, outside in wave.moves:
+                self._pool.arena.exchange(slot, *self._where(outside))
         return wave
+
+    def _where(self, slot: int) -> tuple[Arena, int]:
+        """The arena in which a slot of the cache's numbering lies, and its number there."""
+        arena = self._pool.arena
+        if slot < arena.n_slots:
+            return arena, slot
+        assert self._bypass, "a policy that bypasses has slots for it"
+        return self._bypass, slot - arena.n_slots
 
     def _compute(self, wave: Wave, following: Wave | None) -> Generator[Group]:
         """Resident experts first, while others are read; or each in ascending order."""
@@ -80,7 +97,7 @@ class Service:
         while turns:
             group = self._next_group(turns, alone=bool(following))
             started = time.perf_counter()
-            yield [(k - self._first_key, self._pool.arena.parameters[s]) for k, s in group]
+            yield [(key - self._first_key, self._parameters(slot)) for key, slot in group]
             self._timings.compute_seconds += self._timings.since(started, "experts")
             if following and self._pool.arena.computes_at_once:
                 self._begin([(waiting[s], s) for _, s in group if s in waiting])
@@ -105,17 +122,20 @@ class Service:
         """Start reading `loads`; first what a guess has begun with."""
         if not loads:
             return
-        layer, arena = self._layer, self._pool.arena
-        others = []
+        layer = self._layer
+        others = {}
         for key, slot in loads:
-            expert = key - self._first_key
-            if read := self._prefetcher.claim(layer, expert, arena, slot):
+            expert, (arena, number) = key - self._first_key, self._where(slot)
+            if read := self._prefetcher.claim(layer, expert, arena, number):
                 self._reads[key] = read
             else:
-                others.append((key, expert, slot))
-        extents = [(expert, arena.memory_for(slot, layer, expert)) for _, expert, slot in others]
-        futures = self._reader.submit(layer, extents)
-        self._reads.update((key, read) for (key, _, _), read in zip(others, futures, strict=True))
+                others[key] = expert, arena.memory_for(number, layer, expert)
+        futures = self._reader.submit(layer, list(others.values()))
+        self._reads.update(zip(others, futures, strict=True))
+
+    def _parameters(self, slot: int) -> Parameters:
+        arena, number = self._where(slot)
+        return arena.parameters[number]
 
     def _is_there(self, key: int) -> bool:
         read = self._reads.get(key)

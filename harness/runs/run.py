@@ -88,6 +88,7 @@ def run(job: Job) -> dict[str, Any]:
         "residency": system.residency,
         "memory_bytes": job.memory_bytes if system.uses_budget else None,
         "slots": stats.get("slots_per_layer"),
+        "bypass_slots": stats.get("bypass_slots"),
         "shared": stats.get("shared"),
         "load_seconds": load_seconds,
         "page_cache_bytes": cached_bytes(job.store / manifest.experts_file),

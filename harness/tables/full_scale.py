@@ -246,7 +246,10 @@ def against_bf16(row: dict[str, Any], plain: dict[str, Any], contents: Manifest)
 
 
 def cap_for(manifest: Manifest, slots: int) -> int:
-    """The cap that leaves FlashMoE `slots` experts of every layer, and its spare ones."""
+    """The cap that pays for `slots` experts of every layer and spare ones.
+
+    FlashMoE takes its bypass slots from these.
+    """
     layers = manifest.layers
     experts = slots * sum(layer.extent_bytes for layer in layers) + SPARES * layers[0].extent_bytes
     return manifest.dense_bytes + BESIDE_BYTES + experts

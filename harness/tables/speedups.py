@@ -159,6 +159,7 @@ def _row(runs: list[Run], compute: float) -> dict[str, Any]:
         "outcome": "ok",
         **limits,
         "slots": first["slots"],
+        "bypass_slots": first.get("bypass_slots"),
         "shared": first["shared"],
         "memory_bytes": first["memory_bytes"],
         "hit_rate": median("hit_rate"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whim import Whim
 
 from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache
@@ -93,6 +94,66 @@ def test_a_long_event_is_served_in_ascending_order_and_its_hits_wait(name, befor
         assert len(resident & set(members)) == n_slots
     replayed.replay(Events.of(events))
     assert (replayed.hits, replayed.resident) == (cache.hits, cache.resident)
+
+
+def longhand(policy, events: list[Event], n_slots: int, bypass_slots: int):
+    """Of each event: how many of it hit, who of it was not kept, and who is resident afterwards.
+
+    Of events that fit the bypass slots, or the slots: one wave each.
+    """
+    resident: list[int] = []
+    now = 0
+    for event in events:
+        policy.touch(event, now)
+        now += len(event.rows)
+        keys = event.keys.tolist()
+        hits = [key for key in keys if key in resident]
+        bypass = len(keys) <= bypass_slots
+        for key in keys:
+            if key in hits:
+                continue
+            if len(resident) == n_slots:
+                others = [other for other in resident if bypass or other not in keys]
+                victim = int(policy.victim(np.array(others + [key] * bypass)))
+                if victim == key:
+                    continue
+                resident.remove(victim)
+            resident.append(key)
+        yield len(hits), {key for key in keys if key not in resident}, list(resident)
+
+
+@pytest.mark.parametrize("kind", [Whim, policies.available()["learned"]], ids=lambda k: k.name)
+@settings(max_examples=60, deadline=None)
+@given(steps=steps, n_slots=st.integers(1, N_KEYS), bypass_slots=st.integers(0, 4))
+def test_what_is_not_kept_lies_in_bypass_slots(kind, steps, n_slots, bypass_slots):
+    events = [Event.of_rows(step) for step in steps]
+    events = [e for e in events if len(e.keys) <= max(n_slots, bypass_slots)]
+    scope = Scope(N_KEYS, bypass_slots=bypass_slots)
+    cache, replayed = ExpertCache(kind(scope, n_slots)), ExpertCache(kind(scope, n_slots))
+    told = longhand(kind(scope, n_slots), events, n_slots, bypass_slots)
+    content: dict[int, int] = {}  # what lies in each slot, bypass slots included
+    for event, (n_hits, not_kept, resident) in zip(events, told, strict=True):
+        (wave,) = cache.waves(event)
+        for slot, outside in wave.moves:
+            content[outside] = content.pop(slot)
+        for key, slot in wave.loads:
+            content[slot] = key
+        turns = wave.hits + wave.loads
+        assert all(content[slot] == key for key, slot in turns)
+        assert sorted(key for key, _ in turns) == sorted(event.keys.tolist())
+        outside = {slot: key for key, slot in turns if slot >= n_slots}
+        assert set(outside.values()) == not_kept
+        assert set(outside) == set(range(n_slots, n_slots + len(not_kept)))
+        assert len(not_kept) <= bypass_slots
+        assert (len(wave.hits), cache.resident) == (n_hits, resident)
+        assert len(resident) <= n_slots
+    if events:
+        replayed.replay(Events.of(events))
+    assert (replayed.hits, replayed.resident) == (cache.hits, cache.resident)
+    if kind is not Whim:  # `learned` knows who is resident, be it admitted or not
+        marks = cache.policy.shadow.resident
+        assert set(np.flatnonzero(marks).tolist()) == set(cache.resident)
+        assert cache.policy.shadow.counts[2] == cache.hits  # HITS
 
 
 @given(steps=steps)

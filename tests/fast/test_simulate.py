@@ -81,10 +81,29 @@ def test_real_routing_behaves_as_real_routing(path):
 
 def test_at_the_least_capacity_all_policies_tie():
     recorded = random_trace(top_k=4)
-    hits = {
-        simulate.replay(recorded, p, 0.01).hits for p in policies.available() if "bypass" not in p
-    }
+    admitting = Conditions(bypass=False)
+    names = [name for name in policies.available() if name != "belady-bypass"]
+    hits = {simulate.replay(recorded, name, 0.01, admitting).hits for name in names}
     assert len(hits) == 1
+
+
+def test_of_a_fraction_of_slots_the_lowest_layers_have_one_more():
+    recorded = random_trace()
+    three, four, between = (
+        simulate.replay(recorded, "lru", 1.0, slots=slots).counted for slots in (3, 4, 11 / 3)
+    )
+    np.testing.assert_array_equal(between, np.concatenate([four[:2], three[2:]]))
+
+
+def test_bypass_is_granted_unless_it_is_not():
+    """To policies that make use of it; with it, Belady's bound rises."""
+    recorded = random_trace(tokens=200)
+    without = Conditions(bypass=False)
+    for name in policies.available():
+        both = [simulate.replay(recorded, name, 0.4, how).hits for how in (Conditions(), without)]
+        assert (both[0] != both[1]) == (name == "learned")
+    bound = simulate.replay(recorded, "belady-bypass", 0.4).hits
+    assert bound > simulate.replay(recorded, "belady", 0.4).hits
 
 
 def test_with_room_for_all_only_first_uses_miss():

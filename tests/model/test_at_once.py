@@ -15,7 +15,10 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llama.engine import LlamaEngine
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency import prefetch, warm_start
+from flashmoe.residency.place_work import FILLED, RESIDENT
 from flashmoe.residency.routing import Routing
+
+pytestmark = pytest.mark.usefixtures("whim")
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +42,11 @@ def choices(tokens: int, seed: int, wrong: bool):
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps, budgets, st.sampled_from(["lru", "learned"]))
+@given(steps, budgets, st.sampled_from(["lru", "learned", "whim"]))
 def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
     memory = Memory()
     engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
-    n_slots = engine.residency.pools.slots.n_slots
-    caches = [ExpertCache(engine.residency.pools.new_policy(n, n_slots)) for n in range(LAYERS)]
+    caches = [ExpertCache(engine.residency.pools.new_policy(n)) for n in range(LAYERS)]
     routing = Routing(TOP_K, LAYERS)
     try:
         for tokens, seed, wrong in steps:
@@ -58,6 +60,28 @@ def test_what_is_needed_is_there_within_the_budget(steps, extents, policy):
         assert engine.snapshot().resident_bytes <= engine.snapshot().memory_bytes
         engine.reset()
         assert memory.settled_content(engine) == {}
+    finally:
+        engine.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=30),
+    budgets,
+    st.sampled_from(["learned", "whim"]),
+)
+def test_a_token_never_takes_a_residents_room(tokens, extents, policy):
+    """Whatever is computed and not kept, or guessed in vain."""
+    memory = Memory()
+    engine = LlamaEngine(memory, extents * EXTENT_BYTES, policy)
+    marks = engine.at_once.places.marks
+    try:
+        for seed, wrong in tokens:
+            for layer, rows, likely in choices(1, seed, wrong):
+                engine.at_once.make_ready(layer, rows, likely.tolist)
+                assert all(memory.holds(layer, expert) for expert in rows.ravel().tolist())
+                if engine.residency.pools.slots.bypass:
+                    assert (marks[marks & RESIDENT > 0] & FILLED).all()
     finally:
         engine.close()
 
@@ -82,7 +106,7 @@ def test_what_was_lent_is_read_again_after_a_resize(steps, before, after):
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps, budgets, budgets, st.sampled_from(["lru", "learned"]))
+@given(steps, budgets, budgets, st.sampled_from(["lru", "learned", "whim"]))
 def test_a_budget_that_changes_within_a_graph_leaves_what_is_multiplied_by(
     steps, before, after, policy
 ):

@@ -111,6 +111,9 @@ class Run:
             self.engine.at_once.make_ready(layer, chosen[None], likely.tolist)
 
 
+pytestmark = pytest.mark.usefixtures("whim")
+
+
 @pytest.fixture(autouse=True)
 def small_experts_are_guessed(monkeypatch):
     monkeypatch.setattr(prefetch, "PREFETCH_FROM_BYTES", 1)
@@ -128,7 +131,7 @@ budgets = st.integers(EXPERTS, EXPERTS * LAYERS + 2)  # in extents
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps, budgets, st.sampled_from(["lru", "learned"]))
+@given(steps, budgets, st.sampled_from(["lru", "learned", "whim"]))
 def test_it_does_what_python_does(steps, extents, policy):
     run = Run(Memory(), extents, policy, record=True)
     other = LlamaEngine(Memory(), extents * EXTENT_BYTES, policy)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -97,8 +99,9 @@ def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
     stats = model.flashmoe.stats()
     shared = model.flashmoe.residency.pools.slots.shared
     assert shared == (slots == 1)
-    conditions = simulate.Conditions(warm=True, as_recorded=True, shared=shared)
-    outcome = simulate.replay(trace, policy, 1.0, conditions, slots=slots)
+    bypass, slots = stats["bypass_slots"] > 0, stats["slots_per_layer"]
+    how = dict(as_recorded=True, shared=shared, bypass=bypass)
+    outcome = simulate.replay(trace, policy, 1.0, simulate.Conditions(True, **how), slots=slots)
     assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
     assert stats["hits"] < stats["requests"]
     assert shared or stats["hits"]  # in 3 slots for three layers some policies never hit
@@ -106,13 +109,87 @@ def test_a_recorded_run_replayed_gives_the_engines_hits(loaded, policy, slots):
     for number, (_, tokens) in enumerate(trace.sequences()):
         model.flashmoe.reset()
         run(model, prompt((40, 1, 7)[number]), 30)
-        alone = simulate.Conditions(as_recorded=True, shared=shared)
-        cold = simulate.replay(trace, policy, 1.0, alone, slots=slots)
+        cold = simulate.replay(trace, policy, 1.0, simulate.Conditions(**how), slots=slots)
         assert cold.per_stream[number].tolist() == [
             model.flashmoe.stats()["requests"],
             model.flashmoe.stats()["hits"],
         ]
         assert tokens.stop - tokens.start == (40, 1, 7)[number] + 29
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "slots", "shared"),
+    [("whim", 2, True), ("whim", 3, False), ("learned", 2, True), ("learned", 4, False)],
+)
+def test_an_expert_that_is_not_kept_is_computed_all_the_same(
+    checkpoints, stores, many_guesses, reading, whim, policy, slots, shared, prefetch
+):
+    """Read beside the slots, or moved out of its own; guessed or not; a cache a layer or one."""
+    store = stores()
+    model = flashmoe.load(store, memory=budget(store, slots), policy=policy, prefetch=prefetch)
+    engine = model.flashmoe
+    pools, extent_bytes = engine.residency.pools, engine.manifest.layers[0].extent_bytes
+    prompts = [prompt(n)[0] for n in (12, 1, 3)]
+    trace = record(model, prompts, max_new_tokens=40)
+    engine.residency.prefetcher.clear()
+    stats = engine.stats()
+    assert (stats["shared"], stats["bypass_slots"]) == (shared, 2)
+    assert shared or prefetch or pools.slots.n_slots == ((3, 2, 2) if slots == 3 else (4, 3, 3))
+    how = dict(as_recorded=True, shared=shared)
+    hits, hits_without = (
+        simulate.replay(
+            trace, policy, 1.0, simulate.Conditions(True, **how, bypass=bypass),
+            slots=stats["slots_per_layer"],
+        ).hits
+        for bypass in (True, False)
+    )  # fmt: skip
+    assert stats["hits"] == hits != hits_without
+    assert stats["bytes_read"] == stats["misses"] * extent_bytes + stats["prefetch_wasted_bytes"]
+    assert not prefetch or stats["prefetch_used"] > 0
+    arenas = [pool.arena for pool in pools.all] + [pools.bypass, engine.residency.prefetcher.spares]
+    assert sum(a.n_slots * a.extent_bytes for a in arenas if a) <= pools.memory_bytes
+    assert stats["resident_bytes"] <= stats["peak_resident_bytes"] <= stats["memory_bytes"]
+    engine.reset()
+    tokens, logits = run(eager(checkpoints()), prompts[0][None], 60)
+    own_tokens, own_logits = run(model, prompts[0][None], 60)
+    assert torch.equal(own_tokens, tokens)
+    assert torch.equal(own_logits, logits)
+    engine.close()
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_reads_that_fail_leave_nothing_half_read_in_a_slot(
+    stores, many_guesses, whim, monkeypatch, prefetch
+):
+    store = stores()
+    model = flashmoe.load(store, memory=budget(store, 3), policy=whim, prefetch=prefetch)
+    expected = run(model, prompt(1), 30)[0]
+    contents = manifest.load(store)
+    experts = (store / contents.experts_file).read_bytes()
+    preadv, reads, failures = os.preadv, iter(range(10**9)), 0
+
+    def broken(*arguments):
+        if next(reads) % 9 == 8:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", broken)
+        for _ in range(25):
+            try:
+                run(model, prompt(1), 30)
+            except FlashMoEError:
+                failures += 1
+            for pool in model.flashmoe.residency.pools.all:
+                layer = contents.layers[pool.first_layer]
+                for key in pool.cache.resident:
+                    slot = pool.arena.slots[pool.cache.residency.slot_of[key]]
+                    start = layer.extent_offset(key)
+                    assert np.array_equal(slot, experts[start : start + layer.extent_bytes])
+    assert failures > 10
+    assert torch.equal(run(model, prompt(1), 30)[0], expected)
+    model.flashmoe.close()
 
 
 def test_counts_add_up_and_the_budget_is_kept(loaded, stores, reading):

@@ -132,6 +132,8 @@ def test_a_recorded_run_replayed_gives_the_same_hits(gguf_files, tmp_path, polic
     last = [recorded.computed[step, -1] for step in recorded.steps(slice(0, len(recorded.step)))]
     assert {int(rows.sum()) for rows in last} >= {0, 1}
     assert max(len(rows) for rows in last) == 32
+    assert recorded.info["bypass_slots"] == stats["bypass_slots"]
+    assert stats["bypass_slots"] == (TOP_K if policy == "learned" else 0)
     conditions = simulate.Conditions(as_recorded=True)
     outcome = simulate.replay(recorded, policy, 1.0, conditions, stats["slots_per_layer"])
     assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])

@@ -67,7 +67,7 @@ def test_a_recorded_long_prompt_replayed_gives_the_engines_hits(loaded, policy):
     trace = record(model, [prompt(n)[0] for n in (TOKENS, 30, TOKENS)], max_new_tokens=20)
     stats = model.flashmoe.stats()
     conditions = simulate.Conditions(warm=True, as_recorded=True)
-    outcome = simulate.replay(trace, policy, 1.0, conditions, slots=5)
+    outcome = simulate.replay(trace, policy, 1.0, conditions, slots=stats["slots_per_layer"])
     assert (outcome.requests, outcome.hits) == (stats["requests"], stats["hits"])
 
 

@@ -90,7 +90,9 @@ def test_shadow_caches_hit_as_simulate_and_as_the_engine_do(stores, policy, slot
     layers = len(engine.manifest.layers)
     for shadow in replayed.all:
         at = sum(cache.n_slots for cache in shadow.caches) / layers
-        conditions = simulate.Conditions(warm=True, shared=slots == 1, as_recorded=True)
+        bypass = any(cache.policy.bypass_slots for cache in shadow.caches)
+        how = dict(shared=slots == 1, as_recorded=True, bypass=bypass)
+        conditions = simulate.Conditions(warm=True, **how)
         told = simulate.replay(recorder.trace({}), policy, 0.5, conditions, slots=at)
         assert shadow.count() == (told.requests, told.hits)
     own = next(one for one in replayed.all if one.memory_bytes == counted.memory_bytes)

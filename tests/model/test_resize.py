@@ -137,6 +137,26 @@ def test_counts_go_on_through_a_resize(stores, many_guesses):
     model.flashmoe.close()
 
 
+def test_bypass_slots_come_and_go(stores, whim):
+    """With the budget, also where other layers give back in the midst of a prompt's layer."""
+    everything = budget(stores(), 8)
+    model = flashmoe.load(stores(), memory=everything, policy=whim)
+    pools, expected = model.flashmoe.residency.pools, generate(model, prompt(1), 40)
+    for slots, bypass in ((3, 2), (8, 0), (4, 2), (5, 2), (1, 0), (2, 2), (3, 2), (8, 0)):
+        model.flashmoe.resize(budget(stores(), slots))
+        assert model.flashmoe.stats()["bypass_slots"] == bypass
+        assert all(cache.policy.bypass_slots == bypass for cache in pools.caches)
+        assert (pools.bypass.n_slots if pools.bypass else 0) == bypass
+        assert generate(model, prompt(1), 40) == expected
+    pools.shrink(budget(stores(), 4), but=pools.all[1])
+    assert [cache.n_slots for cache in pools.caches] == [4, 8, 3]
+    assert generate(model, prompt(1), 40) == expected
+    model.flashmoe.resize(budget(stores(), 4))
+    assert [cache.policy.bypass_slots for cache in pools.caches] == [2, 2, 2]
+    assert generate(model, prompt(1), 40) == expected
+    model.flashmoe.close()
+
+
 def test_the_peak_is_the_most_there_was_though_nobody_asked(loaded, stores):
     model = loaded(slots=8)
     generate(model, prompt(200), 2)

@@ -12,6 +12,7 @@ import pytest
 
 import flashmoe
 from flashmoe import policies, trace
+from flashmoe.cache.simulate import Conditions
 from flashmoe.trace import Trace
 from harness import check
 from harness.__main__ import build_parser
@@ -132,13 +133,17 @@ def test_the_check_fails_when_a_policy_is_broken(tmp_path, monkeypatch, policy):
     row = {"model": "olmoe-quarter", "routing": "shipped: python-1", "system": system,
            "slots": 16, "shared": False, "tokens": 11, "warm_up_tokens": 6}  # fmt: skip
     decoded = slice(full_scale.PROMPT_TOKENS + 6, full_scale.PROMPT_TOKENS + 6 + 11)
-    rate = check._decode_hit_rate("olmoe-quarter", policy, 16, False, decoded)
-    report.write(tmp_path / "here-quick", "speedups-olmoe-quarter", [row | {"hit_rate": rate}])
+    for number, columns in enumerate(({}, {"bypass_slots": 8 * (policy == "learned")})):
+        how = Conditions(as_recorded=True, bypass=bool(columns.get("bypass_slots")))
+        rate = check._decode_hit_rate("olmoe-quarter", policy, 16, how, decoded)
+        rows = [row | columns | {"hit_rate": rate}]
+        report.write(tmp_path / f"{number}-quick", "speedups-olmoe-quarter", rows)
     assert list(check._full_scale()) == []
     known = policies.available() | {policy: policies.available()["fifo"]}
     monkeypatch.setattr(policies, "available", lambda: known)
-    (said,) = check._full_scale()
-    assert said.startswith("here-quick/speedups-olmoe-quarter.csv: " + system)
+    for number, said in enumerate(check._full_scale()):
+        assert said.startswith(f"{number}-quick/speedups-olmoe-quarter.csv: " + system)
+    assert number == 1
 
 
 @pytest.mark.parametrize("given", ["--rounds 0", "--caps 0.4 -1", "--decode-seconds -2",

@@ -272,7 +272,7 @@ class Attachment:
             self.engine.restore(self.warm)
         stats, first = self.engine.snapshot(), experts.manifest.layers[0]
         self.tell(
-            f"{format_bytes(stats.memory_bytes)} for experts: {stats.slots_per_layer:.0f} of "
+            f"{format_bytes(stats.memory_bytes)} for experts: {stats.slots_per_layer:.4g} of "
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )

@@ -200,6 +200,7 @@ class LlamaEngine(Engine):
             self._read_log()
         stats = self.snapshot()
         counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
+        counts |= {"bypass_slots": stats.bypass_slots}
         counts |= {"requests": stats.requests, "hits": stats.hits}
         return self._recorder.trace({"model": self.path.name} | counts | info)
 
