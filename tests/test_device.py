@@ -42,10 +42,10 @@ def device(request, monkeypatch):
 def load(stores, device):
     models = []
 
-    def get(family="olmoe", slots=None, dtype=torch.float32, extra=0, **options):
+    def get(family="olmoe", slots=None, dtype=torch.float32, extra=0, policy="lru", **options):
         store = stores(family, dtype)
         memory = tiny.budget(store, slots or manifest.load(store).top_k, extra)
-        model = flashmoe.load(store, memory=memory, policy="lru", device=device, **options)
+        model = flashmoe.load(store, memory=memory, policy=policy, device=device, **options)
         pools = model.flashmoe.residency.pools.all
         assert all(isinstance(pool.arena, DeviceArena) for pool in pools)
         models.append(model)
@@ -84,6 +84,15 @@ def test_guesses_wait_on_the_device(load, many_guesses):
     assert isinstance(model.flashmoe.residency.prefetcher.spares, DeviceArena)
     assert generate(model, ids, 30) == plain
     assert model.flashmoe.stats()["prefetch_used"] > 0
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_what_is_not_kept_is_computed_on_the_device(load, many_guesses, whim, prefetch):
+    ids = tiny.prompt(1)
+    plain = generate(load(slots=4, prefetch=False), ids, 60)
+    model = load(slots=4, policy=whim, prefetch=prefetch)
+    assert isinstance(model.flashmoe.residency.pools.bypass, DeviceArena)
+    assert generate(model, ids, 60) == plain
 
 
 def test_the_simulator_serves_what_the_device_served(load):

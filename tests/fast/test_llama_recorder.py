@@ -34,7 +34,7 @@ def serve(passes: list, policy: str, slots: int) -> tuple[Recorder, np.ndarray]:
     recorder, routing = Recorder(MANIFEST), Routing(TOP_K, LAYERS)
     choice = policies.get(policy)
     caches = [
-        ExpertCache(choice(Scope(EXPERTS, TOP_K, 1, layer, LAYERS), slots))
+        ExpertCache(choice(Scope(EXPERTS, TOP_K, 1, layer, LAYERS, TOP_K), slots))
         for layer in range(LAYERS)
     ]
     for tokens, last, reached, begins in passes:

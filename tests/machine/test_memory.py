@@ -23,7 +23,7 @@ from harness.runs.page_cache import cached_bytes
 from flashmoe.store import manifest
 torch.set_num_threads(1)
 store, memory = Path(sys.argv[1]), int(sys.argv[2])
-model = flashmoe.load(store, memory=memory, policy="lru")
+model = flashmoe.load(store, memory=memory, policy="learned")
 ids = torch.arange(3, 200)[None]
 mask = torch.ones_like(ids)
 tokens = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
