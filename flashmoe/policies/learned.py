@@ -15,7 +15,7 @@ from flashmoe.policies.parts.features import N_FEATURES, RoutingHistory, describ
 from flashmoe.util.machine_code import helper
 
 SHIPPED = Path(__file__).with_suffix(".safetensors")
-KIND = "learned"
+KIND = "learned"  # of files
 HIDDEN = (64, 32)  # units of the hidden layers
 # How many hits fewer than LRU are allowed before LRU chooses: as many as these events request,
 # plus this share of all requests.
@@ -63,7 +63,7 @@ class Learned(Policy):
     """Evicts the expert whose next use a small network expects last; no training needed.
 
     The network sees recency, frequencies and what followed earlier events like the current one
-    (see parts/features.py). It was trained on the distances to next uses, at LRU's evictions.
+    (see parts/features.py). It was trained on the waits for next uses, at LRU's evictions.
     `learned:FILE` takes a network from `flashmoe train-policy`. The policy counts the hits that
     LRU would have had, and evicts as LRU does while it is behind.
     """
@@ -80,7 +80,7 @@ class Learned(Policy):
         self.network = Perceptron.of(network or load(SHIPPED))
         self.layer_of = np.repeat(np.arange(scope.n_layers), scope.n_experts)
         self.top_k = scope.top_k
-        self.gap = scope.n_experts / scope.top_k
+        self.turnover = n_slots / (scope.top_k * scope.n_layers)  # tokens
         self.depths = np.arange(scope.first_layer, scope.first_layer + scope.n_layers) / max(
             1, scope.depth - 1
         )
@@ -154,7 +154,7 @@ def needed_last(self, candidates):
             if self.layer_of[key] == layer and self.due_at[key] != now:
                 features = self.network.features
                 describe(self.history, layer, key, similar, pairs, self.n_slots, depth, features)
-                wait = np.exp(log_distance(self.network)) * self.gap
+                wait = expected_wait(self.network) * self.turnover
                 self.due[key] = now + layer / len(self.depths) + wait
                 self.due_at[key] = now
     victim, latest = candidates[0], -np.inf
@@ -165,8 +165,8 @@ def needed_last(self, candidates):
 
 
 @helper
-def log_distance(network):
-    """The network on its features: the logarithm of the wait for the next use, in gaps.
+def expected_wait(network):
+    """The network on its features: the wait for the next use, in turnovers, but for a constant.
 
     The innermost loops run over a hidden layer's units, so that vectorising them reorders no sum:
     the engine and the simulator get the same bits.

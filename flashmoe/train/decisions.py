@@ -1,4 +1,4 @@
-"""Gathers the evictions that `learned` is trained on: features, and distances to next uses."""
+"""Gathers the evictions that `learned` is trained on: features, and the waits for next uses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flashmoe.policies.base import Scope
 from flashmoe.policies.lru import LRU
 from flashmoe.policies.parts.features import (
     N_FEATURES,
+    REMEMBERED_EVENTS,
     RoutingHistory,
     describe,
     recall,
@@ -28,21 +29,23 @@ from flashmoe.util.machine_code import helper
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # shares of a layer's experts
 MIXED_SEQUENCES = 8  # how many sequences a mixed stream serves, in turn or one after the other
 MIXED_SHARE = 0.12  # mixed streams of either kind, as a share of the single sequences
-NEVER_GAPS = 8  # an expert that is not used again counts as due this many gaps after the stream
 EVENTS, ROWS = 0, 1  # positions in `Teacher.counts`
 PROBE_ONE_IN, PROBE_SKIP = 10, 8  # the probe that sets the sampling: of streams, of evictions
 
 
 @dataclass
 class Decisions:
-    """Evictions of one trace. A row is a candidate; the candidates of an eviction are adjacent."""
+    """Evictions of one trace. A row is a candidate; the candidates of an eviction are adjacent.
+
+    A turnover is slots / top_k tokens: a cache of which nothing hit would be another one by then.
+    """
 
     features: np.ndarray  # [rows, N_FEATURES] float32
-    distance_gaps: np.ndarray  # [rows] float32, gaps until the next use
+    waits: np.ndarray  # [rows] float32, turnovers until the next use, inf where none comes
 
 
 class Teacher(LRU):
-    """Evicts as LRU does, and writes down features and distances at one in `skip` evictions.
+    """Evicts as LRU does, and writes down features and waits at one in `skip` evictions.
 
     It evicts as LRU because the evictions of other policies trained no better network
     (docs/policy.md).
@@ -54,14 +57,14 @@ class Teacher(LRU):
     def __init__(self, scope: Scope, n_slots: int, rows: int, skip: int, seed: int) -> None:
         super().__init__(scope, n_slots)
         self.history = RoutingHistory.empty(scope)
-        self.gap = scope.n_experts / scope.top_k
+        self.turnover = n_slots / scope.top_k  # tokens
         self.depth = scope.first_layer / max(1, scope.depth - 1)
         self.skip = skip
         self.future = Future.unknown(self.n_keys)
         self.random = np.array([seed])
         self.counts = np.zeros(2, np.int64)  # by EVENTS, ROWS
         self.features = np.zeros((rows, N_FEATURES), np.float32)
-        self.distance_gaps = np.zeros(rows, np.float32)
+        self.waits = np.full(rows, np.inf, np.float32)
         self.n_events = 0
 
     def foresee(self, events: Events) -> None:
@@ -83,19 +86,25 @@ class Teacher(LRU):
 
 @helper
 def write_down(self, candidates):
-    """Write the features and the distance of every candidate, in a cache of one layer."""
-    if self.counts[ROWS] + len(candidates) > len(self.features):
+    """Write the features and the wait of every candidate, in a cache of one layer.
+
+    The present event's experts are candidates too, because a cache that bypasses asks about them.
+    """
+    served = self.history.events[0][(self.history.tokens[0] - 1) % REMEMBERED_EVENTS]
+    if self.counts[ROWS] + len(candidates) + len(served) > len(self.waits):
         return
     similar, pairs = recall(self.history, 0)
-    for key in candidates:
-        row = self.counts[ROWS]
-        features = self.features[row]
-        describe(self.history, 0, key, similar, pairs, self.n_slots, self.depth, features)
-        distance = self.future.due[key] - self.counts[EVENTS] + 1
-        if self.future.due[key] == self.n_events:
-            distance += NEVER_GAPS * self.gap
-        self.distance_gaps[row] = distance / self.gap
-        self.counts[ROWS] += 1
+    for keys in (candidates, served):
+        for key in keys:
+            if key >= 0:
+                row = self.counts[ROWS]
+                features = self.features[row]
+                describe(self.history, 0, key, similar, pairs, self.n_slots, self.depth, features)
+                if self.future.due[key] < self.n_events:
+                    self.waits[row] = (
+                        self.future.due[key] - self.counts[EVENTS] + 1
+                    ) / self.turnover
+                self.counts[ROWS] += 1
 
 
 def gather(trace: Trace, rows: int, seed: int) -> Decisions:
@@ -128,7 +137,7 @@ def gather(trace: Trace, rows: int, seed: int) -> Decisions:
     parts = watch(list(enumerate(pairs)), skip)
     return Decisions(
         np.concatenate([part.features for part in parts]),
-        np.concatenate([part.distance_gaps for part in parts]),
+        np.concatenate([part.waits for part in parts]),
     )
 
 
@@ -143,7 +152,7 @@ def _watch(
     teacher.foresee(events)
     ExpertCache(teacher).replay(events)
     written = teacher.counts[ROWS]
-    return Decisions(teacher.features[:written], teacher.distance_gaps[:written])
+    return Decisions(teacher.features[:written], teacher.waits[:written])
 
 
 def _chained(sequences: list[np.ndarray]) -> list[np.ndarray]:

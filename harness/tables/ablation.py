@@ -20,6 +20,7 @@ from flashmoe.policies.parts.features import NAMES
 from flashmoe.trace import Trace
 from flashmoe.train.decisions import Decisions, gather
 from flashmoe.train.learned import fit
+from flashmoe.train.shipped_routing import shipped
 from flashmoe.util import many_jobs
 from harness.tables import data_splits, hit_rates
 from harness.tables.hit_rates import Case
@@ -52,7 +53,7 @@ def train_without(
     for part in parts:
         features = part.features.copy()
         features[:, columns] = 0
-        blind.append(Decisions(features, part.distance_gaps))
+        blind.append(Decisions(features, part.waits))
     network, _ = fit(blind, weights, SEED)
     network["w1"][columns] = 0
     return network
@@ -78,7 +79,7 @@ def hit_rate(routing: Trace, policy: str, network: Network) -> float:
 def print_table(folder: Path) -> None:
     """A row for each group of features and of traces, a column for each held-out part."""
     cases = hit_rates.outside_cases(folder)
-    wholes = dict(data_splits.shipped())
+    wholes = dict(shipped())
     for path in sorted(folder.glob("*.npz")):
         whole = trace.load(path)
         if any(data_splits.part_of(name) == data_splits.UNSEEN_DOMAIN for name in whole.names()):
@@ -101,7 +102,7 @@ def print_table(folder: Path) -> None:
 
     for label, prefixes in GROUPS.items():
         row(label, list(parts), prefixes)
-    real = [name for name in parts if name not in dict(data_splits.shipped())]
+    real = [name for name in parts if name not in dict(shipped())]
     row("the small models' routing", real, ())
     row("the real model's routing", [name for name in parts if name not in real], ())
     row("all but the demo model's", ["demo"], ())

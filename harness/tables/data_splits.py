@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 
-import flashmoe
-from flashmoe import trace
 from flashmoe.trace import Trace
 
 UNSEEN_KINDS = ("french-manual", "kernel-docs")  # of the small models' text: never trained on
@@ -33,10 +29,3 @@ def take(whole: Trace, *parts: str) -> Trace:
     """The sequences of `whole` in these parts."""
     positions = [i for i, name in enumerate(whole.names()) if part_of(name) in parts]
     return whole.select(positions)
-
-
-def shipped() -> Iterator[tuple[str, Trace]]:
-    """The routing that the package ships, by name: the demo model's and the small models'."""
-    yield "demo", trace.load(flashmoe.demo_routing_path())
-    for path in sorted(Path(flashmoe.__file__).parent.glob("routing/*.npz")):
-        yield path.stem, trace.load(path)

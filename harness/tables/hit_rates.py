@@ -16,6 +16,7 @@ from flashmoe.cache.simulate import Conditions, Replay
 from flashmoe.engines.transformers.checkpoints import backends
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
+from flashmoe.train.shipped_routing import shipped
 from harness.tables import data_splits
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -74,7 +75,7 @@ def demo_expert_bytes() -> int:
 def shipped_cases(expert_bytes: int, names: Sequence[str] = ("demo",)) -> list[Case]:
     """Held-out routing that the package ships; `expert_bytes` are the demo model's."""
     cases = []
-    for name, whole in data_splits.shipped():
+    for name, whole in shipped():
         if name in names:
             size = expert_bytes if name == "demo" else None
             starts = tuple(CONDITIONS) if name == "demo" else ("cold",)

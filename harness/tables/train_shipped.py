@@ -11,14 +11,17 @@ from flashmoe.policies import flashmoe_paper
 from flashmoe.trace import Trace
 from flashmoe.train.learned import TrainLearned
 from flashmoe.train.paper import TrainPaper, TrainPaperVector
+from flashmoe.train.shipped_routing import shipped
+from flashmoe.train.variants import variants
 from harness.tables import data_splits
 
 
 def train_learned(outside: Iterable[Trace], path: Path, seed: int) -> None:
     """Write `learned` to `path`, trained on the shipped routing and on `outside`."""
-    wholes = [*(whole for _, whole in data_splits.shipped()), *outside]
-    parts = [data_splits.take(whole, data_splits.TRAINED) for whole in wholes]
-    TrainLearned().run(parts, path, seed, print)
+    small = {name: data_splits.take(whole, data_splits.TRAINED) for name, whole in shipped()}
+    large = [data_splits.take(whole, data_splits.TRAINED) for whole in outside]
+    varied = [made for whole in (small["demo"], *large) for made in variants(whole)]
+    TrainLearned(from_nothing=True).run([*small.values(), *large, *varied], path, seed, print)
 
 
 def train_paper(seed: int) -> None:
