@@ -12,7 +12,7 @@ from flashmoe.cli import main
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts import policy_file
 from flashmoe.trace import Trace
-from flashmoe.train import paper
+from flashmoe.train import paper, shipped_routing
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def test_training_learns_something_and_its_file_runs(short_traces, tmp_path, mon
     lru, ours = (simulate.replay(held, name, 0.4).hit_rate for name in ("lru", f"learned:{out}"))
     assert ours > lru + 0.01
     _, about = policy_file.read(out, "learned")
-    assert about["trained on"] == ["flashmoe demo"]
+    shipped = [made.info["model"] for _, made in shipped_routing.shipped()]
+    assert about["trained on"][0] == "flashmoe demo"
+    assert about["trained on"][-len(shipped) :] == shipped  # so that it keeps what they taught
 
 
 @pytest.mark.parametrize("kind", ["paper", "paper-vector"])
