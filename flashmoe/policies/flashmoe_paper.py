@@ -17,7 +17,7 @@ from flashmoe.util.machine_code import helper
 
 KIND = "paper"
 NO_SLOT, WAITS = -1, -2  # in `slot`, instead of a slot's number
-SLOTS_TAKEN, N_WAITING = 0, 1  # positions in `counts`
+N_FREE, N_WAITING = 0, 1  # positions in `counts`
 SCORER, VECTOR, EXPERTS = range(3)  # positions in READINGS
 READINGS = ("scorer", "vector", "experts")  # what the networks may see, as the class says
 SHIPPED = {
@@ -83,8 +83,9 @@ class FlashMoEPaper(Policy):
         self.most_uses = np.ones(scope.n_layers, np.int64)  # of any expert, by layer
         self.steps = np.zeros(scope.n_layers, np.int64)  # events of each layer
         self.slot = np.full(self.n_keys, NO_SLOT)  # which input of the vector an expert has
+        self.free = np.arange(n_slots)[::-1].copy()  # a stack of slots that no expert has
         self.waiting = np.full(self.n_keys, -1)  # experts that get the slots of the next victims
-        self.counts = np.zeros(2, np.int64)  # by SLOTS_TAKEN, N_WAITING
+        self.counts = np.array([n_slots, 0])  # by N_FREE, N_WAITING
         self.scores = np.zeros(self.n_keys, np.float32)
         self.scored_at = np.full(self.n_keys, -1)  # the step of its layer at which it was scored
         self.n_networks = layers
@@ -127,9 +128,9 @@ def observe(self, event):
         self.most_uses[layer] = max(self.most_uses[layer], self.uses[key])
         self.last_use[key] = self.steps[layer]
         if self.slot[key] == NO_SLOT:
-            if self.counts[SLOTS_TAKEN] < self.n_slots:
-                self.slot[key] = self.counts[SLOTS_TAKEN]
-                self.counts[SLOTS_TAKEN] += 1
+            if self.counts[N_FREE]:
+                self.counts[N_FREE] -= 1
+                self.slot[key] = self.free[self.counts[N_FREE]]
             else:
                 self.slot[key] = WAITS
                 self.waiting[self.counts[N_WAITING]] = key
@@ -139,12 +140,20 @@ def observe(self, event):
 @helper
 def leave(self, key):
     """Evict `key`: the expert that has waited longest gets its slot."""
-    if self.counts[N_WAITING] and self.slot[key] >= 0:
-        self.slot[self.waiting[0]] = self.slot[key]
-        self.counts[N_WAITING] -= 1
-        for i in range(self.counts[N_WAITING]):
-            self.waiting[i] = self.waiting[i + 1]
+    slot, n_waiting = self.slot[key], self.counts[N_WAITING]
     self.slot[key] = NO_SLOT
+    if slot == WAITS or (slot >= 0 and n_waiting):
+        position = 0
+        while slot == WAITS and self.waiting[position] != key:
+            position += 1
+        if slot >= 0:
+            self.slot[self.waiting[0]] = slot
+        self.counts[N_WAITING] -= 1
+        for i in range(position, n_waiting - 1):
+            self.waiting[i] = self.waiting[i + 1]
+    elif slot >= 0:
+        self.free[self.counts[N_FREE]] = slot
+        self.counts[N_FREE] += 1
 
 
 @helper

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashmoe import policies
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.errors import FlashMoEError
 from flashmoe.events import Event
 from flashmoe.policies import flashmoe_paper
@@ -73,6 +76,29 @@ def test_the_victim_is_the_highest_scored(reading):
         victims.append(victim)
         slots[slots.index(victim)] = expert
     assert len(set(victims)) > 1
+
+
+@settings(deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(0, 8), min_size=1, max_size=5), st.booleans()), max_size=40
+    )
+)
+def test_every_resident_has_an_input_of_its_own(steps):
+    """Also where most of a cache is evicted at once, as after a prompt."""
+    policy = policies.get("flashmoe-paper")(Scope(9), 4)
+    cache = ExpertCache(policy)
+    for keys, is_end_of_prompt in steps:
+        if is_end_of_prompt:
+            cache.evict_all_but(np.unique(keys))
+        list(cache.waves(Event.of_rows([[key] for key in keys])))
+        slots = policy.slot[cache.resident].tolist()
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < 4 for slot in slots)
+        waiting = policy.waiting[: policy.counts[flashmoe_paper.N_WAITING]].tolist()
+        assert not waiting
+        free = policy.free[: policy.counts[flashmoe_paper.N_FREE]].tolist()
+        assert sorted(free + slots) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("reading", flashmoe_paper.READINGS)

@@ -163,6 +163,7 @@ def hits_of_lifo(requests: list[int], n_slots: int) -> int:
 @pytest.mark.parametrize(
     ("name", "plain"), [("lfu-in-cache", hits_of_lfu_in_cache), ("lifo", hits_of_lifo)]
 )
+@settings(deadline=None)
 @given(requests=st.lists(st.integers(0, 9), max_size=60), n_slots=st.integers(1, 6))
 def test_policies_without_a_peer_agree_with_plain_python(name, plain, requests, n_slots):
     assert replay(name, n_slots, [[key] for key in requests])[0] == plain(requests, n_slots)

@@ -130,7 +130,7 @@ def test_after_a_prompt_every_policy_has_the_last_token_resident(sequential):
     recorded = Trace(experts, np.zeros(5, np.int32), 9)
     conditions = Conditions(sequential=sequential, decode_only=True, prompt_tokens=3)
     for name in policies.available():
-        if "bypass" not in name and name != "flashmoe-paper":
+        if "bypass" not in name:
             outcome = simulate.replay(recorded, name, 1.0, conditions)
             assert (outcome.requests, outcome.hits) == (6, 3), name
 
