@@ -20,6 +20,7 @@ from harness.tables import data_splits
 REPLAYS = ("event-atomic", "sequential")
 KINDS = {"scorer": "paper", "vector": "paper-vector", "experts": "paper-experts"}  # of readings
 SEED = 20261124
+MOST_TOKENS = 512  # of a tested sequence, as in the paper
 MOST_TESTED = 20  # sequences of a trace given from outside; the others are trained on
 
 
@@ -60,7 +61,8 @@ def _outside(path: Path) -> Routing:
     held_back = set(choice if named and unseen else tested)
     trained = [i for i in range(len(names)) if i not in held_back]
     part = data_splits.UNSEEN_DOMAIN if named and unseen else "other sequences"
-    return Routing(path.stem, part, whole.select(trained or tested), whole.select(tested))
+    held_out = whole.select(tested).heads(MOST_TOKENS)
+    return Routing(path.stem, part, whole.select(trained or tested), held_out)
 
 
 def path_of(folder: Path, routing: str, replay: str, reading: str) -> Path:
