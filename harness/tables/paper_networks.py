@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from flashmoe import trace, train
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from flashmoe.train import paper
-from flashmoe.util import workers
+from flashmoe.util import many_jobs
 from harness.tables import data_splits
 
 REPLAYS = ("event-atomic", "sequential")
@@ -79,18 +78,12 @@ def train_all(chosen: Sequence[Routing], folder: Path, say: Callable[[str], obje
         for reading in KINDS
         if not (path := path_of(folder, routing.name, replay, reading)).exists()
     ]
-    with ProcessPoolExecutor(mp_context=workers.CONTEXT, initializer=_on_one_core) as pool:
-        for line in pool.map(_train, jobs):
-            say(line)
+    for line in many_jobs.outcomes(_train, jobs):
+        say(line)
 
 
-def _on_one_core() -> None:
-    workers.end_with_parent()
+def _train(routing: Trace, replay: str, reading: str, path: Path) -> str:
     torch.set_num_threads(1)
-
-
-def _train(job: tuple[Trace, str, str, Path]) -> str:
-    routing, replay, reading, path = job
     kind = train.kinds()[KINDS[reading]]
     assert issubclass(kind, paper.TrainPaper)
     lines: list[str] = []

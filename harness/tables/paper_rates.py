@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe.cache.replay_pool import ReplayJob, replay_all
+from flashmoe.cache.replays import ReplayJob, replay_all
 from flashmoe.cache.simulate import Conditions, Replay
 from harness.tables import paper_networks
 from harness.tables.paper_networks import REPLAYS, SEED, Routing
@@ -35,7 +35,7 @@ def table(
 ) -> list[dict[str, Any]]:
     """A row a trace, condition, number of slots and policy. `networks` has the trained ones."""
     parts = list(_parts(routings))
-    replays = replay_all(_jobs(parts, networks), advance)
+    replays = iter(list(replay_all(_jobs(parts, networks), advance)))
     rows: list[dict[str, Any]] = []
     for part in parts:
         names = [name for name, _ in _policies(part, networks)]

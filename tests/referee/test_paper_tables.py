@@ -12,6 +12,7 @@ from flashmoe.cache import simulate
 from flashmoe.cache.simulate import Conditions
 from flashmoe.trace import Trace
 from flashmoe.train import paper
+from flashmoe.util import many_jobs
 from harness import reproduce
 from harness.report import digests, report
 from harness.tables import paper_figures, paper_measured, paper_networks, paper_rates
@@ -125,6 +126,8 @@ def test_the_command_trains_replays_and_judges(tmp_path, monkeypatch):
     """On two layers of the demo model's routing; a second run trains nothing."""
     monkeypatch.setattr(paper, "ROWS", 200)
     monkeypatch.setattr(paper, "EPOCHS", 2)
+    here = lambda function, jobs: (function(*job) for job in jobs)  # noqa: E731  (as patched)
+    monkeypatch.setattr(many_jobs, "outcomes", here)
     whole = trace.load(flashmoe.demo_routing_path())
     part = whole.select(range(0, 36, 6))
     small = Trace(part.experts[:, :2], part.sequence, part.n_experts, info=part.info)
@@ -151,6 +154,6 @@ def test_the_command_trains_replays_and_judges(tmp_path, monkeypatch):
     training = report.read(tmp_path / "out", "paper_training")
     assert (training.rows_a_layer > 0).all()
     assert "paper: scorer" in digests.paper_rates(rates)
-    monkeypatch.setattr(paper_networks, "_train", lambda job: pytest.fail("trained again"))
+    monkeypatch.setattr(paper_networks, "_train", lambda *job: pytest.fail("trained again"))
     paper_networks.train_all([routing], networks, print)
     assert paper_rates.total_events([routing], networks) > 0
