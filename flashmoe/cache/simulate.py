@@ -145,9 +145,7 @@ def scope_of(trace: Trace, layers: range, conditions: Conditions | None = None) 
     conditions = conditions or Conditions()
     top_k = 1 if conditions.sequential else trace.top_k
     bypass_slots = trace.top_k if conditions.bypass else 0
-    return Scope(
-        trace.n_experts, top_k, len(layers), layers.start, trace.n_layers, bypass_slots
-    )
+    return Scope(trace.n_experts, top_k, len(layers), layers.start, trace.n_layers, bypass_slots)
 
 
 def prompt_length(trace: Trace, tokens: np.ndarray, conditions: Conditions) -> int:

@@ -23,10 +23,13 @@ Part = tuple[Routing, str, str, int]  # routing, replay, what is counted, slots
 
 
 def conditions_of(replay: str, counted: str) -> Conditions:
-    """Every sequence starts cold in a cache a layer."""
+    """Every sequence starts cold in a cache a layer, and what is read is kept, as in the paper."""
     prompt = PROMPT_TOKENS if counted == "decode only" else None
     return Conditions(
-        sequential=replay == "sequential", decode_only=prompt is not None, prompt_tokens=prompt
+        bypass=False,
+        sequential=replay == "sequential",
+        decode_only=prompt is not None,
+        prompt_tokens=prompt,
     )
 
 

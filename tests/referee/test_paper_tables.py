@@ -144,7 +144,7 @@ def test_the_command_trains_replays_and_judges(tmp_path, monkeypatch):
         & (rates.replay == "sequential") & (rates.counted == "decode only")
     ].iloc[0]  # fmt: skip
     label = f"flashmoe-paper:{networks / 'demo-sequential-vector.safetensors'}"
-    conditions = Conditions(sequential=True, decode_only=True, prompt_tokens=64)
+    conditions = Conditions(bypass=False, sequential=True, decode_only=True, prompt_tokens=64)
     fresh = simulate.replay(routing.tested, label, 0.25, conditions)
     assert (row.requests, row.hits) == (fresh.requests, fresh.hits)
     figures = report.read(tmp_path / "out", "paper")
