@@ -210,6 +210,12 @@ def hit_rates(session: nox.Session) -> None:
 
 
 @nox.session
+def paper(session: nox.Session) -> None:
+    """The figures of the FlashMoE paper beside ours, each with a verdict."""
+    harness(session, "paper")
+
+
+@nox.session
 def generation(session: nox.Session) -> None:
     """Where a token's time goes, on the demo model."""
     ensure_fio(session)

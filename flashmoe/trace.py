@@ -93,6 +93,14 @@ class Trace:
         experts, sequence = self.experts[:tokens], self.sequence[:tokens]
         return replace(self, experts=experts, sequence=sequence, **parts)
 
+    def heads(self, tokens: int) -> Trace:
+        """A trace of only the first `tokens` tokens of each sequence."""
+        runs = [np.arange(run.start, run.stop)[:tokens] for _, run in self.sequences()]
+        kept = np.concatenate(runs)
+        parts = {n: a[kept] for n in _OPTIONAL if (a := getattr(self, n)) is not None}
+        experts, sequence = self.experts[kept], self.sequence[kept]
+        return replace(self, experts=experts, sequence=sequence, **parts)
+
     def named(self, name: str) -> Trace:
         """A trace of the sequence with this name. Raises FlashMoEError if there is none."""
         names = self.names()

@@ -20,6 +20,9 @@ from harness.tables import (
     full_scale,
     hit_rates,
     inexact_systems,
+    paper_figures,
+    paper_networks,
+    paper_rates,
     paper_training,
     speedups,
     text_table,
@@ -71,8 +74,26 @@ def run_hit_rates(
     if timed:
         report.write(folder, "policy_cost", costs)
     report.write(folder, "gap_by_layer", layers)
-    report.write(folder, "paper_training", paper_training.table())
     report.record(folder, "hit_rates", command, seed=hit_rates.SEED)
+
+
+def run_paper(folder: Path, command: str, traces: Path | None, networks: Path | None) -> None:
+    """The paper's figures beside ours: on the demo model's routing, and on every trace given."""
+    routings = paper_networks.routings(traces)
+    with report.scratch(folder) as work:
+        networks = networks or work
+        say("training the paper's networks")
+        paper_networks.train_all(routings, networks, say)
+        say("replaying recorded routing")
+        total = paper_rates.total_events(routings, networks)
+        with count_bar("replaying", total, "event") as advance:
+            rates = report.write(
+                folder, "paper_rates", paper_rates.table(routings, networks, advance)
+            )
+        training = paper_training.table(routings, networks)
+    report.write(folder, "paper_training", training)
+    report.write(folder, "paper", paper_figures.table(rates, routings))
+    report.record(folder, "paper", command, seed=paper_networks.SEED)
 
 
 def run_generation(folder: Path, command: str) -> None:

@@ -131,6 +131,10 @@ class ExpertCache:
         residency.free[: self.n_slots - count] = np.arange(count, self.n_slots)[::-1]
         residency.counts[MOST] = count
 
+    def evict_all_but(self, keys: np.ndarray) -> None:
+        """Evict every resident that is not one of `keys`; the policy is told of each."""
+        kernel(serving.evict_all_but, type(self.policy))(self._state, self.residency, keys)
+
     def forget(self, key: int) -> None:
         """Free the key's slot: its bytes never arrived."""
         residency = self.residency

@@ -179,6 +179,21 @@ def shrink(policy, residency, n_slots):
 
 
 @helper
+def evict_all_but(policy, residency, keys):
+    """Evict every other resident: each is the only candidate that the policy is offered."""
+    for key in keys:
+        residency.protected[key] = True
+    for resident in residency.residents[: residency.sizes[RESIDENT]].copy():
+        if not residency.protected[resident]:
+            residency.candidates[0] = resident
+            slot = remove(residency, victim(policy, residency.candidates[:1]))
+            residency.free[residency.sizes[FREE]] = slot
+            residency.sizes[FREE] += 1
+    for key in keys:
+        residency.protected[key] = False
+
+
+@helper
 def replay(policy, residency, events):
     """Serve every event, waves included."""
     for i in range(len(events.starts) - 1):

@@ -24,6 +24,23 @@ class Conditions:
     as_recorded: bool = False  # events are the recorded forward passes, not single tokens
     interleaved: int = 1  # sequences served in turn, token by token, by one cache
     bypass: bool = True  # a policy that bypasses has top_k slots for it, beside the others
+    sequential: bool = False  # a token's experts are events of their own, and may evict each other
+    decode_only: bool = False  # of a prompt, only the last token's experts stay, and none counts
+    prompt_tokens: int | None = None  # of every sequence; None: the prompts that the trace records
+
+    def __post_init__(self) -> None:
+        """Raises FlashMoEError for conditions that exclude each other."""
+        if self.sequential and self.as_recorded:
+            raise FlashMoEError("a sequential replay has no recorded passes: choose one of both")
+        if self.decode_only and (self.as_recorded or self.interleaved > 1):
+            raise FlashMoEError(
+                "decode only takes single tokens of one sequence after another: leave out as "
+                "recorded and interleaved"
+            )
+        if self.prompt_tokens is not None and not self.decode_only:
+            raise FlashMoEError("a number of prompt tokens is for decode only")
+        if self.prompt_tokens is not None and self.prompt_tokens < 1:
+            raise FlashMoEError(f"a prompt has at least 1 token, not {self.prompt_tokens}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,8 @@ def events_of(
 ) -> Events:
     """Events of some tokens at some layers, in the order in which the model meets them.
 
-    What a layer did not compute is no event, and no row of one.
+    What a layer did not compute is no event, and no row of one. A sequential replay has an event
+    of one row and one key for each request, and tells no router's weights.
     """
     if conditions is not None and conditions.as_recorded:
         return _recorded_events(trace, tokens, layers)
@@ -94,6 +112,9 @@ def events_of(
         parts = [part.reshape(-1, part.shape[-1]) for part in parts]
     else:
         parts = [part[trace.computed[tokens, span]] for part in parts]
+    if conditions is not None and conditions.sequential:
+        requests = parts[0].reshape(-1, 1)
+        return Events.of_tokens(requests, None, np.repeat(parts[1], trace.top_k, axis=0))
     return Events.of_tokens(parts[0], parts[2] if len(parts) > 2 else None, parts[1])
 
 
@@ -117,6 +138,30 @@ def _recorded_events(trace: Trace, tokens: np.ndarray, layers: range) -> Events:
             first_key = (layer - layers.start) * trace.n_experts
             events.append(Event.of_rows(experts[:, layer], first_key, shares, lower))
     return Events.of(events) if events else Events.none(trace.top_k)
+
+
+def scope_of(trace: Trace, layers: range, conditions: Conditions | None = None) -> Scope:
+    """What one cache for `layers` serves."""
+    conditions = conditions or Conditions()
+    top_k = 1 if conditions.sequential else trace.top_k
+    bypass_slots = trace.top_k if conditions.bypass else 0
+    return Scope(trace.n_experts, top_k, len(layers), layers.start, trace.n_layers, bypass_slots)
+
+
+def prompt_length(trace: Trace, tokens: np.ndarray, conditions: Conditions) -> int:
+    """How many of a sequence's `tokens` its prompt has: those before the first single-token pass.
+
+    Raises FlashMoEError when neither the trace nor the conditions tell.
+    """
+    if conditions.prompt_tokens is not None:
+        return min(conditions.prompt_tokens, len(tokens))
+    if trace.step is None:
+        raise FlashMoEError(
+            "the trace does not say how long its prompts are: give a number of prompt tokens"
+        )
+    _, sizes = np.unique(trace.step[tokens], return_counts=True)
+    singles = np.flatnonzero(sizes == 1)
+    return int(sizes[: singles[0]].sum()) if len(singles) else len(tokens)
 
 
 def streams(trace: Trace, interleaved: int = 1) -> list[np.ndarray]:
@@ -155,8 +200,7 @@ def replay(
     policy_seconds = 0.0
     for group, first in enumerate(range(0, trace.n_layers, width)):
         layers = range(first, first + width)
-        bypass_slots = trace.top_k if conditions.bypass else 0
-        scope = Scope(trace.n_experts, trace.top_k, width, first, trace.n_layers, bypass_slots)
+        scope = scope_of(trace, layers, conditions)
         n_slots = width * least + max(0, min(width, more - first))
 
         def new_cache(
@@ -175,8 +219,25 @@ def replay(
             events = events_of(trace, tokens, layers, conditions)
             if not conditions.warm:
                 cache = new_cache(events)
+            if conditions.decode_only:
+                prompt = prompt_length(trace, tokens, conditions)
+                _serve_prompt(cache, trace, tokens[:prompt], layers, conditions)
+                events = events_of(trace, tokens[prompt:], layers, conditions)
             requests, hits, seconds = cache.requests, cache.hits, cache.policy_seconds
             cache.replay(events)
             counted[group, number] = cache.requests - requests, cache.hits - hits
             policy_seconds += cache.policy_seconds - seconds
+    if not counted.any():
+        raise FlashMoEError("nothing is counted: no sequence is longer than its prompt")
     return Replay(policy, capacity, slots, conditions, policy_seconds, counted)
+
+
+def _serve_prompt(
+    cache: ExpertCache, trace: Trace, prompt: np.ndarray, layers: range, conditions: Conditions
+) -> None:
+    """Serve a prompt token by token, after which only the last one's experts are resident."""
+    if len(prompt):
+        cache.replay(events_of(trace, prompt[:-1], layers, conditions))
+        last = events_of(trace, prompt[-1:], layers, conditions)
+        cache.evict_all_but(last.keys)
+        cache.replay(last)

@@ -59,6 +59,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "experts without keeping them, for which it has top_k slots (of the whole model) more than "
         "others",
     )
+    parser.add_argument(
+        "--sequential",
+        action="store_true",
+        help="a token's experts one after another, which may evict each other; not event-atomic",
+    )
+    parser.add_argument(
+        "--decode-only",
+        action="store_true",
+        help="do not count prompts, of which only the last token's experts stay resident",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="with --decode-only: each sequence's first N, where the trace records no prompts",
+    )
     add_cluster(parser)
     parser.add_argument("--json", action="store_true")
 
@@ -77,7 +93,13 @@ def run(arguments: argparse.Namespace) -> None:
     sizes: list[tuple[float, float | None]] = [(capacity, None) for capacity in capacities]
     sizes += [(slots / recorded.n_experts, slots) for slots in arguments.slots or []]
     conditions = simulate.Conditions(
-        arguments.warm, arguments.shared, arguments.as_recorded, bypass=arguments.bypass
+        arguments.warm,
+        arguments.shared,
+        arguments.as_recorded,
+        bypass=arguments.bypass,
+        sequential=arguments.sequential,
+        decode_only=arguments.decode_only,
+        prompt_tokens=arguments.prompt_tokens,
     )
     jobs = [
         ReplayJob(recorded, name, capacity, conditions, slots)

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         default="learned",
-        help="learned (default), paper or paper-vector; run it as learned:FILE or "
+        help="learned (default), paper, paper-vector or paper-experts; run it as learned:FILE or "
         "flashmoe-paper:FILE",
     )
     parser.add_argument("--seed", type=seed, default=SEED)

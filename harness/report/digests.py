@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-GAP_POLICIES = ("lfu", "lfu-decay", "arc", "s3-fifo", "lecar", "flashmoe-paper", "learned")
+GAP_POLICIES = ("lfu", "lfu-decay", "arc", "s3-fifo", "lecar", "learned")
 RATE_POLICIES = ("lru", "lfu", "lfu-decay", "learned", "belady")
 COMPARED_CAPACITIES = (0.25, 0.5)  # of which every start has rows
 
@@ -53,3 +53,13 @@ def policy_cost(frame: pd.DataFrame) -> str:
     )
     costs.columns = [f"{capacity:.1%} resident" for capacity in costs.columns]
     return "Microseconds a token and layer, median:\n\n" + table(costs.reset_index(), ".3g")
+
+
+def paper_rates(frame: pd.DataFrame) -> str:
+    """A row for each trace, replay, what is counted and slots, a column a policy."""
+    rates = frame.pivot_table(
+        index=["trace", "replay", "counted", "slots"], columns="policy", values="hit_rate",
+        sort=False,
+    )  # fmt: skip
+    rates.columns = [name.replace("flashmoe-paper, ", "paper: ") for name in rates.columns]
+    return "Hit rates, %:\n\n" + table((rates * 100).reset_index(), ".1f")

@@ -23,6 +23,9 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "hit_rates": None,
     "gap_by_layer": None,
     "policy_cost": None,
+    "paper": ("figure", "the_paper", "here_least", "here_most", "verdict", "cases",
+              "cases_that_hold"),
+    "paper_rates": None,
     "paper_training": None,
     "generation": ("system", "slots", "hit_rate", "tokens_per_second", "share_of_roofline",
                    "wait_ms", "experts_ms", "same_output"),
@@ -70,7 +73,11 @@ SPECIAL_COLUMNS = {
     ),
     "faults-kills": ("before", "kills", "steps", "no store", "whole store", "damaged"),
 }  # fmt: skip
-DIGESTS = {"hit_rates": digests.hit_rates, "policy_cost": digests.policy_cost}
+DIGESTS = {
+    "hit_rates": digests.hit_rates,
+    "policy_cost": digests.policy_cost,
+    "paper_rates": digests.paper_rates,
+}
 
 
 def draw(folder: Path, out: Path | None = None) -> Path:

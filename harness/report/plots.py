@@ -72,7 +72,6 @@ POLICIES = {  # the plot's selection of the zoo; the tables have all
     "arc": "#ccb974",
     "s3-fifo": "#dd8452",
     "lecar": "#937860",
-    "flashmoe-paper": "#8172b3",
     "learned": "#c44e52",
     "belady": "black",
 }
@@ -127,20 +126,6 @@ def gap_by_layer(rows: pd.DataFrame, folder: Path, name: str) -> None:
     axes.flat[0].legend(fontsize=8)
     figure.supxlabel("MoE layer")
     figure.supylabel("gap between LRU and Belady closed, %")
-    _save(figure, folder, name)
-
-
-def paper_training(rows: pd.DataFrame, folder: Path, name: str) -> None:
-    """Errors of the paper's networks by epoch, in training and on held-out rows."""
-    figure, axis = plt.subplots(figsize=(6, 3.4))
-    for network, epochs in rows.groupby("network", sort=False):
-        (line,) = axis.plot(epochs.epoch, epochs.training_error, label=f"{network}, training")
-        axis.plot(
-            epochs.epoch, epochs.held_out_error, "--", color=line.get_color(),
-            label=f"{network}, held out",
-        )  # fmt: skip
-    axis.set(xlabel="epoch", ylabel="mean squared error")
-    axis.legend(fontsize=8)
     _save(figure, folder, name)
 
 
@@ -252,7 +237,6 @@ def timeline(rows: pd.DataFrame, folder: Path, name: str) -> None:
 PLOTS = {
     "hit_rates": hit_rates,
     "gap_by_layer": gap_by_layer,
-    "paper_training": paper_training,
     "generation": generation,
     "speedups": speedups,
     "peers": speedups,

@@ -20,15 +20,17 @@ from flashmoe.train.shipped_routing import shipped
 from harness.tables import data_splits
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
-WARM_CAPACITIES = (0.25, 0.5)  # of starts other than cold: fewer, so that it takes minutes
+OTHER_CAPACITIES = (0.25, 0.5)  # of conditions other than cold: fewer, so that it takes minutes
+PROMPT_TOKENS = 64  # of the traces, none says which of its tokens were a prompt
 CONDITIONS = {
     "cold": Conditions(),
     "one stream": Conditions(warm=True),
     "8 interleaved": Conditions(warm=True, interleaved=8),
+    "cold, sequential": Conditions(sequential=True),
+    "cold, decode only": Conditions(decode_only=True, prompt_tokens=PROMPT_TOKENS),
 }
 OTHERS = ("lfu-decay:64",)  # beside every policy of the registry
-PAPER = "flashmoe-paper"  # its networks belong to the demo model, and are slow: cold starts only
-PAPER_VECTOR = "flashmoe-paper:vector"  # for 32 slots of the demo model
+PAPER = "flashmoe-paper"  # its networks belong to a model: it has tables of its own
 MOST_SEQUENCES = 30  # of a trace given from outside
 _RESAMPLES = 1000
 SEED = 20261124
@@ -52,17 +54,13 @@ class Case:
         if start == "cold":
             return True
         several = len(self.routing.names()) > 1
-        return start in self.starts and capacity in WARM_CAPACITIES and several
+        return start in self.starts and capacity in OTHER_CAPACITIES and several
 
 
-def labels(case: Case, start: str, capacity: float) -> list[str]:
-    """The policies that a part of the table has, in order."""
+def labels() -> list[str]:
+    """The policies of the table, in order."""
     names = {*policies.available(), *OTHERS}
-    if start != "cold" or case.trace != "demo":
-        names.discard(PAPER)
-    elif capacity == 0.5:
-        names.add(PAPER_VECTOR)
-    return sorted(names)
+    return sorted(names - {PAPER})
 
 
 def demo_expert_bytes() -> int:
@@ -122,12 +120,12 @@ def table(
     jobs = (
         ReplayJob(case.routing, name, capacity, CONDITIONS[start])
         for case, start, capacity in parts
-        for name in labels(case, start, capacity)
+        for name in labels()
     )
     replays = iter(list(replay_all(jobs, advance)))
     rows, layers = [], []
     for case, start, capacity in parts:
-        outcomes = {name: next(replays) for name in labels(case, start, capacity)}
+        outcomes = {name: next(replays) for name in labels()}
         columns: dict[str, Any] = {"trace": case.trace, "part": case.part}
         columns |= {"start": start, "capacity": capacity}
         rows += [columns | row for row in _rows(outcomes, case)]
@@ -138,7 +136,6 @@ def table(
 
 def _rows(outcomes: dict[str, Replay], case: Case) -> Iterator[dict[str, Any]]:
     """A row a policy. Intervals are over streams, resampled alike for every policy."""
-    tokens = len(case.routing.experts)
     counts = {name: outcome.per_stream for name, outcome in outcomes.items()}
     streams = len(counts["lru"])
     picks = np.random.default_rng(SEED).integers(0, streams, (_RESAMPLES, streams))
@@ -150,6 +147,7 @@ def _rows(outcomes: dict[str, Replay], case: Case) -> Iterator[dict[str, Any]]:
     gap = rates["belady"] - rates["lru"]
     for name, outcome in outcomes.items():
         low, high = np.percentile(sampled[name], [2.5, 97.5])
+        tokens = outcome.requests / (case.routing.n_layers * case.routing.top_k)  # that count
         misses = (outcome.requests - outcome.hits) / tokens
         row = {
             "slots": outcome.slots,
@@ -208,7 +206,7 @@ def total_events(
 ) -> int:
     """Token-layers that `table` replays, for its progress bar."""
     return sum(
-        case.routing.experts[..., 0].size * len(labels(case, start, capacity))
+        case.routing.experts[..., 0].size * len(labels())
         for case, start, capacity in _parts(cases, conditions, capacities)
     )
 

@@ -10,10 +10,12 @@ from flashmoe import trace
 from flashmoe.policies import flashmoe_paper
 from flashmoe.trace import Trace
 from flashmoe.train.learned import TrainLearned
-from flashmoe.train.paper import TrainPaper, TrainPaperVector
+from flashmoe.train.paper import TrainPaper, TrainPaperExperts, TrainPaperVector
 from flashmoe.train.shipped_routing import shipped
 from flashmoe.train.variants import variants
 from harness.tables import data_splits
+
+PAPER_SLOTS = (16, 32)  # more would make the package large
 
 
 def train_learned(outside: Iterable[Trace], path: Path, seed: int) -> None:
@@ -25,7 +27,7 @@ def train_learned(outside: Iterable[Trace], path: Path, seed: int) -> None:
 
 
 def train_paper(seed: int) -> None:
-    """Write the paper's two networks in place of those that ship, trained on the demo model."""
+    """Write the paper's networks in place of those that ship, trained on the demo model."""
     demo = data_splits.take(trace.load(flashmoe.demo_routing_path()), data_splits.TRAINED)
-    TrainPaper().run([demo], flashmoe_paper.SHIPPED, seed, print)
-    TrainPaperVector().run([demo], flashmoe_paper.SHIPPED_VECTOR, seed, print)
+    for kind in (TrainPaper, TrainPaperVector, TrainPaperExperts):
+        kind(PAPER_SLOTS).run([demo], flashmoe_paper.SHIPPED[kind.reading], seed, print)

@@ -47,6 +47,20 @@ def test_slots_are_what_an_engine_counted(capfd, tmp_path):
         assert "a layer has 1 to 64" in refused(capfd, "simulate", path, "--slots", slots)
 
 
+def test_sequential_and_decode_only_are_flags(capfd, tmp_path):
+    path = tmp_path / "part.npz"
+    recorded = trace.load(flashmoe.demo_routing_path()).first(300)
+    recorded.save(path)
+    flags = ("--sequential", "--decode-only", "--prompt-tokens", 100)
+    command = ("simulate", path, "--slots", 16, "--policy", "lru", "--json", *flags)
+    (row,) = json.loads(run(capfd, *command)[1])
+    conditions = simulate.Conditions(sequential=True, decode_only=True, prompt_tokens=100)
+    outcome = simulate.replay(recorded, "lru", 0.25, conditions)
+    assert (row["requests"], row["hits"]) == (outcome.requests, outcome.hits)
+    assert row["requests"] == (256 - 100) * 16 * 8  # the second sequence is all prompt
+    assert "give a number of prompt tokens" in refused(capfd, *command[:-2])
+
+
 def test_policies_lists_the_registry(capfd):
     status, out, _ = run(capfd, "policies")
     assert status == 0

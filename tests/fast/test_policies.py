@@ -49,6 +49,12 @@ WORKED = [
     ("lfu", "1112345", 2, [1, 4, 5]),
     # uses outlive residency: 3 comes back with its first use counted, so 1 goes before it
     ("lfu", "2211345234", 3, [2, 3, 4]),
+    # they do not outlive it here: 3 comes back with one use, so it goes when 4 comes back
+    ("lfu-in-cache", "12314", 1, [1, 3, 4]),
+    ("lfu-in-cache", "2211345234", 3, [1, 2, 4]),
+    # 3, then 4 came in last; 1 and 2 stay for good
+    ("lifo", "12314", 1, [1, 2, 4]),
+    ("lifo", "1234125", 2, [1, 2, 5]),
     # three old uses of 1 weigh less than one new one after 64 tokens, more after 8
     ("lfu-decay:2", "11123345", 3, [3, 4, 5]),
     ("lfu-decay:64", "11123345", 3, [1, 3, 5]),
@@ -125,6 +131,42 @@ def test_classical_policies_agree_with_cachetools(name, peer, n_slots):
         else:
             theirs[key] = True
     assert replay(name, n_slots, [[key] for key in requests])[0] == peer_hits
+
+
+def hits_of_lfu_in_cache(requests: list[int], n_slots: int) -> int:
+    """A dict of counts and a list in order of use: what is evicted leaves both."""
+    hits, uses, by_recency = 0, {}, []
+    for key in requests:
+        hits += key in uses
+        if key in uses:
+            by_recency.remove(key)
+        elif len(uses) == n_slots:
+            gone = min(by_recency, key=lambda k: uses[k])  # the first of equals is the oldest
+            by_recency.remove(gone)
+            del uses[gone]
+        uses[key] = uses.get(key, 0) + 1
+        by_recency.append(key)
+    return hits
+
+
+def hits_of_lifo(requests: list[int], n_slots: int) -> int:
+    hits, stack = 0, []
+    for key in requests:
+        hits += key in stack
+        if key not in stack:
+            if len(stack) == n_slots:
+                stack.pop()
+            stack.append(key)
+    return hits
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("lfu-in-cache", hits_of_lfu_in_cache), ("lifo", hits_of_lifo)]
+)
+@settings(deadline=None)
+@given(requests=st.lists(st.integers(0, 9), max_size=60), n_slots=st.integers(1, 6))
+def test_policies_without_a_peer_agree_with_plain_python(name, plain, requests, n_slots):
+    assert replay(name, n_slots, [[key] for key in requests])[0] == plain(requests, n_slots)
 
 
 def left_of_shared(name: str, rows: list[tuple[int, int]]) -> list[int]:

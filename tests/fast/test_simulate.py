@@ -63,6 +63,95 @@ def test_lru_equals_a_longhand_replay(warm, shared):
     assert outcome.requests == recorded.experts.size
 
 
+def plain_replay(
+    recorded: Trace, slots: int, policy: str, *, sequential: bool, prompt: int, warm: bool
+) -> list[tuple[int, int]]:
+    """Requests and hits of each sequence, of "lru" or "fifo", by one list a layer."""
+    counted = [[0, 0] for _ in recorded.sequences()]
+    for layer in range(recorded.n_layers):
+        order: list[int] = []  # who goes first comes first
+        for number, (_, tokens) in enumerate(recorded.sequences()):
+            order = order if warm else []
+            for position, token in enumerate(range(tokens.start, tokens.stop)):
+                chosen = recorded.experts[token, layer].tolist()
+                if position == prompt - 1:  # before the prompt's last token, which misses nothing
+                    order = [expert for expert in order if expert in chosen]
+                groups = [[expert] for expert in chosen] if sequential else [chosen]
+                for group in groups:
+                    if position >= prompt:
+                        counted[number][0] += len(group)
+                        counted[number][1] += sum(expert in order for expert in group)
+                    missing = [expert for expert in group if expert not in order]
+                    if policy == "lru":  # a stable sort: of one token, the longest resident first
+                        order.sort(key=group.__contains__)
+                    for expert in missing:
+                        if len(order) == slots:
+                            order.remove(next(e for e in order if e not in group))
+                        order.append(expert)
+    return [(requests, hits) for requests, hits in counted]
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("sequential", "prompt"), [(True, 0), (False, 5), (True, 5)])
+def test_sequential_and_decode_only_equal_a_plain_replay(policy, warm, sequential, prompt):
+    recorded = random_trace()
+    conditions = Conditions(
+        warm, sequential=sequential, decode_only=prompt > 0, prompt_tokens=prompt or None
+    )
+    outcome = simulate.replay(recorded, policy, 0.4, conditions)
+    plain = plain_replay(
+        recorded, outcome.slots, policy, sequential=sequential, prompt=prompt, warm=warm
+    )
+    assert [tuple(row) for row in outcome.per_stream.tolist()] == plain
+
+
+def test_a_prompt_is_what_the_trace_records_before_single_tokens():
+    whole = random_trace(tokens=12)
+    step = np.array([0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7], np.int32)
+    recorded = replace(whole, sequence=np.array([0] * 7 + [1] * 5, np.int32), step=step)
+    lengths = [
+        simulate.prompt_length(recorded, tokens, Conditions(decode_only=True))
+        for tokens in simulate.streams(recorded)
+    ]
+    assert lengths == [5, 2]
+    outcome = simulate.replay(recorded, "lru", 0.5, Conditions(decode_only=True))
+    assert outcome.per_stream[:, 0].tolist() == [2 * 9, 3 * 9]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_after_a_prompt_every_policy_has_the_last_token_resident(sequential):
+    """The first decoded token repeats the prompt's last one: all of it hits, whatever the policy.
+
+    And no other does: the second decoded token has the prompt's first experts, which have left.
+    """
+    rows = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8], [0, 1, 2]]
+    experts = np.array(rows, np.uint8)[:, None]
+    recorded = Trace(experts, np.zeros(5, np.int32), 9)
+    conditions = Conditions(sequential=sequential, decode_only=True, prompt_tokens=3)
+    for name in policies.available():
+        if "bypass" not in name:
+            outcome = simulate.replay(recorded, name, 1.0, conditions)
+            assert (outcome.requests, outcome.hits) == (6, 3), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sequential": True, "as_recorded": True}, "no recorded passes"),
+        ({"decode_only": True, "interleaved": 8}, "one sequence after another"),
+        ({"decode_only": True, "as_recorded": True}, "single tokens"),
+        ({"prompt_tokens": 3}, "is for decode only"),
+        ({"decode_only": True, "prompt_tokens": 0}, "at least 1 token"),
+        ({"decode_only": True}, "does not say how long its prompts are"),
+        ({"decode_only": True, "prompt_tokens": 60}, "no sequence is longer than its prompt"),
+    ],
+)
+def test_conditions_that_make_no_sense_are_one_sentence(settings, said):
+    with pytest.raises(FlashMoEError, match=said):
+        simulate.replay(random_trace(), "lru", 0.5, Conditions(**settings))
+
+
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_real_routing_behaves_as_real_routing(path):
     """On 1,000 real tokens: more slots hit more, nobody beats Belady, frequency beats random."""

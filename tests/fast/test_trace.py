@@ -131,3 +131,12 @@ def test_an_array_that_claims_more_than_there_is(tmp_path):
         archive.writestr("experts.npy", pickle.dumps([1]))
     with pytest.raises(plain_npz.UnreadableError, match="without pickled objects"):
         plain_npz.read(path)
+
+
+def test_heads_are_the_first_tokens_of_each_sequence():
+    experts = np.arange(7, dtype=np.uint8)[:, None, None]
+    sequence = np.array([0, 0, 0, 1, 2, 2, 2], np.int32)
+    recorded = Trace(experts, sequence, 7, weights=experts.astype(np.float16))
+    heads = recorded.heads(2)
+    assert heads.experts[:, 0, 0].tolist() == heads.weights[:, 0, 0].tolist() == [0, 1, 3, 4, 5]
+    assert heads.sequence.tolist() == [0, 0, 1, 2, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import flashmoe
@@ -12,7 +13,7 @@ from flashmoe.cli import main
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.parts import policy_file
 from flashmoe.trace import Trace
-from flashmoe.train import paper, shipped_routing
+from flashmoe.train import paper, paper_rows, shipped_routing
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +43,75 @@ def test_training_learns_something_and_its_file_runs(short_traces, tmp_path, mon
     assert about["trained on"][-len(shipped) :] == shipped  # so that it keeps what they taught
 
 
-@pytest.mark.parametrize("kind", ["paper", "paper-vector"])
-def test_the_papers_networks_train_and_run(kind, short_traces, tmp_path, monkeypatch):
-    monkeypatch.setattr(paper, "EVICTIONS", 40)
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("kind", ["paper", "paper-vector", "paper-experts"])
+def test_the_papers_networks_train_and_run(kind, sequential, short_traces, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "ROWS", 300)
     monkeypatch.setattr(paper, "EPOCHS", 3)
     out = tmp_path / "paper.safetensors"
-    report = train.kinds()[kind]().run([trace.load(short_traces)], out, 0, lambda line: None)
-    losses = [loss for loss, _ in report["curve"]]
-    assert losses[-1] < losses[0]
+    training = train.kinds()[kind]((8, 16, 32), sequential)
+    report = training.run([trace.load(short_traces)], out, 0, lambda line: None)
+    choices = [16, 32] if not sequential else [8, 16, 32]  # an event of 8 leaves no choice with 8
+    assert list(report["curves"]) == ([64] if kind == "paper-experts" else choices)
+    for curve in report["curves"].values():
+        assert curve[-1][0] < curve[0][0]
     small = trace.load(short_traces).select([0])
-    assert simulate.replay(small, f"flashmoe-paper:{out}", 0.5).hit_rate > 0.5
-    if kind == "paper-vector":
-        with pytest.raises(FlashMoEError, match="are for 32 slots, not 16"):
-            simulate.replay(small, f"flashmoe-paper:{out}", 0.25)
+    conditions = simulate.Conditions(sequential=sequential)
+    rates = [
+        simulate.replay(small, policy, 0.5, conditions).hit_rate
+        for policy in (f"flashmoe-paper:{out}", "belady")
+    ]
+    assert 0.5 < rates[0] < rates[1]
+
+
+def plain_evictions(rows, slots):
+    """Of single requests, by lists: (age and uses of each slot's expert), victim's slot, most."""
+    resident, arrival, seen = [], [], []
+    for now, key in enumerate(rows):
+        if key in resident:
+            continue
+        if len(resident) < slots:
+            resident.append(key)
+            arrival.append(now)
+            continue
+        past = []
+        for other in resident:
+            uses = [t for t in range(now) if rows[t] == other]
+            past.append((now - max(uses), len(uses)))
+        due = [[*rows[now + 1 :], other].index(other) for other in resident]
+        # of those that are never used again, the longest resident
+        victim = max(range(slots), key=lambda slot: (due[slot], -arrival[slot]))
+        seen.append((past, victim, max(rows[: now + 1].count(other) for other in rows)))
+        resident[victim], arrival[victim] = key, now
+    return seen
+
+
+def test_the_rows_are_belady_evictions_and_next_uses():
+    rng = np.random.default_rng(3)
+    rows = np.minimum(rng.geometric(0.3, 80) - 1, 7).tolist()
+    recorded = Trace(np.array(rows, np.uint8)[:, None, None], np.zeros(80, np.int32), 8)
+    conditions, streams = simulate.Conditions(), simulate.streams(recorded)
+    seen = plain_evictions(rows, 3)
+    vectors = paper_rows.of_vector(recorded, streams, 3, 1000, conditions)
+    assert vectors.n_watched == vectors.x.shape[1] == len(seen)
+    for x, target, (past, victim, most) in zip(vectors.x[0], vectors.target[0], seen, strict=True):
+        expected = [number for age, uses in past for number in (1 / (age + 1), uses / most)]
+        np.testing.assert_allclose(x, expected, rtol=1e-6)
+        assert target.tolist() == np.eye(3)[victim].tolist()
+    scorers = paper_rows.of_scorer(recorded, streams, 3, 1000, conditions)
+    assert scorers.weight.sum() == 3 * len(seen)
+    assert (scorers.weight * scorers.target).sum() == pytest.approx(len(seen), rel=1e-5)
+    steps = paper_rows.of_experts(recorded, streams, 3, 1000, conditions)
+    for now in (0, 10, 79):
+        ahead = [[*rows[now + 1 :], *[None] * 9, key].index(key) + 1 for key in range(8)]
+        expected = [(min(distance, 6) - 1) / 5 for distance in ahead]  # 6 of 8 is the horizon
+        np.testing.assert_allclose(steps.target[0, now], expected, rtol=1e-6)
+
+
+def test_no_network_is_trained_where_nothing_is_chosen(short_traces, tmp_path):
+    recorded = trace.load(short_traces)
+    with pytest.raises(FlashMoEError, match="leave no choice with 8, 64 slots"):
+        paper.TrainPaper((8, 64)).run([recorded], tmp_path / "p.safetensors", 0, print)
 
 
 @pytest.mark.parametrize(
