@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 GAP_POLICIES = ("lfu", "lfu-decay", "arc", "s3-fifo", "lecar", "learned")
-RATE_POLICIES = ("lru", "lfu", "lfu-decay", "learned", "belady")
+RATE_POLICIES = ("lru", "lfu", "lfu-decay", "learned", "belady", "belady-bypass")
 COMPARED_CAPACITIES = (0.25, 0.5)  # of which every start has rows
 
 

@@ -74,6 +74,7 @@ POLICIES = {  # the plot's selection of the zoo; the tables have all
     "lecar": "#937860",
     "learned": "#c44e52",
     "belady": "black",
+    "belady-bypass": "dimgrey",
 }
 
 
@@ -92,7 +93,7 @@ def hit_rates(rows: pd.DataFrame, folder: Path, name: str) -> None:
             line = case[case.policy == policy].set_index("capacity")
             if not len(line):
                 continue
-            style = "--" if policy == "belady" else "-"
+            style = {"belady": "--", "belady-bypass": ":"}.get(policy, "-")
             axis.plot(
                 line.index * 100, (line.hit_rate - lru) * 100, style, marker="o", markersize=3,
                 label=policy, color=colour, linewidth=2 if policy == "learned" else 1.2,

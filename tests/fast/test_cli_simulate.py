@@ -20,7 +20,7 @@ def test_simulate_prints_every_policy_and_capacity(capfd, tmp_path):
     trace.load(flashmoe.demo_routing_path()).first(600).save(path)
     arguments = ["simulate", path, "--capacity", 0.25, 0.5, "--policy"]
     names = [name for name in policies.available() if "bypass" not in name]
-    status, out, _ = run(capfd, *arguments, *names, "--json")
+    status, out, _ = run(capfd, *arguments, *names, "--no-bypass", "--json")
     rows = json.loads(out)
     assert status == 0
     assert {(row["policy"], row["capacity"]) for row in rows} == {
@@ -59,6 +59,17 @@ def test_sequential_and_decode_only_are_flags(capfd, tmp_path):
     assert (row["requests"], row["hits"]) == (outcome.requests, outcome.hits)
     assert row["requests"] == (256 - 100) * 16 * 8  # the second sequence is all prompt
     assert "give a number of prompt tokens" in refused(capfd, *command[:-2])
+
+
+def test_what_is_read_is_kept_where_bypass_is_refused(capfd, tmp_path):
+    path = tmp_path / "part.npz"
+    trace.load(flashmoe.demo_routing_path()).first(100).save(path)
+    arguments = ("simulate", path, "--slots", 12.5, "--policy", "lru", "learned", "--json")
+    rows = [json.loads(run(capfd, *arguments, *more)[1]) for more in ((), ("--no-bypass",))]
+    (lru, learned), (lru_without, learned_without) = rows
+    assert lru["hits"] == lru_without["hits"]
+    assert learned["hits"] != learned_without["hits"]
+    assert lru["slots"] == 12.5
 
 
 def test_policies_lists_the_registry(capfd):
