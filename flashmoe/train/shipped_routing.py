@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import flashmoe
 from flashmoe import trace
 from flashmoe.trace import Trace
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 def shipped() -> Iterator[tuple[str, Trace]]:
     """By name: the demo model's, and that of small models of other geometries."""
-    yield "demo", trace.load(flashmoe.demo_routing_path())
-    for path in sorted(Path(flashmoe.__file__).parent.glob("routing/*.npz")):
+    yield "demo", trace.load(_PACKAGE / "demo" / "routing.npz")
+    for path in sorted(_PACKAGE.glob("routing/*.npz")):
         yield path.stem, trace.load(path)
