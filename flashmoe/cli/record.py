@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
         stats = session.engine.stats()
     finally:
         session.close()
+    counted = {name: stats[name] for name in ("policy", "bypass_slots", "requests", "hits")}
+    trace.info |= counted | {"slots": stats["slots_per_layer"]}  # what a replay needs, and gives
     trace.save(arguments.out)
     print(
         f"{arguments.out}: {len(trace.experts)} tokens x {trace.n_layers} layers x top-"

@@ -80,7 +80,7 @@ def test_a_cluster_gathers_the_same_decisions(short_trace, cluster):
         there = gather(short_trace, 500, 1)
     assert len(here.features) > 100
     assert (here.features == there.features).all()
-    assert (here.distance_gaps == there.distance_gaps).all()
+    assert (here.waits == there.waits).all()
 
 
 def test_jobs_run_on_the_clusters_workers(cluster):

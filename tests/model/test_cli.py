@@ -93,11 +93,13 @@ def test_record_then_simulate_gives_the_engines_hits(capfd, demo_store, tmp_path
         atol=1e-3,
     )
     status, json_out, _ = run(
-        capfd, "simulate", out, "--policy", "learned", "--capacity", 12 / 64, "--warm",
+        capfd, "simulate", out, "--policy", "learned", "--slots", recorded.info["slots"], "--warm",
         "--as-recorded", "--json",
     )  # fmt: skip
     (row,) = json.loads(json_out)
-    assert (status, row["slots"]) == (0, 12)
+    # 9 MiB are 12 slots a layer; half of one in each of 16 layers is for bypass
+    assert (status, row["slots"], recorded.info["bypass_slots"]) == (0, 11.5, 8)
+    assert (row["requests"], row["hits"]) == (recorded.info["requests"], recorded.info["hits"])
     assert f"{row['hits']} hits of {row['requests']}" in said
 
 
@@ -171,7 +173,7 @@ def test_the_default_budget_is_what_memory_is_free(capfd, demo_store, tmp_path, 
     monkeypatch.setattr("flashmoe.engines.follower.Follower.start", lambda _: None)
     options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--json")
     status, out, _ = run(capfd, "generate", demo_store, *options)
-    assert (status, json.loads(out)["stats"]["slots_per_layer"]) == (0, 12)
+    assert (status, json.loads(out)["stats"]["slots_per_layer"]) == (0, 11.5)
     (tmp_path / "p.txt").write_text(PROMPT)
     monkeypatch.setattr("flashmoe.memory.free_memory.budget_bytes", lambda *_: 1 << 10)
     options = ("--prompts", tmp_path / "p.txt", "--out", tmp_path / "t.npz")
