@@ -85,14 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
                 "names": list(prompts),
             },
         )
-        stats = session.engine.stats()
+        counted = session.engine.snapshot().for_replay()
     finally:
         session.close()
-    counted = {name: stats[name] for name in ("policy", "bypass_slots", "requests", "hits")}
-    trace.info |= counted | {"slots": stats["slots_per_layer"]}  # what a replay needs, and gives
+    trace.info |= counted
     trace.save(arguments.out)
     print(
         f"{arguments.out}: {len(trace.experts)} tokens x {trace.n_layers} layers x top-"
-        f"{trace.top_k} of {trace.n_experts}; the engine counted {stats['hits']} hits of "
-        f"{stats['requests']}"
+        f"{trace.top_k} of {trace.n_experts}; the engine counted {counted['hits']} hits of "
+        f"{counted['requests']}"
     )

@@ -74,3 +74,10 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """By name, `misses` and `hit_rate` included."""
         return asdict(self) | {"misses": self.misses, "hit_rate": self.hit_rate}
+
+    def for_replay(self) -> dict[str, Any]:
+        """What a trace of the run says of it, so that a replay gives the same hits."""
+        return {
+            "policy": self.policy, "slots": self.slots_per_layer,
+            "bypass_slots": self.bypass_slots, "requests": self.requests, "hits": self.hits,
+        }  # fmt: skip

@@ -145,10 +145,10 @@ def _watch(
     trace: Trace, tokens: np.ndarray, layer: int, capacity: float, room: int, skip: int, seed: int
 ) -> Decisions:
     """Those of one stream at one layer, about `room` rows at most, of one in `skip` evictions."""
-    scope = Scope(trace.n_experts, trace.top_k, 1, layer, trace.n_layers)
+    layers = range(layer, layer + 1)
     slots = simulate.slots_for(trace, capacity)
-    events = simulate.events_of(trace, tokens, range(layer, layer + 1))
-    teacher = Teacher(scope, slots, room + slots, skip, seed)
+    events = simulate.events_of(trace, tokens, layers)
+    teacher = Teacher(simulate.scope_of(trace, layers), slots, room + slots, skip, seed)
     teacher.foresee(events)
     ExpertCache(teacher).replay(events)
     written = teacher.counts[ROWS]

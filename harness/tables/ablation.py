@@ -79,7 +79,8 @@ def hit_rate(routing: Trace, policy: str, network: Network) -> float:
 def print_table(folder: Path) -> None:
     """A row for each group of features and of traces, a column for each held-out part."""
     cases = hit_rates.outside_cases(folder)
-    wholes = dict(shipped())
+    small = dict(shipped())
+    wholes = dict(small)
     for path in sorted(folder.glob("*.npz")):
         whole = trace.load(path)
         if any(data_splits.part_of(name) == data_splits.UNSEEN_DOMAIN for name in whole.names()):
@@ -102,7 +103,7 @@ def print_table(folder: Path) -> None:
 
     for label, prefixes in GROUPS.items():
         row(label, list(parts), prefixes)
-    real = [name for name in parts if name not in dict(shipped())]
+    real = [name for name in parts if name not in small]
     row("the small models' routing", real, ())
     row("the real model's routing", [name for name in parts if name not in real], ())
     row("all but the demo model's", ["demo"], ())

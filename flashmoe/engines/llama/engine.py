@@ -198,10 +198,7 @@ class LlamaEngine(Engine):
             raise FlashMoEError("no trace: call record() before what is to be recorded")
         with self.lock:
             self._read_log()
-        stats = self.snapshot()
-        counts = {"policy": stats.policy, "slots": stats.slots_per_layer}
-        counts |= {"bypass_slots": stats.bypass_slots}
-        counts |= {"requests": stats.requests, "hits": stats.hits}
+        counts = self.snapshot().for_replay()
         return self._recorder.trace({"model": self.path.name} | counts | info)
 
     def close(self) -> None:
