@@ -40,10 +40,13 @@ _COLUMNS = (
 def measure(command: str, into: Path, minutes: float = MINUTES) -> Path:
     """Measure the machine, and the drive that holds `into`; the datapoint's path in there.
 
-    Raises FlashMoEError where fio is missing or nothing can be capped, and where what came out
-    would be refused.
+    Raises FlashMoEError, at once where it can, where what came out would be refused, where fio is
+    missing, or where nothing can be capped.
     """
     until = time.monotonic() + 60 * minutes * _BEGIN_SHARE
+    gathered = provenance.gather(command, into)
+    if gathered["uncommitted_changes"]:
+        raise FlashMoEError("this code differs from its commit: a datapoint needs a clone as it is")
     if ssd.fio_path() is None:
         raise FlashMoEError("fio is missing: install it (for example `sudo apt install fio`)")
     with memory_cap(1 << 30) as cap:
@@ -56,7 +59,7 @@ def measure(command: str, into: Path, minutes: float = MINUTES) -> Path:
         comparison = replace(full_scale.QUICK, caps=CAPS, rounds=ROUNDS, until=until)
         full_scale.full_scale(work, command, comparison)
         table = report.read(work, full_scale.title_of("speedups", comparison.model, "none"))
-        datapoint = assemble(table, about, provenance.gather(command, work))
+        datapoint = assemble(table, about, gathered)
     if why := next(check.faults(datapoint), None):
         raise FlashMoEError(f"no datapoint is written, as it would be refused: {why}")
     return files.write(datapoint, into)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from flashmoe.errors import FlashMoEError
+from harness import check as whole_check
 from harness.__main__ import main
 from harness.datapoints import check, files, machine, measure
 from harness.report import provenance, report
@@ -204,6 +205,16 @@ def test_the_command_refuses_with_a_sentence_and_accepts_with_one(tmp_path, caps
         main(["datapoint", "--check", "--minutes", "3"])
 
 
+def test_ci_refuses_what_lies_in_the_results(monkeypatch, results):
+    for other in ("_hit_rates", "_full_scale", "_servers", "_engine"):
+        monkeypatch.setattr(whole_check, other, lambda: [])
+    path = files.write(PLAIN, files.folder())
+    whole_check.check()
+    path.rename(path.with_name("mine.json"))
+    with pytest.raises(FlashMoEError, match=rf"\n  mine.json: .* must be called {path.name}"):
+        whole_check.check()
+
+
 def made_up_table() -> pd.DataFrame:
     """As `full_scale` writes it, with columns that a datapoint does not have."""
     of_runs = {
@@ -232,10 +243,12 @@ def test_a_measurement_becomes_a_file_that_is_accepted(tmp_path, monkeypatch, re
     monkeypatch.setattr(measure, "_FIO_SECONDS", 0.1)
     small = partial(ssd.test_file, size_bytes=32 << 20)
     monkeypatch.setattr(measure.ssd, "test_file", small)
-    known = provenance.gather("python -m harness datapoint", tmp_path)
-    monkeypatch.setattr(
-        measure.provenance, "gather", lambda *_: known | {"uncommitted_changes": False}
-    )
+    as_gathered = provenance.gather("python -m harness datapoint", tmp_path)
+    monkeypatch.setattr(measure.provenance, "gather", lambda *_: as_gathered)
+    with pytest.raises(FlashMoEError, match="differs from its commit"):
+        as_gathered["uncommitted_changes"] = True
+        measure.measure("python -m harness datapoint", tmp_path)
+    as_gathered["uncommitted_changes"] = False
     if measure.ssd.fio_path() is None:
         pytest.skip("fio is missing")
     with measure.memory_cap(1 << 30) as cap:

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from harness.report import pages
 from harness.runs import disturbance
 from harness.runs.disturbance import OTHERS_SHARE, SLOWDOWN, Repeater, Watch
+from harness.runs.job import Job
+from harness.tables import speedups
 
 CORES = sorted(os.sched_getaffinity(0))
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -196,3 +198,48 @@ def test_a_page_shows_which_speed_was_disturbed():
     frame = pd.DataFrame(rows)
     assert pages._speeds(frame) == ["1.9, disturbed", "1", "out of memory"]
     assert pages._speeds(frame.drop(columns="disturbed"))[0] == "1.9"
+
+
+def table_run(job: Job, **figures: object) -> dict[str, object]:
+    """What `run_alone` gives of a system without counts of its own."""
+    return {
+        "system": job.system, "outcome": "ok", "cap_bytes": None, "memory_bytes": None,
+        "read_limit_bytes_per_second": None, "peak_memory_bytes": 1, "slots": None, "shared": None,
+        "tokens_per_second": 1.0, "tokens": 1, "token_ids": [1, 2], "prompt_tokens": 1,
+    } | figures  # fmt: skip
+
+
+def test_a_table_keeps_and_notes_one_run_of_each_round(tmp_path, monkeypatch):
+    """And an interrupted one takes the kept run from there, with what it says of it."""
+    speeds = iter([(0.9, 1.0), (0.0, 7.0), (0.9, 2.0), (0.5, 3.0), (0.7, 1.0)])
+
+    def run_alone(job):
+        share, speed = next(speeds)
+        return table_run(job, others_share=share, tokens_per_second=speed)
+
+    monkeypatch.setattr(speedups, "run_alone", run_alone)
+    jobs = [Job(name, Path("c"), Path("s"), 0, "", 1) for name in ("flashmoe", "fiddler")]
+    journal = tmp_path / "kept.jsonl"
+    for _ in range(2):
+        rows = speedups.table(jobs, 1, None, str, repeater(), journal)
+        assert [row["tokens_per_second"] for row in rows] == [7.0, 3.0]
+        assert [row["disturbed"] for row in rows] == [False, True]
+        assert [row["others_share"] for row in rows] == [0.0, 0.5]
+        assert len(journal.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("until", "rounds"), [(None, 3), (100.0, 2), (60.0, 1), (15.0, 1)])
+def test_no_run_begins_when_the_time_is_over(monkeypatch, until, rounds):
+    """Each run takes 20 seconds here: two of them are a round."""
+    now = [0.0]
+
+    def run_alone(job):
+        now[0] += 20
+        return table_run(job)
+
+    monkeypatch.setattr(speedups, "run_alone", run_alone)
+    monkeypatch.setattr(speedups.time, "monotonic", lambda: now[0])
+    jobs = [Job(name, Path("c"), Path("s"), 0, "", 1) for name in ("flashmoe", "fiddler")]
+    rows = speedups.table(jobs, 3, None, str, repeater(), until=until)
+    assert len(rows) == (1 if until == 15 else 2)
+    assert {row["rounds"] for row in rows} == {rounds}
