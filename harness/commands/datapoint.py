@@ -35,5 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from harness.datapoints import measure
 
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise FlashMoEError(f"{arguments.out} is a file: name a folder by --out")
     minutes = arguments.minutes or measure.MINUTES
     print(measure.measure(arguments.command_line, arguments.out or files.folder(), minutes))

@@ -203,6 +203,8 @@ def test_the_command_refuses_with_a_sentence_and_accepts_with_one(tmp_path, caps
         main(["datapoint", "--check", str(good), str(bad)])
     with pytest.raises(FlashMoEError, match="measures nothing"):
         main(["datapoint", "--check", "--minutes", "3"])
+    with pytest.raises(FlashMoEError, match="is a file: name a folder"):
+        main(["datapoint", "--out", str(good)])
 
 
 def test_ci_refuses_what_lies_in_the_results(monkeypatch, results):
