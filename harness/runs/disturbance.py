@@ -1,8 +1,9 @@
 """How disturbed a machine was while something was measured on it, and what is measured again.
 
 A run is disturbed when others had more than a tenth of the cores' time, or when a fixed product
-just before or after it took half as long again as its least: a shared virtual machine that has
-nothing else to do stays below either, and a program that computes on one of two cores does not.
+just before or after it took half as long again as its least. The services of a machine that does
+nothing else take a hundredth or two of two cores; a program that computes on one of them takes
+half, and a host that gives its cores to others as well doubles what a product takes.
 
 What else is counted says how it was, and decides nothing: threads of a run that wait for each
 other's cores are a part of that run. Imports nothing heavy: peers have environments of their own.
