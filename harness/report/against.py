@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 
@@ -100,7 +100,9 @@ def _tables(
             low, high = _band(row, ratio, value)
             low, high = low * (1 - by), high * (1 + by)
             why = _why_not(mine, own, row, ratio)
-            told = NOT_COMPARED if why else WITHIN if low <= here <= high else OUTSIDE
+            told = NOT_COMPARED
+            if not why and here is not None:
+                told = WITHIN if low <= here <= high else OUTSIDE
             yield Compared(name, key, ratio, value, low, high, here, told, why)
 
 
@@ -153,13 +155,13 @@ def _add_ranges(rows: list[dict[str, Any]]) -> None:
 def _band(row: dict[str, Any], ratio: str, value: float) -> tuple[float, float]:
     """The least and the most of the rounds; the value alone where a table has no range of it."""
     ends = [row.get(name) for name in _RANGES.get(ratio, (f"{ratio}_min", f"{ratio}_max"))]
-    low, high = (end if _is_number(end) else value for end in ends)
-    return min(low, value), max(high, value)
+    known = [end for end in ends if _is_number(end)]
+    return min([value, *known]), max([value, *known])
 
 
 def _differ(a: Any, b: Any) -> bool:
     return _is_number(a) and _is_number(b) and bool(a != b)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
