@@ -21,6 +21,8 @@ from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
+from harness.datapoints import check as datapoint_check
+from harness.datapoints import files as datapoint_files
 from harness.demo.prompts import PROMPTS
 from harness.progress import say
 from harness.report import report
@@ -35,6 +37,7 @@ _BYPASS_SINCE = "2026-11-29"  # of hit-rate tables, which do not tell otherwise
 def check() -> None:
     """Raises FlashMoEError listing every figure that this code does not reproduce."""
     wrong = [*_hit_rates(), *_full_scale(), *_servers(), *_engine(), *_provenance()]
+    wrong += datapoint_check.refused(datapoint_files.committed())
     if wrong:
         raise FlashMoEError("results do not reproduce:\n  " + "\n  ".join(wrong))
     say("the committed results reproduce")
@@ -217,7 +220,9 @@ def _engine() -> Iterator[str]:
 
 def _provenance() -> Iterator[str]:
     """Each table stands beside a record of where it came from, and a committed run made it."""
-    for folder in (path for path in report.RESULTS.iterdir() if path.is_dir()):
+    for folder in report.RESULTS.iterdir():
+        if not folder.is_dir() or folder.name == datapoint_files.FOLDER_NAME:
+            continue
         path = folder / "provenance.json"
         if not path.exists():
             yield f"{folder.name} has no provenance.json"

@@ -14,7 +14,8 @@ from flashmoe.util.progress import count_bar
 from harness.demo.prompts import PROMPTS
 from harness.progress import say
 from harness.report import provenance, report
-from harness.runs import ssd
+from harness.runs import disturbance, ssd
+from harness.runs.disturbance import Repeater
 from harness.runs.job import Job
 from harness.tables import (
     full_scale,
@@ -111,9 +112,9 @@ def run_generation(folder: Path, command: str) -> None:
         )
         _untimed(folder, store)
         drive = speedups.drive_of(store, FIO_SECONDS)
-        rows = speedups.table(
-            speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS), QUICK_ROUNDS, drive, say
-        )
+        jobs = speedups.jobs_for(base, DEMO_SLOTS, COMPARED_SLOTS)
+        repeater = Repeater(disturbance.QUICK_AGAIN_SECONDS, say)
+        rows = speedups.table(jobs, QUICK_ROUNDS, drive, say, repeater)
     report.write(folder, "generation", rows)
     report.record(folder, "generation", command)
 
@@ -140,15 +141,7 @@ def _on_one_core() -> None:
 
 def run_speedups(folder: Path, command: str) -> None:
     """Every system under caps, on a model small enough for it to take minutes."""
-    comparison = full_scale.Comparison(
-        "olmoe-quarter",
-        caps=full_scale.QUICK_CAPS,
-        systems=full_scale.QUICK_SYSTEMS,
-        rounds=1,
-        decode_seconds=full_scale.QUICK_DECODE_SECONDS,
-        timelines=False,
-    )
-    full_scale.full_scale(folder, command, comparison)
+    full_scale.full_scale(folder, command, full_scale.QUICK)
 
 
 def reproduce(profile: str, command: str) -> Path:

@@ -125,13 +125,20 @@ def _body(name: str, frame: pd.DataFrame) -> str:
     if columns is None:
         return ""
     shown = frame[[column for column in columns if column in frame]]
-    if "outcome" in frame and "tokens_per_second" in shown:  # of a run that was killed
-        speeds = [
-            outcome if outcome != "ok" else f"{speed:.4g}"
-            for outcome, speed in zip(frame.outcome, frame.tokens_per_second, strict=True)
-        ]
-        shown = shown.assign(tokens_per_second=speeds)
+    if "outcome" in frame and "tokens_per_second" in shown:
+        shown = shown.assign(tokens_per_second=_speeds(frame))
     return markdown(shown)
+
+
+def _speeds(frame: pd.DataFrame) -> list[str]:
+    """Token/s of each row; of a run that was killed its outcome, of a disturbed one that word."""
+    disturbed = frame.disturbed.eq(True) if "disturbed" in frame else [False] * len(frame)
+    return [
+        outcome if outcome != "ok" else f"{speed:.4g}{', disturbed' if was_disturbed else ''}"
+        for outcome, speed, was_disturbed in zip(
+            frame.outcome, frame.tokens_per_second, disturbed, strict=True
+        )
+    ]
 
 
 def _origin(folder: Path, name: str) -> str:

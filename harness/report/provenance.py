@@ -32,9 +32,9 @@ def gather(command: str, folder: Path, **more: Any) -> dict[str, Any]:
             "cores": psutil.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "kernel": platform.release(),
-            "file_system": _file_system(folder),
+            "file_system": mount_of(folder)[0],
             "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-            "bf16_instructions": sorted(_flags() & {"avx512_bf16", "amx_bf16"}),
+            "bf16_instructions": sorted(flags() & {"avx512_bf16", "amx_bf16"}),
         },
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(
@@ -52,10 +52,14 @@ def machine_slug() -> str:
     Virtual processors of one name may be of two kinds: with AVX-512 torch multiplies bf16 by
     other kernels than without.
     """
-    cpu = re.sub(r"\(.*?\)|CPU|Processor|@.*", " ", cpu_name())
     memory = round(psutil.virtual_memory().total / 2**30)
     vectors = torch.backends.cpu.get_cpu_capability()
-    words = f"{cpu} {vectors} {psutil.cpu_count()}-core {memory}gib".lower()
+    return f"{slug(cpu_name())}-{vectors.lower()}-{psutil.cpu_count()}-core-{memory}gib"
+
+
+def slug(cpu: str) -> str:
+    """A processor's name as it stands in names of files: without marks, clock and what is plain."""
+    words = re.sub(r"\(.*?\)|CPU|Processor|@.*", " ", cpu).lower()
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
@@ -69,18 +73,20 @@ def _cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _flags() -> set[str]:
-    match = re.search(r"flags\s*:\s*(.+)", _cpuinfo())
+def flags() -> set[str]:
+    """What the processor can, in the kernel's words."""
+    match = re.search(r"(?:flags|Features)\s*:\s*(.+)", _cpuinfo())
     return set(match[1].split()) if match else set()
 
 
-def _file_system(folder: Path) -> str:
+def mount_of(folder: Path) -> tuple[str, str]:
+    """The file system that holds `folder`, and its device."""
     best = max(
         (p for p in psutil.disk_partitions(all=True) if _holds(p.mountpoint, folder)),
         key=lambda p: len(p.mountpoint),
         default=None,
     )
-    return best.fstype if best else "unknown"
+    return (best.fstype, best.device) if best else ("unknown", "unknown")
 
 
 def _holds(mountpoint: str, folder: Path) -> bool:

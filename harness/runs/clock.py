@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from harness.runs.disturbance import Watch
 from harness.runs.job import Job
 from harness.runs.process_usage import Usage
 
@@ -22,7 +23,7 @@ class Clock:
         self.times: list[float] = []  # from the warm-up's last token on
         self.tokens = 0
         self.warm_up_tokens = 0
-        self.usage = Usage()
+        self.usage, self.others = Usage(), Watch()
         self.started = self.first_token = time.perf_counter()
 
     def start(self) -> None:
@@ -42,6 +43,7 @@ class Clock:
         if late or self.tokens == 1 + self.job.warm_up_tokens:
             self.warm_up_tokens = self.tokens - 1
             self.on_start()
+            self.others.take()
             self.usage.take()
             self.times.append(time.perf_counter())
 
@@ -76,4 +78,4 @@ class Clock:
             "device_bytes_per_token": used.device_bytes / tokens,
             "cpu_seconds_per_token": used.cpu_seconds / tokens,
             "joules_per_token": None if used.joules is None else used.joules / tokens,
-        }
+        } | self.others.since()

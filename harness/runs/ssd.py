@@ -107,13 +107,13 @@ def working_engine(path: Path) -> str:
     raise FlashMoEError(f"fio runs none of {', '.join(ENGINES)} here")
 
 
-def random_read_speed(path: Path, block_bytes: int, seconds: float) -> float:
-    """fio's bytes a second for random reads of an existing file, at the best of two depths.
+def read_speed(path: Path, block_bytes: int, seconds: float, pattern: str = "random") -> float:
+    """fio's bytes a second for reads of an existing file, at the best of two depths.
 
     Of the store's own file: a small test file may come from the host's cache.
     """
     engine = working_engine(path)
-    rows = [fio(path, block_bytes, depth, "random", engine, seconds) for depth in (1, 4)]
+    rows = [fio(path, block_bytes, depth, pattern, engine, seconds) for depth in (1, 4)]
     return max(float(row["bytes_per_second"]) for row in rows)
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +13,18 @@ import baselines
 import flashmoe
 from flashmoe import quant
 from flashmoe.engines.transformers.checkpoints.named_models import total_bytes
-from flashmoe.engines.transformers.checkpoints.synth import synthesise, synthesise_store
+from flashmoe.engines.transformers.checkpoints.synth import synthesise_store
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency.budget import SPARES
 from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
 from harness.progress import say
 from harness.report import report
+from harness.runs import disturbance
+from harness.runs.disturbance import Repeater
 from harness.runs.isolated_run import run_alone
 from harness.runs.job import Job
-from harness.runs.page_cache import cached_bytes
-from harness.tables import speedups
+from harness.tables import random_stores, speedups
 
 ROUTING = Path(flashmoe.__file__).parent / "routing"
 
@@ -62,9 +59,6 @@ PROMPT_TOKENS = 160
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
 UNEVEN_RATIO = 1.2  # of the median token's speed to that of all, above which a run is called uneven
-QUICK_CAPS = (0.4,)  # less than that Python alone nearly fills
-QUICK_DECODE_SECONDS = 3.0
-QUICK_SYSTEMS = ("flashmoe", "fiddler", "daop", "os-paging")
 # Of a cap: Python, torch, transformers, a prompt's activations and what the allocator keeps.
 BESIDE_BYTES = 768 << 20
 FIO_SECONDS = 1.0
@@ -93,12 +87,23 @@ class Comparison:
     label: str = ""  # goes into the table's name
     scheme: str = quant.NONE  # of the experts' weights
     timelines: bool = True  # also one token with, and one without guesses
+    until: float | None = None  # on time.monotonic(): no run begins after it
 
     def __post_init__(self) -> None:
         """Raises FlashMoEError for an unknown model or system, before gigabytes are written."""
         shipped_routing(self.model)
         for system in self.systems:
             baselines.get(system)
+
+
+QUICK = Comparison(
+    "olmoe-quarter",
+    caps=(0.4,),  # with less, Python alone nearly fills it
+    systems=("flashmoe", "fiddler", "daop", "os-paging"),
+    rounds=1,
+    decode_seconds=3.0,
+    timelines=False,
+)
 
 
 def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
@@ -109,7 +114,13 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         home = comparison.stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
-            _write_store(folder, name, comparison.scheme, checkpoint, store)
+            say(f"writing {name} with random weights")
+            # the reference run needs the checkpoint; `accelerate-disk` alone would besides
+            if fits(total_bytes(name)) and comparison.scheme == quant.NONE:
+                packing = random_stores.write_through_checkpoint(name, checkpoint, store)
+                report.write(folder, f"packing-{name}", [packing])
+            else:
+                synthesise_store(name, store, quant=comparison.scheme)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
         caps: list[float] = [cap_for(manifest, n) for n in comparison.slots]
@@ -129,25 +140,13 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         if fits(total) and checkpoint.exists() and not comparison.read_bytes_per_second:
             jobs.append(replace(base, system=speedups.REFERENCE))
         title = title_of("speedups", name, comparison.scheme, comparison.label)
-        rows = measure(folder, title, jobs, comparison.rounds)
+        rows = measure(folder, title, jobs, comparison.rounds, comparison.until)
         _tell_uneven(rows)
         publish_tokens(folder, title)
         source = routing.trace.stem if comparison.routing else SHIPPED
         publish(folder, title, label_rows(rows, name, source, routing, total), command)
         if comparison.timelines and speedups.OURS in comparison.systems and not comparison.label:
             _timelines(folder, name, with_cap(base, manifest, caps[len(caps) // 2]))
-
-
-def _write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
-    """A store of random weights; through a checkpoint where the reference run fits in memory."""
-    say(f"writing {name} with random weights")
-    if fits(total_bytes(name)) and scheme == quant.NONE:
-        if not checkpoint.exists():
-            synthesise(name, checkpoint)
-        say("packing it")
-        report.write(folder, f"packing-{name}", [_pack(name, checkpoint, store)])
-    else:  # `accelerate-disk` alone would need the checkpoint
-        synthesise_store(name, store, quant=scheme)
 
 
 def _tell_uneven(rows: list[dict[str, Any]]) -> None:
@@ -169,11 +168,15 @@ def title_of(kind: str, name: str, scheme: str, label: str = "") -> str:
     )
 
 
-def measure(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, title: str, jobs: list[Job], rounds: int, until: float | None = None
+) -> list[dict[str, Any]]:
     """Rows of the jobs; an interrupted table goes on where it was, until it is published."""
     short = (jobs[0].decode_seconds or DECODE_SECONDS) < DECODE_SECONDS
     drive = speedups.drive_of(jobs[0].store, FIO_SECONDS / 2 if short else FIO_SECONDS)
-    return speedups.table(jobs, rounds, drive, say, _journal(folder, title))
+    again_seconds = disturbance.QUICK_AGAIN_SECONDS if short else disturbance.AGAIN_SECONDS
+    repeater = Repeater(again_seconds, say)
+    return speedups.table(jobs, rounds, drive, say, repeater, _journal(folder, title), until)
 
 
 def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
@@ -221,16 +224,6 @@ def label_rows(
     ]
 
 
-def stores(name: str, schemes: Sequence[str], home: Path) -> dict[str, Path]:
-    """A store of each scheme in `home`, of the same random weights; written where it is not yet."""
-    paths = {scheme: home / f"store-{scheme}" for scheme in schemes}
-    for scheme, store in paths.items():
-        if not manifests.is_store(store):
-            say(f"writing {name}, {scheme}")
-            synthesise_store(name, store, quant=scheme)
-    return paths
-
-
 def against_bf16(row: dict[str, Any], plain: dict[str, Any], contents: Manifest) -> dict[str, Any]:
     """A row beside that of bf16 under the same limit: how many times as fast, median and range.
 
@@ -276,23 +269,3 @@ def _timelines(folder: Path, name: str, job: Job) -> None:
 def fits(size_bytes: float) -> bool:
     """Does this machine's memory hold so much, with some to spare?"""
     return bool(size_bytes + BESIDE_BYTES < psutil.virtual_memory().total * 0.9)
-
-
-def _pack(name: str, checkpoint: Path, store: Path) -> dict[str, Any]:
-    """`flashmoe pack` in a process of its own: how long, how much memory, what stays cached."""
-    started = time.monotonic()
-    command = [sys.executable, "-m", "flashmoe", "pack", str(checkpoint), str(store)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise FlashMoEError(f"packing {checkpoint} failed with status {process.returncode}")
-    manifest = manifests.load(store)
-    files = [store / manifest.experts_file, *checkpoint.glob("*.safetensors")]
-    return {
-        "model": name,
-        "store_bytes": manifest.experts_bytes + manifest.dense_bytes,
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
-        "page_cache_bytes": sum(map(cached_bytes, files)),
-    }

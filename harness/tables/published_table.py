@@ -9,7 +9,7 @@ from pathlib import Path
 from flashmoe import quant
 from flashmoe.store import manifest as manifests
 from harness.report import report
-from harness.tables import full_scale
+from harness.tables import full_scale, random_stores
 
 SHARES = (0.25, 0.4)
 # Of a limit, beside dense weights and experts: more than elsewhere, for the head's 200,000 words.
@@ -29,7 +29,7 @@ def speed(
     """The same bytes for experts, in shares of their published size; interleaved."""
     routing = full_scale.shipped_routing(name)
     with report.scratch(stores or folder) as work:
-        paths = full_scale.stores(name, (quant.NONE, format), stores or work)
+        paths = random_stores.of_schemes(name, (quant.NONE, format), stores or work)
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         systems = [(quant.NONE, "flashmoe"), (format, "flashmoe"), (format, "flashmoe-fast")]
         cases = [(share, *system) for share in shares for system in systems]

@@ -19,7 +19,7 @@ from harness.demo.describe import EVALUATED_TOKENS, perplexity
 from harness.progress import say
 from harness.report import report
 from harness.runs.budget import budget_for
-from harness.tables import full_scale
+from harness.tables import full_scale, random_stores
 
 SCHEMES = (quant.NONE, *quant.quantisers())
 CAPS = (0.25, 0.4)
@@ -38,7 +38,7 @@ def speed(
     routing = full_scale.shipped_routing(name)
     total = total_bytes(name)
     with report.scratch(stores or folder) as work:
-        paths = full_scale.stores(name, SCHEMES, stores or work)
+        paths = random_stores.of_schemes(name, SCHEMES, stores or work)
         contents = {scheme: manifests.load(store) for scheme, store in paths.items()}
         cases = [(share, scheme) for share in caps for scheme in SCHEMES]
         jobs = [

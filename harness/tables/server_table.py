@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import gguf
 import numpy as np
@@ -17,7 +19,8 @@ from flashmoe.engines.transformers.checkpoints.named_models import config_of
 from flashmoe.errors import FlashMoEError
 from harness.progress import say
 from harness.report import report
-from harness.runs import gguf_file, gguf_systems, ssd
+from harness.runs import disturbance, gguf_file, gguf_systems, ssd
+from harness.runs.disturbance import Repeater, Watch
 from harness.runs.gguf_systems import System, Work
 from harness.runs.gguf_systems.llama_server import PLAIN
 from harness.runs.job import FIRST_TOKEN
@@ -71,7 +74,8 @@ def server_table(
             gguf_file.write(weights, unfinished, scheme)
             unfinished.rename(model)
         prompt = REPEATING if repeating else PROMPT
-        runs = measure(model, program, chosen, caps, rounds, work, prompt)
+        repeater = Repeater(disturbance.AGAIN_SECONDS, say)
+        runs = measure(model, program, chosen, caps, rounds, work, repeater, prompt)
         title = full_scale.title_of("servers", name, scheme, "repeating" if repeating else "")
         rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
     report.write(folder, title, rows)
@@ -101,12 +105,14 @@ def measure(
     caps: Sequence[float],
     rounds: int,
     traces: Path,
+    repeater: Repeater,
     prompt: tuple[int, ...] = PROMPT,
     new_tokens: int = NEW_TOKENS,
 ) -> list[Run]:
     """Every system at every cap and at none, in turn, `rounds` times; the drive asked before each.
 
-    What takes minutes runs once: a row says how many rounds it had.
+    What takes minutes runs once: a row says how many rounds it had. What was disturbed is measured
+    again by `repeater`.
 
     program: llama-server, beside which the build's other programs lie. traces: the folder where
         runs under a cap below the file's size are recorded: a run that is recorded does not stand
@@ -120,24 +126,33 @@ def measure(
     for number in range(rounds):
         for share in (*caps, None):
             cap_bytes = int(share * size) if share else None
-            recorded = traces / f"{number}-{share}.npz" if share and share < 1 else None
-            work = Work(
-                program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes, recorded
-            )
+            recorded = traces if share and share < 1 else None
+            work = Work(program.parent, model, dense_bytes, prompt, new_tokens, threads, cap_bytes)
             for system in systems:
                 if (system.name, share) in slow:
                     continue
                 say(f"round {number + 1} of {rounds}: {system.name}, cap {share or 'none'}")
-                drive = _drive(model, expert_bytes) if share else None
-                drop_all()
-                started = time.perf_counter()
-                outcome = _run(system, work)
-                if time.perf_counter() - started > REPEATED_SECONDS:
+                run = repeater.least_disturbed(
+                    partial(_attempt, system, work, recorded, expert_bytes)
+                )
+                if run["seconds"] > REPEATED_SECONDS:
                     slow.add((system.name, share))
-                say(f"{outcome['outcome']}, {outcome.get('tokens_per_second')} token/s")
+                say(f"{run['outcome']}, {run.get('tokens_per_second')} token/s")
                 about = {"cap_share": share, "cap_bytes": cap_bytes, "system": system.name}
-                runs.append(about | {"drive_bytes_per_second": drive} | outcome)
+                runs.append(about | run)
     return runs
+
+
+def _attempt(system: System, work: Work, traces: Path | None, expert_bytes: int) -> Run:
+    """One run on an empty page cache, recorded where there is a folder for traces."""
+    drive = _drive(work.model, expert_bytes) if work.cap_bytes else None
+    drop_all()
+    # of its own: the run that is kept must have made the trace that is kept
+    trace = traces / f"{uuid4().hex}.npz" if traces else None
+    watch, started = Watch(), time.perf_counter()
+    outcome = _run(system, replace(work, trace=trace))
+    taken = {"seconds": time.perf_counter() - started, "drive_bytes_per_second": drive}
+    return outcome | watch.since() | taken
 
 
 def _run(system: System, work: Work) -> Run:
@@ -153,7 +168,7 @@ def _run(system: System, work: Work) -> Run:
 def _drive(model: Path, expert_bytes: int) -> float | None:
     if ssd.fio_path() is None:
         return None
-    return ssd.random_read_speed(model, expert_bytes, full_scale.FIO_SECONDS / 2)
+    return ssd.read_speed(model, expert_bytes, full_scale.FIO_SECONDS / 2)
 
 
 def sizes(model: Path) -> tuple[int, int]:
@@ -202,6 +217,7 @@ def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
             row[name] = done[0].get(name) if done else None
         texts = [run["token_ids"] for run in done if "token_ids" in run]
         row["same_output"] = all(ids == expected for ids in texts) if texts and plain else None
+        row |= disturbance.columns(done)
         rows.append(row)
     compute_seconds = _arithmetic_seconds(rows)
     for row in rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,8 +15,9 @@ from typing import Any
 import baselines
 from flashmoe.store import manifest as manifests
 from harness.progress import Say
-from harness.runs import ssd
+from harness.runs import disturbance, ssd
 from harness.runs.budget import budget_for
+from harness.runs.disturbance import Repeater
 from harness.runs.isolated_run import Run, run_alone
 from harness.runs.job import Job
 from harness.runs.page_cache import drop_all
@@ -46,40 +49,62 @@ def drive_of(store: Path, seconds: float) -> Drive | None:
         return None
     manifest = manifests.load(store)
     path, extent_bytes = store / manifest.experts_file, manifest.layers[0].extent_bytes
-    return partial(ssd.random_read_speed, path, extent_bytes, seconds)
+    return partial(ssd.read_speed, path, extent_bytes, seconds)
 
 
 def table(
-    jobs: list[Job], rounds: int, drive: Drive | None, say: Say, journal: Path | None = None
+    jobs: list[Job],
+    rounds: int,
+    drive: Drive | None,
+    say: Say,
+    repeater: Repeater,
+    journal: Path | None = None,
+    until: float | None = None,
 ) -> list[dict[str, Any]]:
     """Run every job `rounds` times in turn; medians, spread, and the roofline of each.
 
     `drive` gives the bytes a second of random reads of the store's extents. It is asked before
     every run, and after those that stream: a shared drive's speed drifts, and the faster of the
     two counts. None: no roofline from a drive. The page cache is emptied before each run under a
-    cap, where that is allowed. `journal` is a file in which finished runs are noted, so that an
-    interrupted table goes on where it was.
+    cap, where that is allowed. `repeater` measures again what was disturbed. `journal` is a file
+    in which finished runs are noted, so that an interrupted table goes on where it was. No round
+    begins that would not end by `until`, on time.monotonic(); nor a run after it, whose row is
+    left out then.
     """
     results: list[list[Run]] = [[] for _ in jobs]
     just_now: float | None = None  # the drive's speed, where no run came since
+    ends = math.inf if until is None else until
+    round_seconds = 0.0
     for round_number in range(rounds):
+        began = time.monotonic()
+        if began + round_seconds > ends:
+            break
         for job, runs in zip(jobs, results, strict=True):
+            if not round_number and any(results) and time.monotonic() > ends:
+                break
             name = f"{round_number} {asdict(job)}"
             run = _recall(journal, name)
             if run is not None:
                 just_now = None
             else:
-                # only where it matters: Python and torch come from the disk again
-                dropped = job.cap_bytes is not None and drop_all()
-                asked = drive if job.system != REFERENCE else None
-                before = just_now or (asked() if asked else None)
-                run = run_alone(job) | {"cold": dropped}
-                just_now = drive() if drive and "bytes_per_token" in run else None
-                speeds = [speed for speed in (before, just_now) if speed]
-                run["drive_bytes_per_second"] = max(speeds, default=None)
+
+                def attempt(job: Job = job) -> Run:
+                    nonlocal just_now
+                    # only where it matters: Python and torch come from the disk again
+                    dropped = job.cap_bytes is not None and drop_all()
+                    asked = drive if job.system != REFERENCE else None
+                    before = just_now or (asked() if asked else None)
+                    run = run_alone(job) | {"cold": dropped}
+                    just_now = drive() if drive and "bytes_per_token" in run else None
+                    speeds = [speed for speed in (before, just_now) if speed]
+                    return run | {"drive_bytes_per_second": max(speeds, default=None)}
+
+                run = repeater.least_disturbed(attempt)
                 _append(journal, name, round_number, run)
             runs.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
+        round_seconds = time.monotonic() - began
+    results = [runs for runs in results if runs]
     arithmetic = [[s for run in runs if (s := _arithmetic_seconds(run))] for runs in results]
     compute = min((statistics.median(s) for s in arithmetic if s), default=0.0)
     rows = [_row(runs, compute) for runs in results]
@@ -126,7 +151,8 @@ def _in_words(run: Run) -> str:
     if run["outcome"] != "ok":
         return cap + str(run["outcome"])
     slots = "" if run["slots"] is None else f"{run['slots']:.3g} slots "
-    return f"{cap}{slots}{run['tokens_per_second']:.2f} token/s"
+    told = ", disturbed" if run.get("disturbed") else ""
+    return f"{cap}{slots}{run['tokens_per_second']:.2f} token/s{told}"
 
 
 def _arithmetic_seconds(run: Run) -> float:
@@ -195,7 +221,7 @@ def _row(runs: list[Run], compute: float) -> dict[str, Any]:
     counted = {(run["tokens"], run.get("warm_up_tokens")) for run in runs}
     row["warm_up_tokens"] = first.get("warm_up_tokens") if len(counted) == 1 else None
     row["rounds"] = len(runs)
-    return row
+    return row | disturbance.columns(runs)
 
 
 def _roofline(runs: list[Run], compute: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flashmoe.errors import FlashMoEError
 from harness import check
 from harness.report import report
 from harness.runs import gguf_file, gguf_systems, upstream_server_tests
+from harness.runs.disturbance import Repeater
 from harness.runs.gguf_systems import big_moe_on_edge
 from harness.runs.gguf_systems.llama_server import OURS, PLAIN
 from harness.tables import server_table
@@ -69,9 +70,10 @@ def test_a_row_has_the_roofline_of_its_own_bytes():
 def test_runs_under_a_cap_below_the_file_are_recorded(gguf_files, tmp_path, monkeypatch):
     monkeypatch.setattr(server_table, "drop_all", lambda: None)
     monkeypatch.setattr(server_table, "_drive", lambda model, size: None)
+    calm = Repeater(0, str, product=lambda: 1.0)
     works = []
     system = gguf_systems.System("s", lambda work: works.append(work) or {"outcome": "ok"})
-    server_table.measure(gguf_files(), Path("p"), [system], (0.5, 1, 1.5), 2, tmp_path)
+    server_table.measure(gguf_files(), Path("p"), [system], (0.5, 1, 1.5), 2, tmp_path, calm)
     recorded = [work.trace is not None for work in works]
     assert recorded == [True, False, False, False] * 2
     assert len({work.trace for work in works}) == 3
@@ -97,12 +99,13 @@ def test_who_refuses_a_limit_has_that_for_its_outcome(gguf_files, tmp_path, monk
         raise FlashMoEError("too little memory")
 
     monkeypatch.setattr(server_table, "drop_all", lambda: None)
+    calm = Repeater(0, str, product=lambda: 1.0)
     ours = gguf_systems.System("ours", refuse, is_ours=True)
-    (run,) = server_table.measure(gguf_files(), Path("p"), [ours], (), 1, tmp_path)
+    (run,) = server_table.measure(gguf_files(), Path("p"), [ours], (), 1, tmp_path, calm)
     assert run["outcome"] == "too little memory"
     with pytest.raises(FlashMoEError):  # llama.cpp itself must not fail
         llama = gguf_systems.System("llama.cpp", refuse)
-        server_table.measure(gguf_files(), Path("p"), [llama], (), 1, tmp_path)
+        server_table.measure(gguf_files(), Path("p"), [llama], (), 1, tmp_path, calm)
 
 
 def test_routers_are_solved_for_the_embeddings_that_the_file_holds(tmp_path):

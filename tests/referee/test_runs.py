@@ -18,12 +18,18 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from harness.report import plots
 from harness.runs import isolated_run
+from harness.runs.disturbance import Repeater
 from harness.runs.forced_routing import forced_routing
 from harness.runs.job import Job
 from harness.runs.memory_cap import memory_cap
 from harness.tables import speedups, text_table
 
 STREAMING = ("flashmoe", "flashmoe-lru", "flashmoe-lfu", "on-demand")
+
+
+def calm() -> Repeater:
+    """One that never finds a reason to measure again."""
+    return Repeater(0, str, product=lambda: 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def generation(tmp_path_factory):
     others = sorted(set(baselines.available()) - given)
     memory_bytes = speedups.budget_for(base.store, 16)
     jobs += [replace(base, system=name, memory_bytes=memory_bytes) for name in others]
-    rows = speedups.table(jobs, 1, lambda: 1e9, lambda text: None, folder / "kept.jsonl")
+    rows = speedups.table(jobs, 1, lambda: 1e9, str, calm(), folder / "kept.jsonl")
     return folder, base, {row["system"]: row for row in rows}
 
 
@@ -116,7 +122,7 @@ def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monk
     memory_bytes = speedups.budget_for(base.store, 16)
     known = replace(base, memory_bytes=memory_bytes, routing=flashmoe.demo_routing_path())
     fresh = replace(known, cap_bytes=1)
-    again = speedups.table([known, fresh], 1, None, lambda text: None, kept)
+    again = speedups.table([known, fresh], 1, None, str, calm(), kept)
     assert again[0]["tokens_per_second"] == rows["flashmoe"]["tokens_per_second"]
     assert again[1]["outcome"] == isolated_run.OUT_OF_MEMORY
     assert len(kept.read_text().splitlines()) == noted + 1
@@ -135,7 +141,7 @@ def test_the_drive_is_asked_before_and_after_what_streams(generation, monkeypatc
     } | runs[job.system])  # fmt: skip
     speeds = iter([1e9, 3e9, 2e9, 9e9])  # around the first, after the second, before fiddler
     jobs = [replace(base, system=name) for name in ("flashmoe", "flashmoe", "in-memory", "fiddler")]
-    first, second, *others = speedups.table(jobs, 1, lambda: next(speeds), lambda text: None)
+    first, second, *others = speedups.table(jobs, 1, lambda: next(speeds), str, calm())
     assert first["drive_bytes_per_second"] == second["drive_bytes_per_second"] == 3e9
     assert first["share_of_roofline"] == pytest.approx(1 / 3)
     assert not any("share_of_roofline" in row for row in others)
