@@ -26,15 +26,17 @@ class Drives(NamedTuple):
     waiting_bytes: Any  # int64, or a list: of reads that are under way
     seconds_a_byte: Any  # float64, or a list: of late
     errors: Any  # int64, or a list: reads that failed
+    last_failure: Any  # int64, or a list: of the last of these, see `pread.read_bytes`
     read_bytes: Any  # int64, or a list: that came
 
     @classmethod
     def lists(cls, count: int) -> Drives:
-        return cls([0] * count, [_FIRST_SECONDS_A_BYTE] * count, [0] * count, [0] * count)
+        zeros = [[0] * count for _ in range(4)]
+        return cls(zeros[0], [_FIRST_SECONDS_A_BYTE] * count, *zeros[1:])
 
     @classmethod
     def arrays(cls, count: int) -> Drives:
-        kinds = np.int64, np.float64, np.int64, np.int64
+        kinds = np.int64, np.float64, np.int64, np.int64, np.int64
         values = zip(cls.lists(count), kinds, strict=True)
         return cls(*(np.array(value, kind) for value, kind in values))
 
