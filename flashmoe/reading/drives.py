@@ -14,10 +14,10 @@ from flashmoe.util.machine_code import helper
 MOST_ERRORS = 3  # of a drive; after these only what no other drive has is read from it
 NONE = -1
 _FIRST_SECONDS_A_BYTE = 1e-9  # until a read has told
-_MEMORY = 8  # reads over which a drive's speed is averaged
+_MEMORY = 16  # reads over which a drive's speed is averaged
 # A drive that looks slow is forgiven by so much with each read that others get: were it never asked
-# again, nobody would see that it is fast now. One ten times slower is tried once in 300 reads.
-_FORGIVEN = 1 / 128
+# again, nobody would see that it is fast now. One ten times slower gets a read in 300.
+_FORGIVEN = 1 / 512
 
 
 class Drives(NamedTuple):

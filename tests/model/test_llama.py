@@ -75,7 +75,7 @@ def test_a_file_on_two_drives_is_read_from_both_and_outlives_one(gguf_files, pla
     result = llama_process.run("llama_drives.py", model=str(gguf_files()), prompts=PROMPTS)
     assert all(answers == plain("olmoe", "int4") for answers in result["answers"])
     first, second = result["spread"]
-    assert 0.4 < first / (first + second) < 0.6
+    assert 0.1 < first / (first + second) < 0.9  # reads are small, and both on one drive
     assert 3 <= result["failed reads"] <= 3 + 8  # each thread may have one under way
     once, alone = (line for line in result["said"] if "copy of it.gguf" in line)
     assert "a read failed (Input/output error); the other copy is read in its place" in once
