@@ -38,6 +38,8 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "server_tests": ("test", "plain", "flashmoe", "same"),
     "drives": ("what", "layout", "bytes_per_second", "tokens_per_second", "over_one_drive",
                "over_one_drive_min", "second_drive_share", "same_output"),
+    "storage": ("storage", "cap_share", "system", "hit_rate", "bytes_per_token",
+                "tokens_per_second", "share_of_roofline", "flashmoe_speedup"),
     "quant": ("cap_share", "quant", "slots", "hit_rate", "bytes_per_token", "tokens_per_second",
               "share_of_roofline", "over_bf16"),
     "published": ("experts_share", "quant", "system", "hit_rate", "bytes_per_token",

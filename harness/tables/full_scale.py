@@ -109,7 +109,7 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         home = comparison.stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
-            _write_store(folder, name, comparison.scheme, checkpoint, store)
+            write_store(folder, name, comparison.scheme, checkpoint, store)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
         caps: list[float] = [cap_for(manifest, n) for n in comparison.slots]
@@ -138,7 +138,7 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
             _timelines(folder, name, with_cap(base, manifest, caps[len(caps) // 2]))
 
 
-def _write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
+def write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
     """A store of random weights; through a checkpoint where the reference run fits in memory."""
     say(f"writing {name} with random weights")
     if fits(total_bytes(name)) and scheme == quant.NONE:
