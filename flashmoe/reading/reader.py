@@ -80,7 +80,7 @@ class ExtentReader(Reader):
             for start, end in self.backend.parts(layer)
             for first in range(start, end, PIECE_BYTES)
         ]
-        return [piece for _, *piece in sorted(pieces)]
+        return [(first, last) for _, first, last in sorted(pieces)]
 
     @property
     def bytes_by_drive(self) -> list[int]:

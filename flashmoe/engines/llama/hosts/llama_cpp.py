@@ -59,8 +59,8 @@ def load(
     _check(_streamed(name), arguments)
     with _loading:
         options = {"memory": memory, "policy": policy, "prefetch": prefetch, "warm": warm}
-        options["also"] = [Path(copy) for copy in also]
-        return _load(path, name, arguments, **options)
+        copies = [Path(copy) for copy in also]
+        return _load(path, name, arguments, **options, also=copies)
 
 
 def _load(path: Path, name: str, arguments: dict[str, Any], **options: Any) -> Any:
