@@ -137,9 +137,10 @@ def test_staging_carries_any_bytes_both_ways(size, start):
     whole = torch.arange(start + size, dtype=torch.int64).to(torch.uint8)
 
     class Whole:
-        def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
+        def read_copy(self, layer, expert, start, memory, copy) -> int:
             assert len(memory) <= STAGED_BYTES
             memory[:] = memoryview(whole.numpy())[start : start + len(memory)]
+            return 0
 
     staging = Staging(Whole())  # type: ignore[arg-type]
     target = torch.zeros(size, dtype=torch.uint8, device="cuda" if HAS_CARD else "cpu")

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from flashmoe.errors import FlashMoEError
@@ -22,6 +23,19 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         "--memory",
         default="auto",
         help="budget for experts, such as 4GiB (default: auto, what the machine has free)",
+    )
+
+
+def add_also(parser: argparse.ArgumentParser) -> None:
+    """Add --also, the same for every command that reads a model from several drives."""
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="COPY",
+        help="the same model once more, on another drive: reads are spread over both; may be "
+        "given again",
     )
 
 

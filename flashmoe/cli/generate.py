@@ -10,7 +10,7 @@ from pathlib import Path
 
 import flashmoe
 from flashmoe import engines
-from flashmoe.cli import add_memory
+from flashmoe.cli import add_also, add_memory
 from flashmoe.disk import files
 from flashmoe.engines import hub
 
@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True)
     add_memory(parser)
+    add_also(parser)
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         prefetch=not arguments.no_prefetch,
         arithmetic=arguments.arithmetic,
+        also=arguments.also,
     )
     try:
         if arguments.warm and arguments.warm.exists():

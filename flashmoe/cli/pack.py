@@ -27,6 +27,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SCHEME",
         help="fewer bytes an expert: int8 or int4 (default: none)",
     )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder on another drive that gets a copy of the store, for reads from both; may "
+        "be given again",
+    )
+    parser.add_argument(
+        "--stripe",
+        action="store_true",
+        help="with --also: each folder gets a share of the experts in place of a copy",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.checkpoint} is no name on the hub, and stays as it is: leave out "
             "--give-back"
         )
+    if arguments.stripe and not arguments.also:
+        raise FlashMoEError("--stripe shares experts among drives: name another folder by --also")
     checkpoint = hub.on_disk(arguments.checkpoint)
     with byte_bar("packing") as progress:
         manifest = pack(
@@ -46,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
             quant=arguments.quant,
             progress=progress,
             give_back=arguments.give_back,
+            also=arguments.also,
+            stripe=arguments.stripe,
         )
     layer = manifest.layers[0]
     print(

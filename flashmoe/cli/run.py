@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from flashmoe.cli import add_memory, end
+from flashmoe.cli import add_also, add_memory, end
 from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError
 
@@ -26,6 +26,7 @@ def seconds(text: str) -> float:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_memory(parser)
+    add_also(parser)
     parser.add_argument("--policy", default="learned", help="see `flashmoe policies`")
     parser.add_argument(
         "--warm", type=Path, metavar="FILE", help="begin as the last run ended; then keep this run"
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         warm=arguments.warm,
         record=bool(arguments.record),
         watch=engines.append,
+        also=arguments.also,
     )
     every = arguments.stats_every
     with StatsLines(every, lambda: next(iter(engines), None)) if every else nullcontext():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import flashmoe
 from flashmoe import engines
-from flashmoe.cli import add_memory, end
+from flashmoe.cli import add_also, add_memory, end
 from flashmoe.engines import hub
 from flashmoe.errors import FlashMoEError
 
@@ -53,6 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] [MODEL] [-- FLAGS of llama-server]"
     add_model(parser)
+    add_also(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="another needs a key (default: %(default)s)"
     )
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         policy=arguments.policy,
         context=arguments.context,
         extra=arguments.passed,
+        also=arguments.also,
         name=_name(arguments.model, path),
     )
     with Monitor(host, page_port, api_key) as monitor:

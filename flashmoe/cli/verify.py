@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flashmoe import engines
+from flashmoe.cli import add_also
 from flashmoe.engines import hub
 
 HELP = "check a store or a GGUF file"
@@ -13,6 +14,7 @@ HELP = "check a store or a GGUF file"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="store, GGUF file, or a name of one")
+    add_also(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,5 +22,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     path = hub.on_disk(arguments.model)
     with byte_bar("verifying") as progress:
-        found = engines.engine_for(path).verify(path, progress)
+        found = engines.engine_for(path).verify(path, progress, arguments.also)
     print(f"{arguments.model}: {found}")

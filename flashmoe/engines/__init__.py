@@ -3,7 +3,7 @@
 accepts(path)                    does the engine run what lies there?
 load(path, *, memory, ...)       a model as its users know it, with `.flashmoe` beside it
 open_session(path, prompts, ...) prompts and the model that continues them (`session.Session`)
-verify(path, progress)           read every byte and check it; what was right, in one line
+verify(path, progress, also)     read every byte, of copies too, and check it; what was right
 describe(path)                   what the model takes (`model_facts.ModelFacts`), from headers alone
 serve(path, settings, watch)     answer requests until told to end (`serving.ServeSettings`)
 
@@ -54,8 +54,8 @@ def load(
     memory: bytes, or a size such as "4GiB", that experts may occupy; "auto": what is free,
         and less or more as that changes.
     revision: of a name on the hub: a branch, tag or commit.
-    options: the engine's own. What is returned is what the engine's users know, with
-        `.flashmoe`, an `engines.base.Engine`, beside it.
+    options: the engine's own; all know `also`, the same model on other drives. What is returned is
+        what the engine's users know, with `.flashmoe`, an `engines.base.Engine`, beside it.
     Raises FlashMoEError when no engine takes the path, and as the engine does.
     """
     found = hub.on_disk(path, revision)

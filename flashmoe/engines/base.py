@@ -153,6 +153,7 @@ class Engine:
                 prefetch_wasted=residency.prefetcher.record.wasted,
                 prefetch_wasted_bytes=residency.prefetcher.record.wasted_bytes,
                 bytes_read=residency.reader.bytes_read,
+                bytes_by_drive=residency.reader.bytes_by_drive,
                 read_seconds=residency.reader.busy_seconds,
                 wait_seconds=residency.timings.wait_seconds,
                 compute_seconds=residency.timings.compute_seconds,

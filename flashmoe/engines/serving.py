@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flashmoe.engines.base import Engine
 
@@ -25,5 +26,7 @@ class ServeSettings:
     """Tokens that a conversation may have; None: what the engine thinks right for the machine."""
     extra: Sequence[str] = ()
     """The server program's own flags, passed through."""
+    also: Sequence[Path] = ()
+    """The same model on other drives, as `load` takes it."""
     name: str | None = None
     """What requests may call the model; None: as the engine does, by its file or folder."""

@@ -35,6 +35,9 @@ class Stats:
     """Bytes read for those."""
     bytes_read: int
     """From the drive, for misses and guesses."""
+    bytes_by_drive: list[int]
+    """What came from each drive since load, where there are several; the first is the model's own
+    path. What was read again, and what nobody waited for, is counted too."""
     read_seconds: float
     """Time with a read in flight."""
     wait_seconds: float

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.reading.drives import NONE
 from flashmoe.store.manifest import Manifest
+from flashmoe.store.shares import Range
 
 
 class WrongBytesError(Exception):
@@ -44,7 +46,13 @@ class OpenExperts(ABC):
 
 
 class Backend(OpenExperts):
-    """Each expert is one extent, wherever its bytes lie."""
+    """Each expert is one extent, wherever its bytes lie: on one drive or on several."""
+
+    n_copies = 1  # that hold each extent whole, each on a drive of its own
+
+    def parts(self, layer: int) -> list[Range]:
+        """An extent's ranges that are best read by separate reads, each for a drive of its own."""
+        return [(0, self.manifest.layers[layer].extent_bytes)]
 
     @abstractmethod
     def read(self, layer: int, expert: int, start: int, memory: memoryview) -> None:
@@ -53,3 +61,28 @@ class Backend(OpenExperts):
         Leaves nothing in the page cache. Raises OSError when the drive fails, EOFError when the
         file ends too early.
         """
+
+    def read_copy(
+        self, layer: int, expert: int, start: int, memory: memoryview, copy: int = NONE
+    ) -> int:
+        """As `read`, from this copy if it can be read; returns which one it was.
+
+        copy: NONE leaves the choice.
+        """
+        self.read(layer, expert, start, memory)
+        return 0
+
+    def choose_copy(self, size_bytes: int, among: int) -> int:
+        """The copy that would be the first to bring so much; NONE: only such as are left alone.
+
+        among: a bit for each that may be chosen.
+        """
+        return 0
+
+    def note_wrong_bytes(self, copy: int) -> None:
+        """What came of this copy is not what was packed."""
+
+    @property
+    def bytes_by_drive(self) -> list[int]:
+        """Bytes that each drive gave since it was opened; empty where there is but one."""
+        return []

@@ -40,6 +40,11 @@ class Reader(ABC):
 
     @property
     @abstractmethod
+    def bytes_by_drive(self) -> list[int]:
+        """Bytes that came from each drive since it was opened; empty where there is but one."""
+
+    @property
+    @abstractmethod
     def busy_seconds(self) -> float:
         """Time with at least one read in flight, since the last reset."""
 

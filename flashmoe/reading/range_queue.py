@@ -5,13 +5,18 @@ The order is that of `read_queue`: demands first, and guesses only while no dema
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading import drives
+from flashmoe.reading.pread import ENDED
 from flashmoe.reading.range_work import (
     BUSY,
     LEFT,
@@ -26,6 +31,9 @@ from flashmoe.reading.range_work import (
 )
 from flashmoe.reading.threads import start_missing
 
+logger = logging.getLogger(__name__)
+
+_ONE_DRIVE = np.full((1, 1), -1)  # nobody chooses
 _PATIENCE_SECONDS = 0.2  # how long a wait keeps Ctrl-C from Python
 
 
@@ -35,11 +43,21 @@ class RangeQueue:
     At most one set of jobs of a ticket is under way.
     """
 
-    def __init__(self, threads: int, tickets: int, jobs_a_ticket: int) -> None:
+    def __init__(
+        self,
+        threads: int,
+        tickets: int,
+        jobs_a_ticket: int,
+        copies: np.ndarray = _ONE_DRIVE,
+        places: Sequence[object] = ("",),
+    ) -> None:
+        """copies: [files, drives] descriptors, see `Queue`. places: what warnings call drives."""
         self._n_threads = threads
+        self._places, self._said = places, [0] * len(places)  # failures that were told
+        self._telling = threading.Lock()
         self._threads: list[threading.Thread] = []
         # what machine code takes that adds jobs of its own, once `start_threads` was called
-        self.shared = Queue.empty(tickets, tickets * jobs_a_ticket + 1)
+        self.shared = Queue.empty(tickets, tickets * jobs_a_ticket + 1, copies)
         self.tickets = self.shared.tickets
         self._run: dict[str, Any] = {
             f.__name__: kernel(f, Policy, SOURCES) for f in (work, start, take_back, is_done, end)
@@ -77,7 +95,28 @@ class RangeQueue:
 
     def start_threads(self) -> None:
         """Those that read, if they do not run. Raises FlashMoEError where not one can start."""
-        start_missing(self._threads, self._n_threads, self._run["work"], self.shared)
+        start_missing(self._threads, self._n_threads, self._work)
+
+    def _work(self) -> None:
+        while self._run["work"](self.shared):
+            self._tell_failures()
+
+    def _tell_failures(self) -> None:
+        for drive, place in enumerate(self._places):
+            with self._telling:
+                errors = int(self.shared.drives.errors[drive])
+                before, self._said[drive] = self._said[drive], errors
+            number = int(self.shared.drives.last_failure[drive])
+            why = "the file ends too early" if number == ENDED else os.strerror(number)
+            for count in range(before + 1, errors + 1):
+                if what := drives.what_happens(place, why, count):
+                    logger.warning("%s", what)
+
+    @property
+    def bytes_by_drive(self) -> list[int]:
+        """Since it was opened; empty where there is but one."""
+        read_bytes: list[int] = self.shared.drives.read_bytes.tolist()
+        return read_bytes if len(read_bytes) > 1 else []
 
     def close(self) -> None:
         """Run what was demanded, forget the guesses, end the threads."""
@@ -93,4 +132,5 @@ class RangeQueue:
     def start_over(self) -> None:
         """In a forked child, which has none of the threads."""
         self._threads.clear()
+        self._telling = threading.Lock()
         self.shared.start_over()

@@ -25,6 +25,8 @@ class PlacedExperts(OpenExperts):
 
     ranges: np.ndarray  # [experts, most, 8] int64: each one's jobs, see `range_work`
     n_ranges: np.ndarray  # [experts] int64: how many of them count
+    copies: np.ndarray | None = None  # [files, drives] int64: descriptors, see `range_work`
+    places: Sequence[object] = ()  # what warnings call these drives
     pages: np.ndarray  # [experts, kinds, 2] int64: addresses, from and to, of pages of its own
 
     @abstractmethod
@@ -85,11 +87,19 @@ class RangeReader(Reader):
         self.backend = backend
         self.manifest = backend.manifest
         self._first_ticket = self.manifest.first_experts
-        self.queue = RangeQueue(readers, self._first_ticket[-1], backend.ranges.shape[1])
+        tickets, jobs_a_ticket = self._first_ticket[-1], backend.ranges.shape[1]
+        if backend.copies is None:
+            self.queue = RangeQueue(readers, tickets, jobs_a_ticket)
+        else:
+            self.queue = RangeQueue(readers, tickets, jobs_a_ticket, backend.copies, backend.places)
 
     @property
     def bytes_read(self) -> int:  # type: ignore[override]
         return self.queue.bytes_read
+
+    @property
+    def bytes_by_drive(self) -> list[int]:
+        return self.queue.bytes_by_drive
 
     @property
     def busy_seconds(self) -> float:

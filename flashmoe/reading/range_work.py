@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashmoe.reading import drives as drives_module
 from flashmoe.reading import pread
+from flashmoe.reading.drives import NONE, Drives, begin, choose
+from flashmoe.reading.drives import end as end_read
 from flashmoe.reading.pread import in_place_of_pread, read_bytes
 from flashmoe.reading.read_queue import GUESS_SECONDS
 from flashmoe.util import libc
@@ -29,7 +32,7 @@ _EARLY_BESIDE_LATE = 1  # a late demand beside more of them would keep them wait
 _LOCK, _WORK, _DONE = 0, 64, 128  # offsets in `Queue.sync`: a mutex, two conditions
 _REALTIME, _MONOTONIC = 0, 1  # clocks
 _DONTNEED = 4  # POSIX_FADV_DONTNEED
-SOURCES = Path(__file__), Path(pread.__file__)
+SOURCES = Path(__file__), Path(pread.__file__), Path(drives_module.__file__)
 
 
 class Queue(NamedTuple):
@@ -42,10 +45,13 @@ class Queue(NamedTuple):
     heads: np.ndarray  # [4] int64: how many were ever taken of each ring, and
     tails: np.ndarray  # [4] int64: put into it
     tickets: np.ndarray  # [tickets, 4] int64
+    # [files, drives] int64: descriptors of each file's copies, whose first is that of its jobs
+    copies: np.ndarray
+    drives: Drives  # a drive for each column of `copies`
     instead: np.ndarray  # [1] int64, see `pread.read_through`
 
     @classmethod
-    def empty(cls, tickets: int, capacity: int) -> Queue:
+    def empty(cls, tickets: int, capacity: int, copies: np.ndarray) -> Queue:
         return cls(
             np.zeros(192, np.uint8),
             np.zeros(5, np.int64),
@@ -54,6 +60,8 @@ class Queue(NamedTuple):
             np.zeros(_RINGS, np.int64),
             np.zeros(_RINGS, np.int64),
             np.zeros((tickets, 4), np.int64),
+            np.ascontiguousarray(copies, np.int64),
+            Drives.arrays(copies.shape[1]),
             in_place_of_pread,
         )
 
@@ -61,6 +69,7 @@ class Queue(NamedTuple):
         """Without jobs, at the same addresses; what became of earlier reads stays known."""
         for array in (self.sync, self.state, self.times, self.heads, self.tails):
             array.fill(0)
+        self.drives.waiting_bytes.fill(0)
         self.times[GUESS_LIMIT] = GUESS_SECONDS
 
 
@@ -76,14 +85,49 @@ def seconds_now(clock):
 
 
 @helper
-def _read(instead, job):
+def _read(queue, job):
     """(bytes that came, 0 or why there are no more)."""
     done, failure = read_bytes(
-        instead, job[DESCRIPTOR], job[ADDRESS], job[LENGTH], job[NEEDED], job[OFFSET]
+        queue.instead, job[DESCRIPTOR], job[ADDRESS], job[LENGTH], job[NEEDED], job[OFFSET]
     )
     if job[BUFFERED] and not failure:
         libc.advise_file(job[DESCRIPTOR], job[OFFSET], job[LENGTH], _DONTNEED)
     return done, failure
+
+
+@helper
+def _read_any_copy(queue, job, clock):
+    """As `_read`, from the drive that is done soonest, and from others where that fails.
+
+    Without the lock. Also returns whether a drive failed.
+    """
+    file = 0
+    while queue.copies[file, 0] != job[DESCRIPTOR]:
+        file += 1
+    tried, any_failed, done, failure = 0, False, 0, 0
+    while True:
+        libc.lock(_at(queue, _LOCK))
+        drive = choose(queue.drives, job[LENGTH], tried)
+        queued = 0
+        if drive != NONE:
+            queued = begin(queue.drives, drive, job[LENGTH])
+        libc.unlock(_at(queue, _LOCK))
+        if drive == NONE:
+            return done, failure, any_failed
+        job[DESCRIPTOR] = queue.copies[file, drive]
+        started = seconds_now(clock)
+        done, failure = _read(queue, job)
+        seconds = seconds_now(clock) - started
+        libc.lock(_at(queue, _LOCK))
+        came = 0 if failure else job[LENGTH]
+        end_read(queue.drives, drive, job[LENGTH], came, queued, seconds)
+        if failure:
+            queue.drives.errors[drive] += 1
+            queue.drives.last_failure[drive] = failure
+        libc.unlock(_at(queue, _LOCK))
+        if not failure:
+            return done, failure, any_failed
+        any_failed, tried = True, tried | 1 << drive
 
 
 @helper
@@ -138,7 +182,10 @@ def _push(queue, kind, job):
 
 
 def work(queue):
-    """A thread's life: until the queue is closed, run what comes."""
+    """A thread's life: run what comes, until the queue is closed or a drive of several failed.
+
+    Returns whether to come back, once that was told.
+    """
     clock, job = np.zeros(2, np.int64), np.zeros(COLUMNS, np.int64)
     state, times = queue.state, queue.times
     libc.lock(_at(queue, _LOCK))
@@ -146,7 +193,8 @@ def work(queue):
         ring = _next(queue)
         if ring < 0:
             if state[CLOSED]:
-                break
+                libc.unlock(_at(queue, _LOCK))
+                return False
             libc.wait(_at(queue, _WORK), _at(queue, _LOCK))
             continue
         job[:] = queue.rings[ring, queue.heads[ring] % queue.rings.shape[1]]
@@ -161,7 +209,11 @@ def work(queue):
         if _may_guess(queue) or _may_go_on(queue):  # each wakes the next one
             libc.signal(_at(queue, _WORK))
         libc.unlock(_at(queue, _LOCK))
-        count, failure = _read(queue.instead, job)
+        any_failed = False
+        if queue.copies.shape[1] > 1:
+            count, failure, any_failed = _read_any_copy(queue, job, clock)
+        else:
+            count, failure = _read(queue, job)
         ended = seconds_now(clock)
         libc.lock(_at(queue, _LOCK))
         shared_seconds = (ended - started) / state[RUNNING]  # with the others in flight
@@ -179,7 +231,9 @@ def work(queue):
             times[BUSY] += ended - times[BUSY_SINCE]
         if not ticket[LEFT] or not (job[LATE] or ticket[EARLY_LEFT]):
             libc.broadcast(_at(queue, _DONE))
-    libc.unlock(_at(queue, _LOCK))
+        if any_failed:
+            libc.unlock(_at(queue, _LOCK))
+            return True
 
 
 @helper

@@ -13,6 +13,7 @@ import xxhash
 from flashmoe.memory.arena import SlotMemory
 from flashmoe.reading.backend import Backend, WrongBytesError
 from flashmoe.reading.base import PIECE_BYTES, READERS, Reader
+from flashmoe.reading.drives import NONE
 from flashmoe.reading.read_queue import Read, ReadQueue, Span
 
 if TYPE_CHECKING:  # an engine without torch reads too
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # an engine without torch reads too
 
 # Smaller extents go to the threads in groups, since a task costs as much as half of such a read.
 GROUPED_BELOW_BYTES = 1 << 20
+UNDECIDED = -2
 
 
 class Extent:
@@ -34,6 +36,8 @@ class Extent:
         self.reads: list[Read] = []
         self.pieces_left = 0
         self.cancelled = False  # nobody looks at what arrives
+        self.copy = UNDECIDED  # which all of it is to be read from; NONE: any
+        self.copies: set[int] = set()  # which it came from
         self.bytes_read = 0
         self.error: BaseException | None = None
         self.arrived: Future[None] = Future()
@@ -42,8 +46,10 @@ class Extent:
 class ExtentReader(Reader):
     """Fills caller-owned memory with experts of one open backend. Thread-safe.
 
-    Where the backend knows checksums (xxh3-64), the first read of each extent is checked, or with
-    `check_all` every one (docs/speed.md#checksums).
+    Where the backend knows checksums (xxh3-64), the first read of each extent from each copy is
+    checked, or with `check_all` every one (docs/speed.md#checksums). Such a first read comes whole
+    from one copy; later ones are spread over all copies' drives. Wrong bytes are read again from
+    another copy.
     """
 
     backend: Backend
@@ -58,8 +64,27 @@ class ExtentReader(Reader):
         self.check_all = check_all
         self.bytes_read = 0
         self._queue = ReadQueue(readers)
-        self._checked = [[not layer.checksums] * layer.n_experts for layer in self.manifest.layers]
+        every_copy = (1 << backend.n_copies) - 1
+        # of each expert, a bit for each copy of which no read was checked yet
+        self._unchecked = [
+            [every_copy if layer.checksums else 0] * layer.n_experts
+            for layer in self.manifest.layers
+        ]
+        self._pieces = [self._pieces_of(layer) for layer in range(len(self.manifest.layers))]
         self._lock = threading.Lock()
+
+    def _pieces_of(self, layer: int) -> list[tuple[int, int]]:
+        """An extent's pieces, from and to, in such an order that all drives begin at once."""
+        pieces = [
+            (first - start, first, min(first + PIECE_BYTES, end))
+            for start, end in self.backend.parts(layer)
+            for first in range(start, end, PIECE_BYTES)
+        ]
+        return [(first, last) for _, first, last in sorted(pieces)]
+
+    @property
+    def bytes_by_drive(self) -> list[int]:
+        return self.backend.bytes_by_drive
 
     @property
     def busy_seconds(self) -> float:
@@ -90,8 +115,7 @@ class ExtentReader(Reader):
 
     def extent_seconds(self, layer: int) -> float:
         """What an expert of a layer took of the drive, of late; 0 before the first."""
-        extent_bytes = self.manifest.layers[layer].extent_bytes
-        return self._queue.each_seconds * -(-extent_bytes // PIECE_BYTES)
+        return self._queue.each_seconds * len(self._pieces[layer])
 
     def guess(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
         """Start reading an expert that may be needed, whenever no demand keeps the drive busy."""
@@ -111,22 +135,19 @@ class ExtentReader(Reader):
 
     def _in_pieces(self, layer: int, expert: int, memory: SlotMemory) -> Extent:
         extent = Extent(layer, expert, memory)
-        starts = range(0, len(memory), PIECE_BYTES)
-        extent.reads = [partial(self._read_piece, extent, start) for start in starts]
+        extent.reads = [partial(self._read_piece, extent, *piece) for piece in self._pieces[layer]]
         extent.pieces_left = len(extent.reads)
         return extent
 
     def _read_group(
         self, layer: int, group: Sequence[tuple[int, SlotMemory]], arrived: Future[None]
     ) -> None:
-        checked = self._checked[layer]
         done, expert = 0, -1
         error: BaseException | None = None
         try:
             for expert, memory in group:
-                self._fill(layer, expert, 0, memory)
-                if not checked[expert]:
-                    self._check(layer, expert, memory)
+                copy = self._fill(layer, expert, 0, memory, self._copy_for(layer, expert))
+                self._check(layer, expert, memory, copy)
                 done += len(memory)
         except BaseException as failure:  # whatever it is, its owner waits for it
             error = self.backend.failure(layer, expert, failure)
@@ -134,16 +155,30 @@ class ExtentReader(Reader):
             self.bytes_read += done
         _tell(arrived, error)
 
-    def _read_piece(self, extent: Extent, start: int) -> None:
-        piece, done = extent.memory[start : start + PIECE_BYTES], 0
+    def _copy_for(self, layer: int, expert: int) -> int:
+        """Which copy to read all of this expert from, so that it is checked; NONE: any."""
+        unchecked = self._unchecked[layer][expert]
+        if not unchecked or self.backend.n_copies == 1:
+            return NONE
+        return self.backend.choose_copy(self.manifest.layers[layer].extent_bytes, unchecked)
+
+    def _read_piece(self, extent: Extent, start: int, end: int) -> None:
+        piece, done, copy = extent.memory[start:end], 0, NONE
         try:
-            self._fill(extent.layer, extent.expert, start, piece)
+            if self.backend.n_copies > 1:
+                with self._lock:
+                    if extent.copy == UNDECIDED:  # now that earlier reads are under way
+                        extent.copy = self._copy_for(extent.layer, extent.expert)
+            else:
+                extent.copy = NONE
+            copy = self._fill(extent.layer, extent.expert, start, piece, extent.copy)
             done = len(piece)
         except BaseException as error:  # whatever it is, its owner waits for it
             extent.error = self.backend.failure(extent.layer, extent.expert, error)
         with self._lock:
             self.bytes_read += done
             extent.bytes_read += done
+            extent.copies.add(copy)
         self._pieces_done(extent, 1)
 
     def _pieces_done(self, extent: Extent, pieces: int) -> None:
@@ -154,17 +189,20 @@ class ExtentReader(Reader):
                 return
         try:
             layer, expert = extent.layer, extent.expert
-            if not extent.cancelled and extent.error is None and not self._checked[layer][expert]:
-                self._check(layer, expert, extent.memory)
+            if not extent.cancelled and extent.error is None:
+                copy = extent.copies.pop() if len(extent.copies) == 1 else NONE
+                self._check(layer, expert, extent.memory, copy)
         except BaseException as error:
             extent.error = self.backend.failure(layer, expert, error)
         _tell(extent.arrived, extent.error)
 
-    def _fill(self, layer: int, expert: int, start: int, memory: SlotMemory) -> None:
+    def _fill(
+        self, layer: int, expert: int, start: int, memory: SlotMemory, copy: int = NONE
+    ) -> int:
+        """Read from this copy if it can be; which one it was, NONE: several."""
         if isinstance(memory, memoryview):
-            self.backend.read(layer, expert, start, memory)
-        else:
-            self._staging.read(layer, expert, start, memory)
+            return self.backend.read_copy(layer, expert, start, memory, copy)
+        return self._staging.read(layer, expert, start, memory, copy)
 
     @cached_property
     def _staging(self) -> Staging:
@@ -172,13 +210,35 @@ class ExtentReader(Reader):
 
         return Staging(self.backend)
 
-    def _check(self, layer: int, expert: int, memory: SlotMemory) -> None:
+    def _check(self, layer: int, expert: int, memory: SlotMemory, copy: int) -> None:
+        """Compare the checksum where that is due; wrong bytes are read from another copy.
+
+        copy: what all of it came from; NONE: several. Raises WrongBytesError where none is right.
+        """
+        unchecked = self._unchecked[layer]
+        if not (unchecked[expert] or (self.check_all and self.manifest.layers[layer].checksums)):
+            return
+        if self._is_right(layer, expert, memory):
+            if copy != NONE:
+                with self._lock:
+                    unchecked[expert] &= ~(1 << copy)
+            return
+        if copy != NONE:
+            self.backend.note_wrong_bytes(copy)
+        for other in range(self.backend.n_copies):
+            if other != copy and self.backend.n_copies > 1:
+                came_from = self._fill(layer, expert, 0, memory, other)
+                if self._is_right(layer, expert, memory):
+                    return
+                if came_from == other:
+                    self.backend.note_wrong_bytes(other)
+        raise WrongBytesError
+
+    def _is_right(self, layer: int, expert: int, memory: SlotMemory) -> bool:
         on_host = isinstance(memory, memoryview)
         content = memory if on_host else self._staging.bytes_of(cast("torch.Tensor", memory))
         digest = xxhash.xxh3_64_hexdigest(cast(memoryview, content))
-        if digest != self.manifest.layers[layer].checksums[expert]:
-            raise WrongBytesError
-        self._checked[layer][expert] = not self.check_all
+        return digest == self.manifest.layers[layer].checksums[expert]
 
     def close(self) -> None:
         self._queue.close()

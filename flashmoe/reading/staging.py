@@ -9,6 +9,7 @@ import torch
 
 from flashmoe.disk.direct_io import ALIGNMENT_BYTES
 from flashmoe.reading.backend import Backend
+from flashmoe.reading.drives import NONE
 
 STAGED_BYTES = 2 << 20  # of pinned memory, for each thread that reads
 
@@ -46,13 +47,17 @@ class Staging:
         self.backend = backend
         self._lanes = threading.local()
 
-    def read(self, layer: int, expert: int, start: int, memory: torch.Tensor) -> None:
-        """As `Backend.read`, into uint8 [bytes] of a device."""
-        lane = self._lane(memory.device)
+    def read(
+        self, layer: int, expert: int, start: int, memory: torch.Tensor, copy: int = NONE
+    ) -> int:
+        """As `Backend.read_copy`, into uint8 [bytes] of a device; NONE: of several copies."""
+        lane, copies = self._lane(memory.device), set()
         for at in range(0, len(memory), STAGED_BYTES):
             target = memory[at : at + STAGED_BYTES]
-            self.backend.read(layer, expert, start + at, lane.view[: len(target)])
+            view = lane.view[: len(target)]
+            copies.add(self.backend.read_copy(layer, expert, start + at, view, copy))
             lane.copy(target, lane.buffer[: len(target)])
+        return copies.pop() if len(copies) == 1 else NONE
 
     def bytes_of(self, memory: torch.Tensor) -> memoryview:
         """What is on the device, on its way back."""

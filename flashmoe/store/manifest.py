@@ -14,6 +14,7 @@ from flashmoe.disk import files
 from flashmoe.disk.direct_io import ALIGNMENT_BYTES
 from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE
+from flashmoe.store.shares import Shares
 
 if TYPE_CHECKING:  # an engine without torch uses this room too
     import torch
@@ -23,9 +24,11 @@ FILE_NAME = "manifest.json"
 _MAX_NAME_LENGTH = 200  # characters
 TENSOR_ALIGNMENT_BYTES = 64  # a cache line, which every dtype and matrix kernel accepts
 _MAX_MANIFEST_BYTES = 256 << 20
+MOST_SHARES = 64
 _KINDS = {
     "top_k": int, "dense_bytes": int, "architecture": str, "config_sha256": str,
     "experts_file": str, "dense_file": str, "quantisation": str, "layout": str, "dtype": str,
+    "shares": int, "share": int, "folders_file": str,
 }  # fmt: skip
 # Of one element, by dtype: what a store can hold.
 DTYPE_BYTES = {
@@ -90,6 +93,9 @@ class Manifest:
     quantisation: str = NONE
     layout: str = ""  # names the order of the scheme's bytes where that differs between machines
     dtype: str = ""  # in which the model computes; "": the one in config.json (older stores)
+    shares: int = 1  # files among which each extent is shared; all but the first lie elsewhere
+    share: int = 0  # the one that lies here; only the first has the rest of the model beside it
+    folders_file: str = ""  # names the other folders with experts; "": there are none
 
     @property
     def experts_bytes(self) -> int:
@@ -99,6 +105,11 @@ class Manifest:
     def first_experts(self) -> list[int]:
         """[layers + 1]: each layer's expert 0 where experts are numbered through all layers."""
         return [0, *itertools.accumulate(layer.n_experts for layer in self.layers)]
+
+    def share_file(self, share: int) -> str:
+        """The name of a share's file in its folder, by the name of the first."""
+        name = Path(self.experts_file)
+        return f"{name.stem}-{share}{name.suffix}" if share else self.experts_file
 
     def save(self, directory: Path) -> None:
         """Publish the store: an atomic rename, after which the old files are unreferenced.
@@ -182,14 +193,19 @@ def load(directory: Path) -> Manifest:
         manifest = _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise refuse(f"{FILE_NAME} is damaged ({type(error).__name__}: {error})") from None
+    if manifest.share:
+        raise FlashMoEError(
+            f"{directory} holds share {manifest.share + 1} of {manifest.shares} of a store's "
+            "experts: name the store's own folder, the first that it was packed into"
+        )
     scheme = quant.get(manifest.quantisation)
     if scheme and scheme.layout() != manifest.layout:
         raise refuse(f"its {manifest.quantisation} weights are packed for another processor")
-    for name in (manifest.experts_file, manifest.dense_file):
+    for name in (manifest.experts_file, manifest.dense_file, manifest.folders_file or "-"):
         if not files.is_inside(name, subfolders=False) or len(name) > _MAX_NAME_LENGTH:
             raise refuse(f"{FILE_NAME} names a file outside the store ({name!r})")
     for name, expected in (
-        (manifest.experts_file, manifest.experts_bytes),
+        (manifest.experts_file, Shares(manifest.layers, manifest.shares).file_bytes(0)),
         (manifest.dense_file, manifest.dense_bytes),
     ):
         file = directory / name
@@ -241,6 +257,8 @@ def _parse(document: dict[str, Any]) -> Manifest:
         names = [layer.module, *layer.checksums, *(tensor.name for tensor in layer.tensors)]
         if {type(n) for n in numbers} != {int} or {type(n) for n in names} != {str}:
             raise TypeError("numbers must be integers, names strings")
+    if not 0 <= manifest.share < manifest.shares <= MOST_SHARES:
+        raise ValueError(f"share {manifest.share} of {manifest.shares}")
     if manifest.dtype not in ("", *DTYPE_BYTES):
         raise ValueError(f"dtype {manifest.dtype!r}")
     if {layer.quantisation for layer in layers} != {manifest.quantisation}:

@@ -2,19 +2,19 @@
 
 A store changes at the moment at which its manifest is renamed. Before that, the data files have
 names that no manifest has; after it, files that the manifest does not name are removed. A pack
-that dies at any point therefore leaves the previous store as it was.
+that dies at any point therefore leaves the previous store as it was. Of several folders the
+store's own changes last, and files go after that.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import itertools
 import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -25,13 +25,14 @@ import xxhash
 from flashmoe import quant as schemes
 from flashmoe.disk.direct_io import aligned_memory, drop_page_cache, open_direct, reserve, write_all
 from flashmoe.disk.shards import header
-from flashmoe.errors import FlashMoEError, reading
+from flashmoe.errors import FlashMoEError
 from flashmoe.quant import NONE, Quantiser
+from flashmoe.store import folders as side_folders
 from flashmoe.store import manifest as manifests
-from flashmoe.store import side_files
+from flashmoe.store import pack_folders, side_files
 from flashmoe.store.layout import ModelDescription, config_digest, lay_out_layers, stored_tensors
 from flashmoe.store.manifest import LayerSpec, Manifest
-from flashmoe.util.sizes import format_bytes
+from flashmoe.store.shares import Shares
 
 Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
 
@@ -59,47 +60,73 @@ class Source(Protocol):
 
 
 def write_store(
-    source: Source, checkpoint: Path, store: Path, progress: Progress, quant: str = NONE
+    source: Source,
+    checkpoint: Path,
+    store: Path,
+    progress: Progress,
+    quant: str = NONE,
+    also: Sequence[Path] = (),
+    *,
+    stripe: bool = False,
 ) -> Manifest:
     """Write the directory `store` from `source`, with the files beside `checkpoint`'s weights.
 
     progress: called with the bytes of experts that were written, and with those in all.
-    quant: the name of a quantiser of `flashmoe.quant`.
-    Raises FlashMoEError when the disk is full, another pack into `store` is under way, or `store`
+    quant: the name of a quantiser of `flashmoe.quant`. also: directories that become stores of the
+    same, or with `stripe` get a share of the experts each.
+    Raises FlashMoEError when a disk is full, another pack into a directory is under way, or one
     is of another model; a store that was there stays usable then.
     """
     scheme = schemes.quantiser(quant)
-    is_new = not _directory_exists(store, checkpoint)
+    folders = [store, *also]
+    pack_folders.check_distinct(folders)
+    new = [folder for folder in folders if not pack_folders.exists(folder, checkpoint)]
     model = source.description
     layers = lay_out_layers(model, scheme)
-    experts_bytes = layers[-1].end_bytes
+    token = secrets.token_hex(4)
+    manifest = Manifest(
+        architecture=model.architecture,
+        config_sha256="",
+        top_k=model.top_k,
+        experts_file=f"experts-{token}.bin",
+        dense_file=f"dense-{token}.safetensors",
+        dense_bytes=0,
+        layers=tuple(layers),
+        quantisation=layers[0].quantisation,
+        layout=scheme.layout() if scheme else "",
+        dtype=manifests.dtype_name(model.dtype),
+        shares=len(folders) if stripe else 1,
+        folders_file=f"folders-{token}.json" if also else "",
+    )
+    shares = Shares(layers, manifest.shares)
+    layer_bytes = 0  # what is written before its source gives as much back
+    if source.gives_back:
+        layer_bytes = max(layer.n_experts * layer.extent_bytes for layer in layers)
     try:
-        store.mkdir(parents=True, exist_ok=True)
-        with _locked(store), _data_names(store) as (experts_name, dense_name):
-            free_bytes = shutil.disk_usage(store).free
-            layer_bytes = max(layer.n_experts * layer.extent_bytes for layer in layers)
-            needed_bytes = layer_bytes if source.gives_back else experts_bytes
-            if free_bytes < needed_bytes:
-                raise FlashMoEError(
-                    f"{store}: the store needs {format_bytes(needed_bytes)} and the disk has "
-                    f"{format_bytes(free_bytes)} free"
-                )
-            layers = _write_experts(source, scheme, layers, store / experts_name, progress)
-            dense_bytes = _write_dense(source, store / dense_name)
-            side_files.copy(checkpoint, store)
-            manifest = Manifest(
-                architecture=model.architecture,
+        with ExitStack() as held:
+            for number, folder in enumerate(folders):
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(pack_folders.locked(folder))
+                held.enter_context(pack_folders.without_leftovers(folder, store))
+                here_bytes = layer_bytes if folder == store else 0
+                here_bytes = here_bytes or shares.file_bytes(number * stripe)
+                pack_folders.check_room(folder, here_bytes)
+            if stripe:
+                names = map(manifest.share_file, range(manifest.shares))
+                files = [[a / b for a, b in zip(folders, names, strict=True)]]
+            else:
+                files = [[folder / manifest.experts_file] for folder in folders]
+            layers = _write_experts(source, scheme, layers, files, progress)
+            dense_bytes = _write_dense(source, store / manifest.dense_file)
+            for folder in folders:
+                side_files.copy(checkpoint, folder)
+            manifest = replace(
+                manifest,
                 config_sha256=config_digest(store),
-                top_k=model.top_k,
-                experts_file=experts_name,
-                dense_file=dense_name,
                 dense_bytes=dense_bytes,
                 layers=tuple(layers),
-                quantisation=layers[0].quantisation,
-                layout=scheme.layout() if scheme else "",
-                dtype=manifests.dtype_name(model.dtype),
             )
-            manifest.save(store)
+            _publish(folders, manifest)
             return manifest
     except OSError as error:
         raise FlashMoEError(
@@ -107,78 +134,56 @@ def write_store(
             "a store that was there before is unchanged"
         ) from None
     finally:
-        if is_new and store.is_dir() and not manifests.is_store(store):
-            shutil.rmtree(store, ignore_errors=True)
+        for folder in new:
+            if folder.is_dir() and not manifests.is_store(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _directory_exists(store: Path, checkpoint: Path) -> bool:
-    """Is `store` a directory already? Raises FlashMoEError where it must not be packed into."""
-    with reading(store):
-        if not store.exists():
-            return False
-        if not store.is_dir():
-            raise FlashMoEError(f"{store} is a file: name a directory for the store")
-        if store.samefile(checkpoint):
-            raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
-            raise FlashMoEError(
-                f"{store} is a store of another model than {checkpoint}: name another directory, "
-                "or remove that store first"
+def _publish(folders: Sequence[Path], manifest: Manifest) -> None:
+    """Make all folders what they are to be: the store's own, which is the first, at the end."""
+    store = folders[0]
+    for number, folder in reversed(list(enumerate(folders))):
+        here = manifest
+        if number and manifest.shares > 1:
+            here = replace(
+                manifest,
+                experts_file=manifest.share_file(number),
+                dense_file="",
+                dense_bytes=0,
+                share=number,
+                folders_file="",
             )
-    return True
-
-
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Holds the lock of a directory, which ends with the process.
-
-    Raises FlashMoEError where another pack holds it.
-    """
-    # a link is not followed, because whoever made this directory may not be trusted
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(store / ".lock", flags, 0o644), "r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FlashMoEError(f"{store}: another pack into it is under way") from None
-        yield
-
-
-@contextmanager
-def _data_names(store: Path) -> Iterator[tuple[str, str]]:
-    """New names for the files of experts and of all else.
-
-    Afterwards, data files that the manifest does not name are removed.
-    """
-    token = secrets.token_hex(4)
-    try:
-        yield f"experts-{token}.bin", f"dense-{token}.safetensors"
-    finally:
-        names_in_manifest: set[str] = set()
-        if manifests.is_store(store):
-            document = json.loads((store / manifests.FILE_NAME).read_text())
-            names_in_manifest = {document.get("experts_file"), document.get("dense_file")}
-        leftovers = [*store.glob("experts-*.bin"), *store.glob("dense-*.safetensors")]
-        for path in leftovers + list(store.rglob(".*.partial")):
-            if path.name not in names_in_manifest:
-                path.unlink(missing_ok=True)
+        elif number:
+            shutil.copyfile(store / manifest.dense_file, folder / manifest.dense_file)
+            with open(folder / manifest.dense_file, "rb+") as file:
+                os.fsync(file.fileno())
+                drop_page_cache(file.fileno())
+        if here.folders_file:
+            others = [other for other in folders if other != folder]
+            side_folders.write(folder / here.folders_file, others)
+        here.save(folder)
 
 
 def _write_experts(
     source: Source,
     scheme: Quantiser | None,
     layers: list[LayerSpec],
-    path: Path,
+    files: list[list[Path]],
     progress: Progress,
 ) -> list[LayerSpec]:
-    """Write every extent into a new file at `path`; the result has their checksums."""
-    experts_bytes = layers[-1].end_bytes
-    descriptor, _ = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    """Write every extent into new files, of each copy one a share; the result has checksums."""
+    experts_bytes, shares = layers[-1].end_bytes, Shares(layers, len(files[0]))
+    descriptors: list[list[int]] = [[] for _ in files]
     try:
-        if not source.gives_back:
-            reserve(descriptor, experts_bytes)
+        for copy, paths in zip(descriptors, files, strict=True):
+            for share, path in enumerate(paths):
+                copy.append(open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)[0])
+                if not source.gives_back:
+                    reserve(copy[-1], shares.file_bytes(share))
         written_layers = []
-        for layer, shapes in zip(layers, source.description.layers, strict=True):
+        for number, (layer, shapes) in enumerate(
+            zip(layers, source.description.layers, strict=True)
+        ):
             checksums = []
             extent = aligned_memory(layer.extent_bytes)
             view = memoryview(extent)[: layer.extent_bytes]
@@ -187,15 +192,19 @@ def _write_experts(
                 tensors = stored_tensors(parameters, scheme, transposed=shapes.transposed)
                 _fill(extent, layer, tensors)
                 checksums.append(xxhash.xxh3_64_hexdigest(view))
-                write_all(descriptor, view, layer.extent_offset(expert))
+                for share, at, start, end in shares.ranges(number, expert, 0, len(view)):
+                    for copy in descriptors:
+                        write_all(copy[share], view[start:end], at)
                 progress(layer.extent_offset(expert + 1), experts_bytes)
             written_layers.append(replace(layer, checksums=tuple(checksums)))
             source.forget_pages()
-        os.fsync(descriptor)
-        drop_page_cache(descriptor)  # pages are there only where direct I/O was refused
+        for descriptor in itertools.chain(*descriptors):
+            os.fsync(descriptor)
+            drop_page_cache(descriptor)  # pages are there only where direct I/O was refused
         return written_layers
     finally:
-        os.close(descriptor)
+        for descriptor in itertools.chain(*descriptors):
+            os.close(descriptor)
 
 
 def _fill(extent: mmap.mmap, layer: LayerSpec, tensors: dict[str, torch.Tensor]) -> None:

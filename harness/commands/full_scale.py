@@ -21,6 +21,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", nargs="+", help="see baselines/")
     parser.add_argument("--rounds", type=count, default=2)
     parser.add_argument("--read-limit", help="bytes a second, such as 550MB: a slower drive")
+    parser.add_argument(
+        "--storage",
+        nargs="+",
+        metavar="CLASS",
+        help="in its place: a table of slower drives by class: emmc sata ufs pcie3 pcie4 pcie5",
+    )
     parser.add_argument("--routing", type=Path, help="a trace in place of the shipped one")
     parser.add_argument("--sequence", help="with --routing: which of its sequences is replayed")
     parser.add_argument(
@@ -34,7 +40,10 @@ def run(arguments: argparse.Namespace) -> Path:
     from flashmoe.util.sizes import parse_bytes
     from harness.reproduce import folder_for
     from harness.tables.full_scale import Comparison, Routing, full_scale
+    from harness.tables.storage_table import storage
 
+    if arguments.storage and (arguments.read_limit or arguments.slots):
+        raise FlashMoEError("--storage names the limits itself: leave out --read-limit and --slots")
     if (arguments.routing is None) != (arguments.sequence is None):
         raise FlashMoEError("--routing and --sequence go together: give both or neither")
     names = ("caps", "slots", "systems", "decode_seconds", "stores", "label")
@@ -47,5 +56,8 @@ def run(arguments: argparse.Namespace) -> Path:
         arguments.model, rounds=arguments.rounds, scheme=arguments.quant, **options
     )
     folder = folder_for("full-scale")
-    full_scale(folder, arguments.command_line, comparison)
+    if arguments.storage:
+        storage(folder, arguments.command_line, comparison, arguments.storage)
+    else:
+        full_scale(folder, arguments.command_line, comparison)
     return folder

@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.store import folders
+from flashmoe.store import manifest as manifests
 from flashmoe.util import workers
 from harness.runs import peers
 from harness.runs.job import Job
@@ -71,9 +73,7 @@ def _limited(job: Job) -> Run:
     # a peer's environment has no harness installed
     paths = filter(None, (str(peers.ROOT), os.environ.get("PYTHONPATH")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    speed = job.read_bytes_per_second
-    limit = ReadLimit(job.store, speed) if speed else None
-    with memory_cap(job.cap_bytes, limit) as cap:
+    with memory_cap(job.cap_bytes, _read_limits(job)) as cap:
         enter = cap.enter if cap else None
         done = subprocess.run(
             command, capture_output=True, text=True, preexec_fn=enter, env=environment
@@ -89,6 +89,15 @@ def _limited(job: Job) -> Run:
         result["read_limit_bytes_per_second"] = job.read_bytes_per_second
         result["peak_memory_bytes"] = cap.peak_bytes() if cap else None
     return result
+
+
+def _read_limits(job: Job) -> list[ReadLimit]:
+    """Each drive that the store lies on is limited alike."""
+    if not job.read_bytes_per_second:
+        return []
+    is_store = manifests.is_store(job.store)
+    others = folders.listed(job.store, manifests.load(job.store)) if is_store else []
+    return [ReadLimit(folder, job.read_bytes_per_second) for folder in (job.store, *others)]
 
 
 def _program(job: Job) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class Cap:
 
 @contextmanager
 def memory_cap(
-    limit_bytes: int | None, read_limit: ReadLimit | None = None
+    limit_bytes: int | None, read_limits: Sequence[ReadLimit] = ()
 ) -> Iterator[Cap | None]:
     """A fresh cgroup with this limit (None: only measured), swap off; removed afterwards.
 
@@ -89,31 +89,38 @@ def memory_cap(
             break
     folders = [cap.folder] if cap else []
     try:
-        if read_limit:
-            folders += _limit_reading(cap, read_limit)
+        if read_limits:
+            folders += _limit_reading(cap, read_limits)
         yield replace(cap, _others=tuple(folders[1:])) if cap else None
     finally:
         for folder in folders:
             _remove(folder)
 
 
-def _limit_reading(cap: Cap | None, limit: ReadLimit) -> list[Path]:
-    """Limit the cap's own cgroup (version 2), or one beside it (version 1), which is returned."""
+def _limit_reading(cap: Cap | None, limits: Sequence[ReadLimit]) -> list[Path]:
+    """Limit the cap's own cgroup (version 2), or one beside it (version 1), which is returned.
+
+    Each device has its own limit.
+    """
+    by_device = {limit.device: limit.bytes_per_second for limit in limits}
     try:
         if cap and (cap.folder / "io.max").exists():
-            (cap.folder / "io.max").write_text(f"{limit.device} rbps={limit.bytes_per_second}")
+            for device, speed in by_device.items():
+                (cap.folder / "io.max").write_text(f"{device} rbps={speed}")
             return []
         folder = _BLKIO / f"flashmoe-{uuid4().hex[:8]}"
         folder.mkdir()
         try:
-            rule = f"{limit.device} {limit.bytes_per_second}"
-            (folder / "blkio.throttle.read_bps_device").write_text(rule)
+            for device, speed in by_device.items():
+                rule = f"{device} {speed}"
+                (folder / "blkio.throttle.read_bps_device").write_text(rule)
         except BaseException:
             _remove(folder)
             raise
         return [folder]
     except OSError as error:
-        raise FlashMoEError(f"reading from {limit.path} cannot be limited here ({error})") from None
+        places = " and ".join(str(limit.path) for limit in limits)
+        raise FlashMoEError(f"reading from {places} cannot be limited here ({error})") from None
 
 
 def _remove(folder: Path) -> None:

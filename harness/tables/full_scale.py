@@ -114,13 +114,7 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         home = comparison.stores or work
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
-            say(f"writing {name} with random weights")
-            # the reference run needs the checkpoint; `accelerate-disk` alone would besides
-            if fits(total_bytes(name)) and comparison.scheme == quant.NONE:
-                packing = random_stores.write_through_checkpoint(name, checkpoint, store)
-                report.write(folder, f"packing-{name}", [packing])
-            else:
-                synthesise_store(name, store, quant=comparison.scheme)
+            write_store(folder, name, comparison.scheme, checkpoint, store)
         manifest = manifests.load(store)
         total = manifest.experts_bytes + manifest.dense_bytes
         caps: list[float] = [cap_for(manifest, n) for n in comparison.slots]
@@ -147,6 +141,16 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         publish(folder, title, label_rows(rows, name, source, routing, total), command)
         if comparison.timelines and speedups.OURS in comparison.systems and not comparison.label:
             _timelines(folder, name, with_cap(base, manifest, caps[len(caps) // 2]))
+
+
+def write_store(folder: Path, name: str, scheme: str, checkpoint: Path, store: Path) -> None:
+    """A store of random weights; through a checkpoint where the reference run fits in memory."""
+    say(f"writing {name} with random weights")
+    if fits(total_bytes(name)) and scheme == quant.NONE:
+        packing = random_stores.write_through_checkpoint(name, checkpoint, store)
+        report.write(folder, f"packing-{name}", [packing])
+    else:  # `accelerate-disk` alone would need the checkpoint
+        synthesise_store(name, store, quant=scheme)
 
 
 def _tell_uneven(rows: list[dict[str, Any]]) -> None:

@@ -34,6 +34,19 @@ def test_pack_and_verify(capfd, checkpoints, tmp_path):
     assert (status, "all 24 experts" in out) == (0, True)
 
 
+def test_pack_and_verify_on_two_drives(capfd, checkpoints, tmp_path):
+    store, other = tmp_path / "s", tmp_path / "o"
+    said = {(): ", in 2 copies", ("--stripe",): ", each shared among 2 files"}
+    for stripe, words in said.items():
+        assert run(capfd, "pack", checkpoints(), store, "--also", other, *stripe)[0] == 0
+        status, out, _ = run(capfd, "verify", store)
+        assert (status, f"all 24 experts are as they were packed{words}" in out) == (0, True)
+    assert "name another folder by --also" in refused(
+        capfd, "pack", checkpoints(), tmp_path / "n", "--stripe"
+    )
+    assert not (tmp_path / "n").exists()
+
+
 def test_generate_json_is_what_transformers_generates(capfd, demo_store):
     status, out, _ = run(
         capfd, "generate", demo_store, "--prompt", PROMPT, "--memory", "8MiB", "--policy", "lfu",

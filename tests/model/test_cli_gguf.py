@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import gguf_models
 import pytest
@@ -20,6 +22,22 @@ def test_verify_says_what_is_right(capfd, gguf_files):
     for family, scheme in (("olmoe", "int4"), ("qwen3_moe", "int8"), ("olmoe", "none")):
         status, out, _ = run(capfd, "verify", gguf_files(family, scheme))
         assert (status, "12 of them experts', lie in the file" in out) == (0, True)
+
+
+def test_verify_compares_every_byte_of_a_copy(capfd, gguf_files, parts, tmp_path):
+    for path in (gguf_files(), parts[0]):
+        folder = tmp_path / f"copy of {path.stem}"
+        folder.mkdir()
+        files = parts if path == parts[0] else [path]
+        copies = [Path(shutil.copy(file, folder)) for file in files]
+        for also in (copies[0], folder):
+            status, out, _ = run(capfd, "verify", path, "--also", also)
+            assert (status, "every byte is the same in 2 copies" in out) == (0, True)
+        content = bytearray(copies[-1].read_bytes())
+        content[-100] ^= 1
+        copies[-1].write_bytes(content)
+        said = refused(capfd, "verify", path, "--also", copies[0])
+        assert f"{copies[-1]} is not the same file as {files[-1]}" in said
 
 
 def damaged(content: bytes, *, what: str) -> bytes:

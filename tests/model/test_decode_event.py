@@ -393,7 +393,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     descriptor = os.open(path, os.O_RDONLY)
     status = os.fstat(descriptor)
     identity = descriptor, status.st_size, status.st_mtime_ns
-    memory.files = [SimpleNamespace(identity=identity, drop_experts=lambda: None)]
+    memory.files = [SimpleNamespace(identities=[identity], drop_experts=lambda: None)]
     run = Run(memory, EXPERTS * LAYERS, "lru")
     chosen = np.array([3, 4])
     assert run.decode(0, chosen, chosen) == READY

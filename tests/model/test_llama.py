@@ -71,6 +71,23 @@ def test_a_request_that_comes_before_python_knows_of_the_server_is_answered_righ
         assert server.ask(PROMPTS[0]) == early
 
 
+def test_a_file_on_two_drives_is_read_from_both_and_outlives_one(gguf_files, plain):
+    result = llama_process.run("llama_drives.py", model=str(gguf_files()), prompts=PROMPTS)
+    assert all(answers == plain("olmoe", "int4") for answers in result["answers"])
+    first, second = result["spread"]
+    assert 0.1 < first / (first + second) < 0.9  # reads are small, and both on one drive
+    assert 3 <= result["failed reads"] <= 3 + 8  # each thread may have one under way
+    once, alone = (line for line in result["said"] if "copy of it.gguf" in line)
+    assert "a read failed (Input/output error); the other copy is read in its place" in once
+    assert "is left alone from now on" in alone
+    assert result["failed"]["status"] == 500
+    refused = result["refused"]
+    assert "is not the same file as" in refused["other.gguf"]
+    assert "it has 4096 bytes" in refused["shorter.gguf"]
+    assert "name a copy on another drive" in refused[gguf_files().name]
+    assert "none.gguf cannot be read (No such file or directory)" in refused["none.gguf"]
+
+
 @pytest.mark.parametrize("how", [{"slow": True}, {"slow": True, "unnamed": True}])
 def test_late_reads_are_there_before_they_are_multiplied(gguf_files, plain, how):
     memory = str(gguf_files().stat().st_size // 2)

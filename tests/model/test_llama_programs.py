@@ -104,6 +104,20 @@ def test_a_server_gives_its_own_tokens_and_counts_at_its_end(serve, plain):
     assert stats["requests"] > stats["hits"] > 0
 
 
+def test_a_server_reads_its_file_from_two_drives(serve, plain, model, budget, tmp_path):
+    copy = shutil.copy(model, tmp_path / model.name)
+    options = ["--stats", "--also", str(tmp_path)]  # the copy's folder
+    server = serve("-np", "1", options=options)
+    assert [server.ask(prompt) for prompt in PROMPTS] == plain
+    assert server.stop() == 0
+    stats = json.loads(server.words().splitlines()[-1])
+    assert min(stats["bytes_by_drive"]) > 0.1 * stats["bytes_read"]
+    os.truncate(copy, 4096)
+    refused = run(*under_flashmoe(budget, *options), program("llama-server"), "-m", model)
+    assert refused.returncode
+    assert f"{copy} is not the same file as {model} (it has 4096 bytes" in refused.stderr
+
+
 def test_the_referees_run_is_recorded(model, budget, tmp_path):
     own = program("llama-server")
     work = Work(own.parent, model, 0, tuple(range(20, 60)), 8, 1, trace=tmp_path / "trace.npz")

@@ -35,14 +35,14 @@ def test_packing_again_replaces_and_cleans_up(checkpoints, own_store):
     second = pack(checkpoints(), own_store)
     assert first.experts_file != second.experts_file
     assert not (own_store / first.experts_file).exists()
-    assert verify(own_store).layers == first.layers
+    assert verify(own_store).manifest.layers == first.layers
 
 
 def test_a_store_is_not_overwritten_by_another_model(checkpoints, own_store):
     before = manifest.load(own_store)
     with pytest.raises(FlashMoEError, match="a store of another model than"):
         pack(checkpoints("mixtral"), own_store)
-    assert verify(own_store) == before
+    assert verify(own_store).manifest == before
 
 
 def test_two_packs_into_one_directory_do_not_meet(checkpoints, own_store):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flashmoe.errors import FlashMoEError
 from flashmoe.policies.base import Policy
 from flashmoe.policies.parts.compiled import kernel
+from flashmoe.reading.drives import MOST_ERRORS
 from flashmoe.reading.pread import read_through
 from flashmoe.reading.range_reader import PlacedExperts, RangeRead, RangeReader
 from flashmoe.reading.range_work import start, take_back
@@ -29,7 +30,7 @@ class Experts(PlacedExperts):
     path = Path("a file")
     direct = True
 
-    def __init__(self) -> None:
+    def __init__(self, n_copies: int = 1) -> None:
         layers = tuple(LayerSpec(f"blk.{n}", EXPERTS, 0, 0, ()) for n in range(LAYERS))
         self.manifest = Manifest("", "", 2, "", "", 0, layers)
         shape = (RANGES, LAYERS * EXPERTS, RANGE_BYTES)
@@ -37,6 +38,12 @@ class Experts(PlacedExperts):
         self.memory = np.zeros(shape, np.uint8)
         self.descriptor = os.memfd_create("experts")
         os.write(self.descriptor, self.content.tobytes())
+        if n_copies > 1:
+            others = [os.memfd_create("a copy") for _ in range(n_copies - 1)]
+            for other in others:
+                os.write(other, self.content.tobytes())
+            self.copies = np.array([[-1] * n_copies, [self.descriptor, *others]])
+            self.places = [f"drive {number}" for number in range(n_copies)]
         count = LAYERS * EXPERTS
         offsets = np.arange(RANGES * count).reshape(RANGES, count).T * RANGE_BYTES
         self.pages = np.zeros((count, 1, 2), np.int64)
@@ -52,7 +59,8 @@ class Experts(PlacedExperts):
         pass
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        for descriptor in [self.descriptor] if self.copies is None else self.copies[1]:
+            os.close(descriptor)
 
     def is_there(self, layer: int, expert: int) -> bool:
         row = layer * EXPERTS + expert
@@ -108,6 +116,75 @@ def test_what_is_demanded_comes_and_nothing_else(experts, guesses, then, short):
     finally:
         read_through(None)
         reader.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(choices, min_size=1, max_size=4),
+    st.integers(2, 3),
+    st.sets(st.integers(0, 2)),
+    st.sampled_from(["error", "end", "short"]),
+)
+def test_every_byte_comes_once_while_one_copy_is_sound(rounds, n_copies, broken, fault):
+    experts = Experts(n_copies)
+    reader = RangeReader(experts, readers=3)
+    broken &= set(range(n_copies))
+    bad = {int(experts.copies[1, drive]) for drive in broken}
+    is_readable = len(broken) < n_copies or fault == "short"
+
+    def preadv(descriptor, buffers, at):
+        if descriptor not in bad:
+            return os.preadv(descriptor, buffers, at)
+        if fault == "error":
+            raise OSError(5, os.strerror(5))
+        return 0 if fault == "end" else os.preadv(descriptor, [buffers[0][:7]], at)
+
+    read_through(preadv)
+    try:
+        for wanted in rounds:
+            experts.memory[:] = 0
+            reader.reset_counts()
+            reads = [demand(reader, *at) for at in wanted]
+            for read in reads:
+                error = read.exception()
+                assert error is None if is_readable else isinstance(error, FlashMoEError)
+            if is_readable:
+                assert all(experts.is_there(*at) for at in wanted)
+                size = len(wanted) * RANGES * RANGE_BYTES
+                assert reader.bytes_read == np.count_nonzero(experts.memory) == size
+        if is_readable:
+            asked = sum(map(len, rounds)) * RANGES * RANGE_BYTES
+            assert sum(reader.bytes_by_drive) == asked
+            failing = broken if fault != "short" else set()
+            assert all(reader.bytes_by_drive[drive] == 0 for drive in failing)
+        assert not reader.queue.shared.drives.waiting_bytes.any()
+    finally:
+        read_through(None)
+        reader.close()
+
+
+def test_a_failing_drive_is_told_of_once_and_left_alone(caplog):
+    experts = Experts(2)
+    reader = RangeReader(experts, readers=2)
+    bad, calls = int(experts.copies[1, 1]), []
+
+    def preadv(descriptor, buffers, at):
+        if descriptor == bad:
+            calls.append(at)
+            raise OSError(5, os.strerror(5))
+        return os.preadv(descriptor, buffers, at)
+
+    read_through(preadv)
+    for _ in range(40):
+        demand(reader, 0, 1).result()
+    read_through(None)
+    reader.close()  # its threads have told all
+    assert MOST_ERRORS <= len(calls) <= MOST_ERRORS + 1  # one more thread may be at it
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "drive 1: a read failed (Input/output error); the other copy is read in its place",
+        "drive 1: 3 reads failed: it is left alone from now on; look at this drive",
+    ]
 
 
 def test_demands_go_before_guesses_that_wait(reader):

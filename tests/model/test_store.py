@@ -54,7 +54,7 @@ def test_a_store_holds_what_transformers_loads(family, checkpoints, stores):
     experts = read_all(stores(family))
     for name, tensor in experts.items():
         assert torch.equal(tensor, state[name]), name
-    contents = verify(stores(family))
+    contents = verify(stores(family)).manifest
     dense = load_file(stores(family) / contents.dense_file)
     missing = set(state) - set(experts) - set(dense) - set(model.all_tied_weights_keys)
     assert not missing

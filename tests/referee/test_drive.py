@@ -83,7 +83,7 @@ file, block = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 1 <
 while os.readv(file, [block]):
     pass"""
     try:
-        with memory_cap(None, ReadLimit(tmp_path, 12_000_000)) as cap:
+        with memory_cap(None, [ReadLimit(tmp_path, 12_000_000)]) as cap:
             if cap is None:
                 pytest.skip("no cgroup can be made here")
             os.sync()

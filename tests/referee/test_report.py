@@ -125,7 +125,13 @@ def test_the_committed_index_is_fresh_and_has_every_table():
 
 def test_kinds_of_tables_have_a_note_and_at_most_eight_columns():
     for kind, columns in (pages.COLUMNS | pages.SPECIAL_COLUMNS).items():
-        assert report.evidence(kind) in ("measured", "replayed", "recorded", "predicted")
+        assert report.evidence(kind) in (
+            "measured",
+            "replayed",
+            "recorded",
+            "predicted",
+            "throttled",
+        )
         assert len(columns or ()) <= 8
     notes = Path(report.__file__).parent / "notes"
     assert {path.stem for path in notes.iterdir()} == set(pages.COLUMNS)

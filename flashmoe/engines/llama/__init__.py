@@ -55,12 +55,14 @@ def open_session(
     return LlamaSession(Path(path), prompts, prefetch=prefetch, **options)
 
 
-def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:
+def verify(
+    path: str | os.PathLike[str], progress: Callable[[int, int], object], also: Sequence[Path] = ()
+) -> str:
     """As `file_check.check`, by whichever library of llama.cpp is installed."""
     with _installed(path):
         from flashmoe.engines.llama import tensor_library
         from flashmoe.engines.llama.file_check import check
-    return check(tensor_library.find(), Path(path), progress)
+    return check(tensor_library.find(), Path(path), progress, also)
 
 
 def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -> int:

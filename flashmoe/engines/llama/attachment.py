@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from flashmoe.engines.llama.lookahead import Lookahead
 from flashmoe.engines.llama.model_file import ModelFile
 from flashmoe.engines.llama.product_check import CHOICE, ProductCheck
 from flashmoe.engines.llama.redirect import redirect
+from flashmoe.engines.llama.same_file import copies_of
 from flashmoe.engines.serving import Watch
 from flashmoe.errors import FlashMoEError
 from flashmoe.residency import rehearsal
@@ -67,13 +68,14 @@ class Attachment:
         record: bool = False,
         tell: Callable[[str], object] = _print,
         watch: Watch | None = None,
+        also: Sequence[Path] = (),
     ) -> None:
         """library: calls mmap and the scheduler; ggml_library: has the tensors' functions.
 
         memory: bytes, a size such as "4GiB", or "auto". prefetch: while a layer is computed, read
         what the next one is guessed to need, where that pays. warm: a file that says what was
         resident when an earlier run ended, if it is there. record: every event, for `engine.trace`.
-        tell: gets what the user should know. watch: gets the engine as soon as there is one.
+        tell: gets what the user should know. watch: gets the engine. also: see `same_file`.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
         rehearsal.compile_policy(policy)
@@ -85,7 +87,7 @@ class Attachment:
         self.record = record
         self.failure = ""  # of the last request that failed; whoever asks empties it
         self.tell = tell
-        self.watch = watch
+        self.watch, self.also = watch, also
         self.beside_bytes = 0  # what the program will still take, which "auto" leaves free
         self.engine: LlamaEngine | None = None
         self.ggml = GGML(str(ggml_library))
@@ -135,7 +137,7 @@ class Attachment:
                 f"{path}: of two models with experts only one can be streamed: leave this one out"
             )
         self._check_model(path, contents)
-        file = ModelFile(path, contents.tensors)
+        file = ModelFile(path, contents.tensors, copies_of(self.ggml, path, contents, self.also))
         self._files.append((file, contents))
         for tensor in contents.tensors:
             self._products.expect(tensor.name, file.base + tensor.offset_bytes, tensor.layer)

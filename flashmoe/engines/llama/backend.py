@@ -10,10 +10,13 @@ import numpy as np
 
 from flashmoe.engines.llama.expert_tensors import GGUFContents
 from flashmoe.engines.llama.layout import Layout
-from flashmoe.engines.llama.model_file import ModelFile
+from flashmoe.engines.llama.model_file import PAGE_BYTES, ModelFile
 from flashmoe.reading.base import PIECE_BYTES
 from flashmoe.reading.range_reader import PlacedExperts
 from flashmoe.reading.range_work import COLUMNS
+
+# Smaller reads take a drive longer than they save where two drives share them.
+_LEAST_PIECE_BYTES = 256 << 10
 
 
 class GGUFExperts(PlacedExperts):
@@ -33,6 +36,9 @@ class GGUFExperts(PlacedExperts):
         self.numbers, self.edge_bytes = layout.numbers, layout.edge_bytes
         dense_bytes = sum(file.dense_bytes for file in self.files)
         self.manifest = replace(layout.manifest, dense_bytes=dense_bytes)
+        self.places = self.files[0].places
+        if len(self.places) > 1:
+            self.copies = np.array([file.descriptors for file in self.files], np.int64)
         self._tabulate(layout)
 
     def _tabulate(self, layout: Layout) -> None:
@@ -50,11 +56,12 @@ class GGUFExperts(PlacedExperts):
                 self.pages[numbers, kind, 0] = file.base + start
                 self.pages[numbers, kind, 1] = file.base + np.maximum(start, end)
                 start, end = placed.outer(experts)
+                step = self._piece_bytes(int(end[0] - start[0]))
                 is_late = placed.tensor.kind == "down"  # it is multiplied last
                 while len(numbers):
-                    job = file.job(start, np.minimum(start + PIECE_BYTES, end))
+                    job = file.job(start, np.minimum(start + step, end))
                     jobs.append((numbers, job, is_late))
-                    start = start + PIECE_BYTES
+                    start = start + step
                     more = start < end
                     numbers, start, end = numbers[more], start[more], end[more]
         self.n_ranges = np.bincount(np.concatenate([n for n, _, _ in jobs]), minlength=first[-1])
@@ -64,6 +71,11 @@ class GGUFExperts(PlacedExperts):
             for column, values in enumerate((*columns, is_late, numbers)):
                 self.ranges[numbers, count[numbers], column] = values
             count[numbers] += 1
+
+    def _piece_bytes(self, range_bytes: int) -> int:
+        """What one read brings: so that a single range gives each drive something to do."""
+        share = -(-range_bytes // (len(self.places) * PAGE_BYTES)) * PAGE_BYTES
+        return min(max(share, _LEAST_PIECE_BYTES), PIECE_BYTES)
 
     def check_unchanged(self) -> None:
         for file in self.files:

@@ -40,7 +40,7 @@ class Decoder:
             engine.experts.numbers,
             routing.n_tokens,
             routing.last,
-            [file.identity for file in engine.experts.files],
+            [identity for file in engine.experts.files for identity in file.identities],
         )._replace(
             whole_words=at_once.words.ctypes.data,
             work=at_once.work.address,

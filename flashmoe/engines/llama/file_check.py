@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from flashmoe.engines.llama.expert_tensors import expert_tensors, parts_of
 from flashmoe.engines.llama.ggml import GGML
 from flashmoe.engines.llama.gguf_head import GGUFHead, TensorPlace, read_head
 from flashmoe.engines.llama.model_file import outer_pages
+from flashmoe.engines.llama.same_file import copies_of
 from flashmoe.errors import FlashMoEError
 
 _READERS, _STEP_BYTES = 4, 8 << 20
@@ -28,13 +29,15 @@ class _Piece(NamedTuple):
     end: int
 
 
-def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str:
+def check(
+    ggml: GGML, path: Path, progress: Callable[[int, int], object], also: Sequence[Path] = ()
+) -> str:
     """Read all of `path` past the page cache, and let the library look at each tensor's numbers.
 
     Checks that the library reads the head, that all tensors lie in the file and share no byte, and
     that experts divide. GGUF has no checksums: a flipped bit that leaves a number is not seen. Of
     a split file `path` is the first part, and all are checked. progress: called with bytes done
-    and bytes in all.
+    and bytes in all. also: copies (see `same_file`), of which every byte must be the same.
     Raises FlashMoEError for the first damage, and as `parts_of`.
     """
     paths = parts_of(ggml, path)
@@ -45,12 +48,16 @@ def check(ggml: GGML, path: Path, progress: Callable[[int, int], object]) -> str
         _check_places(*one)
     before = 0
     for part, head, size in zip(paths, heads, sizes, strict=True):
-        for done in _check_numbers(ggml, part, head, size):
+        copies = copies_of(ggml, part, head, also)
+        for done in _check_numbers(ggml, part, head, size, copies):
             progress(before + done, sum(sizes))
         before += size
     tensors = sum(len(head.tensors) for head in heads)
     where = f"its {len(paths)} files" if len(paths) > 1 else "the file"
-    return f"all {tensors} tensors, {experts} of them experts', lie in {where} and hold numbers"
+    same = f"; every byte is the same in {len(also) + 1} copies" if also else ""
+    return (
+        f"all {tensors} tensors, {experts} of them experts', lie in {where} and hold numbers{same}"
+    )
 
 
 def _head(ggml: GGML, path: Path, number: int, count: int) -> GGUFHead:
@@ -66,29 +73,43 @@ def _head(ggml: GGML, path: Path, number: int, count: int) -> GGUFHead:
     return head
 
 
-def _check_numbers(ggml: GGML, path: Path, head: GGUFHead, size: int) -> Iterator[int]:
-    """Check every byte of a file; bytes done so far, piece by piece."""
-    descriptor, direct = open_direct(path, os.O_RDONLY)
+def _check_numbers(
+    ggml: GGML, path: Path, head: GGUFHead, size: int, copies: Sequence[Path]
+) -> Iterator[int]:
+    """Check every byte of a file, and of its copies; bytes done so far, piece by piece."""
+    files = [(place, *open_direct(place, os.O_RDONLY)) for place in (path, *copies)]
     local = threading.local()
 
-    def check_piece(piece: _Piece) -> int:
+    def read(number: int, piece: _Piece) -> memoryview:
+        """The pages of a piece, in a thread's own memory: of the file, or of a copy."""
+        place, descriptor, direct = files[number]
         if not hasattr(local, "memory"):
-            local.memory = aligned_memory(_STEP_BYTES + 2 * os.sysconf("SC_PAGE_SIZE"))
+            step = _STEP_BYTES + 2 * os.sysconf("SC_PAGE_SIZE")
+            local.memory = [aligned_memory(step) for _ in range(min(2, len(files)))]
         first, last = outer_pages(piece.start, piece.end - piece.start)
-        view = memoryview(local.memory)[: last - first]
+        view = memoryview(local.memory[number > 0])[: last - first]
         try:
             read_all(descriptor, view, piece.end - first, first)
         except EOFError:
-            raise FlashMoEError(f"{path} became shorter while it was read") from None
+            raise FlashMoEError(f"{place} became shorter while it was read") from None
         except OSError as error:
             raise FlashMoEError(
-                f"{path}: bytes {piece.start} to {piece.end} cannot be read ({error})"
+                f"{place}: bytes {piece.start} to {piece.end} cannot be read ({error})"
             ) from None
         if not direct:
             drop_page_cache(descriptor, first, last - first)
+        return view[piece.start - first : piece.end - first]
+
+    def check_piece(piece: _Piece) -> int:
+        content = read(0, piece)
+        for number in range(1, len(files)):
+            if read(number, piece) != content:
+                raise FlashMoEError(
+                    f"{files[number][0]} is not the same file as {path} (they differ between byte "
+                    f"{piece.start} and {piece.end}): see which is right, and copy it again"
+                )
         if piece.place:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(local.memory))
-            begin, count = address + piece.start - first, piece.end - piece.start
+            begin, count = ctypes.addressof(ctypes.c_char.from_buffer(content)), len(content)
             if not ggml.library.ggml_validate_row_data(piece.place.kind, begin, count):
                 raise FlashMoEError(
                     f"{path}: {piece.place.name} holds what are no numbers: fetch the file again"
@@ -102,8 +123,9 @@ def _check_numbers(ggml: GGML, path: Path, head: GGUFHead, size: int) -> Iterato
             yield done
     finally:
         threads.shutdown(cancel_futures=True)
-        drop_page_cache(descriptor)  # the library has read the head through it
-        os.close(descriptor)
+        for _, descriptor, _ in files:
+            drop_page_cache(descriptor)  # the head was read through it
+            os.close(descriptor)
 
 
 def _check_places(path: Path, head: GGUFHead, size: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from flashmoe.disk.direct_io import drop_page_cache, open_direct
 from flashmoe.engines.llama.expert_tensors import ExpertTensor
 from flashmoe.errors import FlashMoEError
+from flashmoe.reading.copies import Copies
 from flashmoe.util.sizes import format_bytes
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -37,27 +39,45 @@ class ModelFile:
     The file itself is never mapped, and nothing of it stays in the page cache.
     """
 
-    def __init__(self, path: Path, tensors: tuple[ExpertTensor, ...]) -> None:
-        """Raises FlashMoEError where the address space cannot be had, or the file not be read."""
+    def __init__(
+        self, path: Path, tensors: tuple[ExpertTensor, ...], copies: Sequence[Path] = ()
+    ) -> None:
+        """copies: files on other drives that were found to be the same.
+
+        Raises FlashMoEError where the address space cannot be had, or the file not be read.
+        """
         self.path = path
         self.tensors = tensors
-        self._descriptor, self.direct = open_direct(path, os.O_RDONLY)
-        self._state = self._identity()
-        self.size_bytes = self._state[0]
+        self.places = [path, *copies]
+        self.descriptors: list[int] = []  # of each place
+        direct = []
+        try:
+            for place in self.places:
+                descriptor, is_direct = open_direct(place, os.O_RDONLY)
+                self.descriptors.append(descriptor)
+                direct.append(is_direct)
+        except BaseException:
+            self.close()
+            raise
+        self.direct = all(direct)
+        self._copies = Copies(self.places)
+        self._states = [_state(descriptor) for descriptor in self.descriptors]
+        self.size_bytes = self._states[0][0]
         if any(t.offset_bytes + t.size_bytes > self.size_bytes for t in tensors):
             self.close()
             raise FlashMoEError(f"{path} was cut short: fetch it again")
         self.base = self._reserve()
         with ThreadPoolExecutor(_READERS) as threads:
             list(threads.map(lambda part: self.read(*part), self._dense_parts()))
-        drop_page_cache(self._descriptor)  # the program has read the file's head through it
+        for descriptor in self.descriptors:
+            drop_page_cache(descriptor)  # the file's head was read through it
 
     def _reserve(self) -> int:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         base: int = _libc.mmap(None, self.size_bytes, protection, flags, -1, 0)
         if base == _FAILED:
-            os.close(self._descriptor)
+            self.close()
             raise FlashMoEError(
                 f"{self.path}: no address space for its {format_bytes(self.size_bytes)} "
                 f"({os.strerror(ctypes.get_errno())}): raise the limit (`ulimit -v`), or allow "
@@ -91,16 +111,20 @@ class ModelFile:
 
         Thread-safe. Raises OSError when the drive fails, EOFError when the file became shorter.
         """
+        self._copies.read(end - start, partial(self._read_place, start, end))
+
+    def _read_place(self, start: int, end: int, place: int) -> None:
+        descriptor = self.descriptors[place]
         length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
         view = memoryview((ctypes.c_char * length).from_address(self.base + start)).cast("B")
         end, done = min(end, self.size_bytes), 0
         while start + done < end:
-            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            count = os.preadv(descriptor, [view[done:]], start + done)
             if count == 0:
                 raise EOFError
             done += count
         if not self.direct:
-            drop_page_cache(self._descriptor, start, length)
+            drop_page_cache(descriptor, start, length)
 
     def job(self, start: np.ndarray, end: np.ndarray) -> list[Any]:
         """What a thread needs to do as `read` does, of several ranges at once.
@@ -109,7 +133,7 @@ class ModelFile:
         """
         length = -(-(end - start) // PAGE_BYTES) * PAGE_BYTES
         needed = np.minimum(end, self.size_bytes) - start
-        return [self._descriptor, start, self.base + start, length, needed, not self.direct]
+        return [self.descriptors[0], start, self.base + start, length, needed, not self.direct]
 
     def drop(self, start: int, end: int) -> None:
         """Give back the memory of these pages; they read as zeros from now on."""
@@ -129,24 +153,27 @@ class ModelFile:
             self.base = 0
 
     @property
-    def identity(self) -> tuple[int, int, int]:
-        """Descriptor, bytes, and nanoseconds of the last change when it was opened."""
-        return self._descriptor, *self._state
+    def identities(self) -> list[tuple[int, int, int]]:
+        """Of each place: descriptor, bytes, and nanoseconds of the last change, when opened."""
+        return [
+            (descriptor, *state)
+            for descriptor, state in zip(self.descriptors, self._states, strict=True)
+        ]
 
     def check_unchanged(self) -> None:
-        """Raises OSError when the file is another one than when it was opened."""
-        if self._identity() != self._state:
+        """Raises OSError when a file is another one than when it was opened."""
+        if [_state(descriptor) for descriptor in self.descriptors] != self._states:
             raise OSError("the file changed while it was in use")
-
-    def _identity(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
         """Close the file. Its memory stays: the program goes on using the dense part."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def outer_pages(offset: Any, size: int) -> tuple[Any, Any]:

@@ -39,7 +39,12 @@ def serve(path: Path, settings: ServeSettings, watch: Watch) -> int:
 
     def attach(llama: Path, ggml: Path) -> Attachment:
         attachment = Attachment(
-            llama, ggml, memory=settings.memory, policy=settings.policy, watch=watch
+            llama,
+            ggml,
+            memory=settings.memory,
+            policy=settings.policy,
+            watch=watch,
+            also=settings.also,
         )
         _settle(attachment, path, settings)
         return attachment

@@ -29,8 +29,9 @@ class LlamaSession(Session):
         raw: bool,
         policy: str,
         prefetch: bool,
+        also: Sequence[Path] = (),
     ) -> None:
-        """memory, policy, prefetch: see `host.load`.
+        """memory, policy, prefetch, also: see `host.load`.
 
         Raises FlashMoEError as it does, and for a prompt that the file's own chat template or
         vocabulary cannot take.
@@ -40,7 +41,13 @@ class LlamaSession(Session):
         longest = max(map(len, self.token_ids))
         n_ctx = longest + max_new_tokens + 1
         self.model = host.load(
-            path, memory=memory, policy=policy, prefetch=prefetch, n_ctx=n_ctx, verbose=False
+            path,
+            memory=memory,
+            policy=policy,
+            prefetch=prefetch,
+            also=also,
+            n_ctx=n_ctx,
+            verbose=False,
         )
         self.engine = self.model.flashmoe
         self._shows_prompt = raw or not _template(self.model)

@@ -51,13 +51,18 @@ def open_session(
     return TransformersSession(Path(path), prompts, **options)
 
 
-def verify(path: str | os.PathLike[str], progress: Callable[[int, int], object]) -> str:
+def verify(
+    path: str | os.PathLike[str], progress: Callable[[int, int], object], also: Sequence[Path] = ()
+) -> str:
     """As `reading.verify.verify`, of a store."""
     from flashmoe.reading.verify import verify as verify_store
 
-    manifest = verify_store(Path(path), progress)
-    count = sum(layer.n_experts for layer in manifest.layers)
-    return f"all {count} experts are as they were packed"
+    found = verify_store(Path(path), progress, also)
+    count = sum(layer.n_experts for layer in found.manifest.layers)
+    copies = f", in {found.n_copies} copies" if found.n_copies > 1 else ""
+    shares = found.manifest.shares
+    in_shares = f", each shared among {shares} files" if shares > 1 else ""
+    return f"all {count} experts are as they were packed{copies}{in_shares}"
 
 
 def serve(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def load(
     prefetch: bool = True,
     check_reads: bool = False,
     arithmetic: str = EXACT,
+    also: Sequence[str | os.PathLike[str]] = (),
 ) -> transformers.PreTrainedModel:
     """A transformers model, ready for `.generate`, whose experts stay on the SSD.
 
@@ -49,6 +51,8 @@ def load(
         bfloat16 weights in the way that is the fastest on this machine, and a few tokens, such
         as one that is decoded, by weights that were published quantised as they lie; it adds in
         float32. It too gives the same bits at every budget. `stats()["kernels"]` says how.
+    also: folders, on other drives, that hold a copy of the store, besides those that it was packed
+        into; reads are spread over all (see docs/drives.md).
     Raises FlashMoEError when the path is no usable MoE model or store, the budget is too small
     for one token, or there is no such device. `model.flashmoe` is the engine.
     """
@@ -59,7 +63,7 @@ def load(
     torch_device = _find_device(device)
     memory_is_auto = memory == "auto"
     memory_bytes = 0 if memory_is_auto else parse_bytes(memory)
-    backend = backends.open_path(Path(path))
+    backend = backends.open_path(Path(path), [Path(folder) for folder in also])
     try:
         model = backend.build()
         _check_fit(model, backend)

@@ -6,9 +6,10 @@ import atexit
 import gc
 import importlib
 import inspect
+import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -43,12 +44,14 @@ def load(
     prefetch: bool = True,
     warm: Path | None = None,
     package: str | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
     **arguments: Any,
 ) -> Any:
     """A `llama_cpp.Llama` whose experts stay on the SSD; `.flashmoe` is its engine.
 
     memory, policy, prefetch, warm: see `Attachment`. package: llama_cpp or ik_llama_cpp (whose
-        class is IkLlama); default: the first that is installed. arguments: the class's own.
+        class is IkLlama); default: the first that is installed. also: the same file on other
+        drives (docs/drives.md). arguments: the class's own.
     One model at a time. Raises FlashMoEError when no package is installed, another model is open,
     the file has no experts or cannot be streamed, or an argument would read every expert.
     """
@@ -56,7 +59,8 @@ def load(
     _check(_streamed(name), arguments)
     with _loading:
         options = {"memory": memory, "policy": policy, "prefetch": prefetch, "warm": warm}
-        return _load(path, name, arguments, **options)
+        copies = [Path(copy) for copy in also]
+        return _load(path, name, arguments, **options, also=copies)
 
 
 def _load(path: Path, name: str, arguments: dict[str, Any], **options: Any) -> Any:

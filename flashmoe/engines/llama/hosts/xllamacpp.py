@@ -35,17 +35,18 @@ def serve(
     policy: str = "learned",
     warm: Path | None = None,
     record: bool = False,
+    also: Sequence[Path] = (),
     **parameters: Any,
 ) -> tuple[Any, Attachment]:
     """A running `xllamacpp.Server` of this model, and what streams its experts.
 
-    memory, policy, warm, record: see `Attachment`. parameters: attributes of xllamacpp's
+    memory, policy, warm, record, also: see `Attachment`. parameters: attributes of xllamacpp's
         CommonParams, such as n_ctx and n_parallel.
     A model without experts runs as without FlashMoE. Raises FlashMoEError when the file cannot be
     read, or its experts not be streamed.
     """
     attachment = Attachment(
-        LIBRARY, LIBRARY, memory=memory, policy=policy, warm=warm, record=record
+        LIBRARY, LIBRARY, memory=memory, policy=policy, warm=warm, record=record, also=also
     )
     common = xllamacpp.CommonParams()
     common.model.path = str(model)

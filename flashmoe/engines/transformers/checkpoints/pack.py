@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flashmoe.engines.transformers.checkpoints.checkpoint import Checkpoint
@@ -21,13 +22,16 @@ def pack(
     quant: str = NONE,
     progress: Progress = lambda d, t: None,
     give_back: bool = False,
+    also: Sequence[Path] = (),
+    stripe: bool = False,
 ) -> Manifest:
     """Pack the Hugging Face directory `checkpoint` into the directory `store`.
 
     quant: the name of a quantiser of `flashmoe.quant`; none: a checkpoint that was published
     quantised stays as it is. progress: called with the bytes of experts
     that were written, and with those in all. give_back: `checkpoint` is of the hub's cache, which
-    loses its weights while they are packed, so that the disk holds them once.
+    loses its weights while they are packed, so that the disk holds them once. also, stripe: see
+    `write_store`.
     Raises FlashMoEError when the checkpoint is unusable, and as `write_store` does; a store that
     was there stays usable then.
     """
@@ -36,7 +40,7 @@ def pack(
         model = empty_model.build(source.config, source.dtype)
         dense_weights.check_complete(model, source.dense(meta=True), checkpoint, REMEDY)
         try:
-            return write_store(source, checkpoint, store, progress, quant)
+            return write_store(source, checkpoint, store, progress, quant, also, stripe=stripe)
         except FlashMoEError as error:
             if isinstance(source, GivenBack) and not source.is_in_cache:
                 raise FlashMoEError(

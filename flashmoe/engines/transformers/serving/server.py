@@ -75,6 +75,7 @@ def opened(path: str | os.PathLike[str], settings: ServeSettings, watch: Watch) 
             device=flags.device,
             prefetch=not flags.no_prefetch,
             arithmetic=flags.arithmetic,
+            also=settings.also,
         ).result()
         engine: Any = model.flashmoe
         until_end.enter_context(closing(engine))

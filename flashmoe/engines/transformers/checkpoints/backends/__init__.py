@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -32,11 +33,12 @@ def backend_for(path: Path) -> type[ModelBackend]:
     )
 
 
-def open_path(path: Path) -> ModelBackend:
+def open_path(path: Path, also: Sequence[Path] = ()) -> ModelBackend:
     """The model at `path`, open.
 
+    also: folders of its copies or shares, besides those that it knows.
     Raises FlashMoEError where no backend reads it, or the one that does cannot.
     """
     backend = backend_for(path)
     with reading(path):
-        return backend(path)
+        return backend(path, also=also)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,8 +27,11 @@ class ModelBackend(Backend):
         """Does this backend read what lies in the directory `path`?"""
 
     @abstractmethod
-    def __init__(self, path: Path) -> None:
-        """Open `path`. Raises FlashMoEError when it cannot be used."""
+    def __init__(self, path: Path, *, also: Sequence[Path] = ()) -> None:
+        """Open `path`. Raises FlashMoEError when it, or one of `also`, cannot be used.
+
+        also: folders of its copies or shares, besides those that it knows.
+        """
 
     @abstractmethod
     def build(self) -> PreTrainedModel:

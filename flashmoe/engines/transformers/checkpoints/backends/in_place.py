@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,12 @@ class InPlace(ModelBackend):
     def accepts(cls, path: Path) -> bool:
         return (path / "config.json").is_file() and not manifests.is_store(path)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, also: Sequence[Path] = ()) -> None:
+        if also:
+            raise FlashMoEError(
+                f"{path} is read in place, from one drive: run `flashmoe pack {path} STORE --also "
+                f"{also[0]}` and use the store"
+            )
         self.path = path
         self._files: dict[Path, tuple[int, bool]] = {}
         self._buffers = threading.local()
