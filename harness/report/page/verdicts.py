@@ -1,0 +1,119 @@
+"""Advice, and rows in which FlashMoE is not first, as tables."""
+
+from __future__ import annotations
+
+from harness.report.page.advice import Verdict
+from harness.report.page.behind import Slower, better_policies, slower_reads
+from harness.report.page.columns import Cell, Table, number, text
+from harness.report.page.filters import machine_name, marks
+from harness.report.page.speeds import Contest, Ranged, Row, machine_of
+
+
+def of_advice(verdicts: list[Verdict]) -> Table:
+    """Which system is first, by how much, and how FlashMoE and the best other compare."""
+    headers = ["Weights", "Memory cap", "First", "Its token/s", "Next", "First over next, ×",
+               "FlashMoE over the best other, ×", "Tables"]  # fmt: skip
+    rows = [
+        [
+            text(_weights(verdict.contest)),
+            _memory(verdict.contest),
+            text(verdict.first.name + (" (level)" if verdict.level else "")),
+            _ranged(verdict.first.tokens_per_second, verdict.first.rounds),
+            text(verdict.next.name if verdict.next else _failed(verdict.failed)),
+            _ranged(verdict.lead, verdict.rounds),
+            _against(verdict),
+            Cell("", "", links=tuple((name, f"#{anchor(folder, name)}") for folder, name in verdict.tables)),
+        ]
+        for verdict in verdicts
+    ]  # fmt: skip
+    return Table(headers, rows, [_marks(verdict.contest) for verdict in verdicts])
+
+
+def of_faster(found: list[Slower]) -> Table:
+    """Rows faster than FlashMoE's."""
+    headers = ["Machine", "Model, weights", "Memory cap", "Faster than FlashMoE", "Its token/s",
+               "FlashMoE's token/s", "Times as fast", "Table"]  # fmt: skip
+    rows = [
+        [
+            text(machine_name(each.contest.machine)),
+            text(f"{each.contest.model}, {_weights(each.contest)}"),
+            _memory(each.contest),
+            text(each.row.name + (" (level)" if each.level else "")),
+            _ranged(each.row.tokens_per_second, each.row.rounds),
+            _ranged(each.baseline.tokens_per_second, each.baseline.rounds)
+            if each.baseline.finished else text(each.baseline.outcome[:60]),
+            _ranged(each.over, min(each.row.rounds, each.baseline.rounds)),
+            Cell("", "", links=((each.row.table, f"#{anchor(each.row.folder, each.row.table)}"),)),
+        ]
+        for each in found
+    ]  # fmt: skip
+    return Table(headers, rows, [_marks(each.contest) for each in found])
+
+
+def of_policies() -> Table:
+    """Cases in which an online policy hits more than `learned`."""
+    found = better_policies()
+    headers = ["Routing", "Resident, %", "Start", "Policy that hits more", "Its hit rate, %",
+               "learned, %", "Points", "Table"]  # fmt: skip
+    rows = [
+        [
+            text(row["case"]), number(row["capacity"], row["capacity"] * 100), text(row["start"]),
+            text(row["policy"]), number(row["hit_rate"], row["hit_rate"] * 100),
+            number(row["learned"], row["learned"] * 100), number(row["points"], row["points"], 2),
+            Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'hit_rates')}"),)),
+        ]
+        for row in found.to_dict("records")
+    ]  # fmt: skip
+    return Table(headers, rows, [marks(machine_of(name), "") for name in found.folder])
+
+
+def of_reads() -> Table:
+    """Sizes and depths at which the engine's reader is slower than fio."""
+    found = slower_reads()
+    headers = ["Reads of", "Depth", "Reader over fio, ×", "Table"]
+    rows = [
+        [
+            text(row["extents_of"]), number(row["depth"], row["depth"]),
+            _ranged(Ranged(row["reader_over_fio"], row["ratio_min"], row["ratio_max"]), 2),
+            Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'reader')}"),)),
+        ]
+        for row in found.to_dict("records")
+    ]  # fmt: skip
+    return Table(headers, rows, [marks(machine_of(name), "") for name in found.folder])
+
+
+def anchor(folder: str, table: str) -> str:
+    """The id of a table's figure on the page."""
+    return f"{folder}--{table}"
+
+
+def _weights(contest: Contest) -> str:
+    return contest.weights + (f", {contest.conditions}" if contest.conditions else "")
+
+
+def _memory(contest: Contest) -> Cell:
+    share = contest.share
+    return Cell(contest.memory, "1000" if share != share else f"{share:.4f}")
+
+
+def _marks(contest: Contest) -> dict[str, str]:
+    return marks(contest.machine, contest.model, contest.share)
+
+
+def _ranged(value: Ranged | None, rounds: int) -> Cell:
+    if value is None:
+        return Cell("", "", True)
+    said = f"{value.value:.3g}"
+    said += f" ({value.low:.3g} to {value.high:.3g})" if rounds > 1 else " (one round)"
+    return Cell(said, f"{value.value:.6g}", True)
+
+
+def _against(verdict: Verdict) -> Cell:
+    if not (verdict.ours and verdict.other and verdict.against):
+        return Cell("", "", True)
+    value = verdict.against.value
+    return Cell(f"{value:.3g}, {verdict.other.name}", f"{value:.6g}")
+
+
+def _failed(rows: tuple[Row, ...]) -> str:
+    return "; ".join(f"{row.name}: {row.outcome[:60]}" for row in rows)
