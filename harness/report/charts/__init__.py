@@ -26,7 +26,7 @@ CHARTS: dict[str, Callable[[pd.DataFrame], list[alt.LayerChart | alt.Chart]]] = 
     "plan": speeds.predicted,
     "generation": tokens.parts,
     "timeline": tokens.timelines,
-    "hit_rates": lambda rows: policies.closed(rows) + policies.gains(rows),
+    "hit_rates": lambda rows: policies.gains(rows) + policies.closed(rows),
     "gap_by_layer": policies.gaps,
     "paper_rates": policies.of_the_paper,
     "reader": drive.reader,

@@ -35,9 +35,9 @@ def bandwidth(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
 
 def reader(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     """The engine's reader over fio at the same block size and depth; 1 is fio's speed."""
-    named = rows.extents_of + ", depth " + rows.depth.astype(str)
+    named = rows.extents_of + "\ndepth " + rows.depth.astype(str)
     shown = rows[["reader_over_fio", "ratio_min", "ratio_max"]].assign(case=named)
-    base = alt.Chart(shown).encode(y=alt.Y("case:N", sort=None, title=None))
+    base = alt.Chart(shown).encode(y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()))
     x = alt.X("reader_over_fio:Q", title="Reader over fio, times")
     bars = base.mark_bar(color=theme.colour("orange")).encode(
         x=x, tooltip=["case:N", "reader_over_fio:Q", "ratio_min:Q", "ratio_max:Q"]
@@ -47,4 +47,4 @@ def reader(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         color=theme.colour("faint"), strokeDash=[4, 3]
     )
     title = "The engine's reader over fio"
-    return [(bars + ranges + equal.encode(x="fio:Q")).properties(height=alt.Step(24), title=title)]
+    return [(bars + ranges + equal.encode(x="fio:Q")).properties(height=theme.height(len(shown), 36), title=title)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import altair as alt
 import pandas as pd
 
@@ -12,6 +14,11 @@ from harness.report.charts import theme
 _SHOWN = ("learned", "lru", "lfu", "lfu-decay", "arc", "s3-fifo", "lecar", "belady",
           "belady-bypass")  # fmt: skip
 _RESIDENT = "Resident share of a layer's experts"
+
+
+def _colour(policies: Iterable[str]) -> alt.Color:
+    """Policies have short names: three fit side by side, on a telephone too."""
+    return alt.Color("policy:N", scale=theme.scale(policies), legend=alt.Legend(columns=3))
 
 
 def gains(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
@@ -31,7 +38,7 @@ def _gain(case: str, rows: pd.DataFrame, policies: list[str]) -> alt.LayerChart:
     base = alt.Chart(shown).encode(
         x=alt.X("capacity:Q", title=_RESIDENT, axis=alt.Axis(format="%", tickCount=5)),
         y=alt.Y("gain:Q", title="Hit rate above LRU's, points"),
-        color=alt.Color("policy:N", scale=theme.scale(policies)),
+        color=_colour(policies),
     )
     tips = ["policy:N", alt.Tooltip("capacity:Q", format=".1%"),
             alt.Tooltip("rate:Q", title="hit rate", format=".1%"), "gain:Q"]  # fmt: skip
@@ -77,7 +84,7 @@ def of_the_paper(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         .encode(
             x=alt.X("slots:O", title="Slots a layer", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("hit_rate:Q", title="Hit rate", axis=alt.Axis(format="%")),
-            color=alt.Color("policy:N", scale=theme.scale(wanted)),
+            color=_colour(wanted),
             tooltip=["policy:N", "slots:O", alt.Tooltip("hit_rate:Q", format=".1%")],
         )
         .properties(height=theme.PANEL_HEIGHT, title=str(case))
@@ -90,16 +97,15 @@ def closed(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     table = digests.gap_closed(rows)
     long = table.melt("case", var_name="policy", value_name="closed").dropna()
     long = long.assign(policy=long.policy.str.removesuffix(", %"), closed=long.closed.round(2))
-    policies = list(dict.fromkeys(long.policy))[::-1]
-    chart = alt.Chart(long).mark_bar().encode(
-        y=alt.Y("case:N", sort=None, title=None, axis=alt.Axis(labelLimit=190)),
-        yOffset=alt.YOffset("policy:N", sort=policies),
-        x=alt.X("closed:Q", title="Gap between LRU and Belady closed, %"),
-        color=alt.Color("policy:N", scale=theme.scale(policies)),
+    long = long.assign(case=theme.two_lines(long.case))
+    chart = alt.Chart(long).mark_point(opacity=1).encode(
+        y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()),
+        x=alt.X("closed:Q", title="Gap closed, %"),
+        color=_colour(name for name in _SHOWN if name in set(rows.policy)),
         tooltip=["case:N", "policy:N", "closed:Q"],
     )  # fmt: skip
-    title = "Gap closed: cold, mean of 25 to 50 % resident"
-    return [chart.properties(height=alt.Step(11), title=title)]
+    title = "Gap to Belady closed, 25 to 50 % resident"
+    return [chart.properties(height=theme.height(len(table), 30), title=title)]
 
 
 def quality(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
@@ -111,4 +117,4 @@ def quality(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         color=alt.Color("quant:N", scale=theme.scale(shown.quant)),
         tooltip=["kind:N", "quant:N", "change:Q"],
     )  # fmt: skip
-    return [chart.properties(height=alt.Step(14), title="Quality of quantised experts")]
+    return [chart.properties(height=theme.height(len(shown), 16), title="Quality of quantised experts")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
+from harness.report import names
 from harness.report.charts import theme
 
 _NO_LIMIT = "no limit"
@@ -30,14 +31,15 @@ def formats(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
 
 def predicted(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     """Predicted speed against measured; on the line they are equal."""
-    shown = rows[["of_table", "system", "tokens_per_second", "predicted_tokens_per_second"]]
-    ends = [shown.iloc[:, 2:].min().min(), shown.iloc[:, 2:].max().max()]
+    shown = rows[["of_table", "tokens_per_second", "predicted_tokens_per_second"]]
+    ends = [shown.iloc[:, 1:].min().min(), shown.iloc[:, 1:].max().max()]
+    shown = shown.assign(system=rows.system.map(names.system))
     line = alt.Chart(pd.DataFrame({"both": ends})).mark_line(color=theme.colour("grid"))
     log = alt.Scale(type="log", nice=False, padding=12)
     points = alt.Chart(shown).mark_point().encode(
         x=alt.X("tokens_per_second:Q", title="Measured, token/s", scale=log),
         y=alt.Y("predicted_tokens_per_second:Q", title="Predicted, token/s", scale=log),
-        color=alt.Color("system:N", scale=theme.scale(shown.system)),
+        color=alt.Color("system:N", scale=theme.scale(rows.system)),
         tooltip=["of_table", "system", "tokens_per_second", "predicted_tokens_per_second"],
     )  # fmt: skip
     both = line.encode(x="both:Q", y="both:Q") + points
@@ -48,13 +50,13 @@ def _points(rows: pd.DataFrame, share: str) -> pd.DataFrame:
     """What a chart shows of rows that finished, smallest memory first."""
     done = rows[(rows.outcome == "ok") & rows.tokens_per_second.notna()].sort_values(share)
     memory = (done[share] * 100).map("{:.0f} %".format).where(done[share].notna(), _NO_LIMIT)
-    names = {
+    columns = {
         "tokens_per_second": "speed", "tokens_per_second_min": "least",
         "tokens_per_second_max": "most", "roofline_tokens_per_second": "roofline",
         "hit_rate": "hit_rate",
     }  # fmt: skip
-    points = done[[name for name in names if name in done]].rename(columns=names)
-    return points.assign(memory=memory, system=done.system, order=range(len(done)))
+    points = done[[name for name in columns if name in done]].rename(columns=columns)
+    return points.assign(memory=memory, key=done.system, system=done.system.map(names.system))
 
 
 def _tips(done: pd.DataFrame) -> list[alt.Tooltip]:
@@ -71,10 +73,10 @@ def _tips(done: pd.DataFrame) -> list[alt.Tooltip]:
 
 
 def _lines(done: pd.DataFrame) -> alt.LayerChart:
-    color = alt.Color("system:N", scale=theme.scale(done.system))
+    color = alt.Color("system:N", scale=theme.scale(done.key))
     x = alt.X("memory:O", sort=list(done.memory.unique()), title="Memory cap, share of the model",
               axis=alt.Axis(labelAngle=0))  # fmt: skip
-    base = alt.Chart(done).encode(x=x, color=color)
+    base = alt.Chart(done.drop(columns="key")).encode(x=x, color=color)
     ranges = base.mark_rule().encode(y=alt.Y("least:Q", title=_SPEED), y2="most:Q")
     lines = base.mark_line().encode(y=alt.Y("speed:Q", title=_SPEED))
     points = base.mark_point(opacity=1).encode(
@@ -84,11 +86,14 @@ def _lines(done: pd.DataFrame) -> alt.LayerChart:
 
 
 def _bars(done: pd.DataFrame, memory: str) -> alt.LayerChart:
-    color = alt.Color("system:N", scale=theme.scale(done.system), legend=None)
-    base = alt.Chart(done).encode(y=alt.Y("system:N", sort=None, title=None))
+    color = alt.Color("system:N", scale=theme.scale(done.key), legend=None)
+    shown = done.drop(columns="key").assign(line=theme.two_lines(done.system))
+    base = alt.Chart(shown).encode(
+        y=alt.Y("line:N", sort=None, title=None, axis=theme.bar_names())
+    )
     bars = base.mark_bar().encode(
         x=alt.X("speed:Q", title=_SPEED), color=color, tooltip=_tips(done)
     )
     ranges = base.mark_rule(color=theme.colour("ink")).encode(x="least:Q", x2="most:Q")
     title = f"Memory cap: {memory}" + ("" if memory == _NO_LIMIT else " of the model")
-    return (bars + ranges).properties(height=alt.Step(22), title=title)
+    return (bars + ranges).properties(height=theme.height(len(done), 34), title=title)

@@ -5,13 +5,18 @@ A page's style sheet gives the colours, dark or light, so a chart names them as 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pandas as pd
 import vl_convert
+from PIL import Image
+
+from harness.report import names
 
 # A name, and the colour on light and on dark ground. Eight hues that the colour-blind tell apart.
 COLOURS = {
@@ -39,6 +44,8 @@ _OF = {
     "belady-bypass": "faint", "paper's network": "pink",
 }  # fmt: skip
 PANEL_HEIGHT = 240  # pixels
+_LABEL_WIDTH = 165  # pixels
+_PNG_COLOURS = 96  # the hues on white, with what smooths their edges
 _PNG_WIDTH = {1: 620, 2: 420, 3: 300}  # of a panel, by how many stand side by side
 
 
@@ -46,15 +53,28 @@ def colour(name: str) -> str:
     return f"var(--{name})"
 
 
-def scale(names: Iterable[str]) -> alt.Scale:
-    """A colour for each name, the same in every picture for the names that are known."""
-    domain = list(dict.fromkeys(names))
-    free = [hue for hue in _HUES if hue not in {_OF.get(name) for name in domain}]
+def scale(keys: Iterable[str]) -> alt.Scale:
+    """A colour for each system or policy, the same in every chart for those that are known.
+
+    Its domain, and so what a chart holds, are the names that people say.
+    """
+    domain = list(dict.fromkeys(keys))
+    free = [hue for hue in _HUES if hue not in {_OF.get(key) for key in domain}]
     given = {
-        name: _OF.get(name) or (free.pop(0) if free else _HUES[number % len(_HUES)])
-        for number, name in enumerate(domain)
+        names.system(key): _OF.get(key) or (free.pop(0) if free else _HUES[number % len(_HUES)])
+        for number, key in enumerate(domain)
     }
-    return alt.Scale(domain=domain, range=[colour(hue) for hue in given.values()])
+    return alt.Scale(domain=list(given), range=[colour(hue) for hue in given.values()])
+
+
+def two_lines(names: pd.Series) -> pd.Series:
+    """For an axis of bars: what follows the first comma stands in a line of its own."""
+    return names.str.replace(", ", "\n", n=1)
+
+
+def bar_names() -> alt.Axis:
+    """The axis of names that `two_lines` gave."""
+    return alt.Axis(labelExpr=r"split(datum.label, '\n')", grid=False)
 
 
 def config() -> dict[str, Any]:
@@ -71,11 +91,11 @@ def config() -> dict[str, Any]:
         "axis": text | {
             "gridColor": colour("grid"), "domainColor": colour("grid"),
             "tickColor": colour("grid"), "labelFontSize": 11, "titleFontSize": 11,
-            "titleFontWeight": "normal", "labelLimit": 150,
+            "titleFontWeight": "normal", "labelLimit": _LABEL_WIDTH,
         },
         "legend": text | {
-            "orient": "bottom", "columns": 3, "title": None, "labelFontSize": 11,
-            "labelLimit": 190, "symbolStrokeWidth": 3,
+            "orient": "bottom", "columns": 2, "title": None, "labelFontSize": 11,
+            "labelLimit": 240, "symbolStrokeWidth": 3,
         },
         "line": {"strokeWidth": 2},
         "point": {"size": 45, "filled": True},
@@ -91,6 +111,11 @@ def specification(chart: alt.LayerChart | alt.Chart) -> dict[str, Any]:
     return whole | {"autosize": {"type": "fit-x", "contains": "padding"}}
 
 
+def height(rows: int, of_row: int) -> int:
+    """Of a chart of bars, in pixels: a step of Vega-Lite's would not go with `fit`."""
+    return max(1, rows) * of_row
+
+
 def png(panels: list[alt.LayerChart | alt.Chart], path: Path) -> None:
     """All panels as one picture on light ground."""
     columns = min(len(panels), 3)
@@ -99,4 +124,6 @@ def png(panels: list[alt.LayerChart | alt.Chart], path: Path) -> None:
     text = json.dumps(whole.to_dict() | {"config": config() | {"background": "white"}})
     for name, (light, _) in COLOURS.items():
         text = text.replace(colour(name), light)
-    path.write_bytes(vl_convert.vegalite_to_png(text, scale=1.5))
+    drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(text, scale=1.5)))
+    few = drawn.convert("RGB").quantize(_PNG_COLOURS, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)  # a fifth of the bytes, which git keeps for ever

@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
+from harness.report import names
 from harness.report.charts import theme
 
 _PARTS = {
@@ -27,8 +28,9 @@ def parts(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     rows = rows[rows.wait_ms.notna()].sort_values(["system", "slots"], ascending=[False, True])
     if rows.empty:
         return []
-    named = rows.system + ", " + rows.slots.map("{:.3g} slots, ".format)
-    rows = rows.assign(case=named + (rows.hit_rate * 100).map("{:.0f} % hits".format))
+    held = rows.slots.map("\n{:.3g} slots, ".format)
+    hits = (rows.hit_rate * 100).map("{:.0f} % hits".format)
+    rows = rows.assign(case=rows.system.map(names.system) + held + hits)
     long = rows.melt("case", list(_PARTS), "part", "milliseconds")
     labels = {name: label for name, (label, _) in _PARTS.items()}
     long = long.assign(part=long.part.map(labels), order=long.part.map(list(_PARTS).index))
@@ -37,12 +39,12 @@ def parts(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         range=[theme.colour(hue) for _, hue in _PARTS.values()],
     )
     chart = alt.Chart(long).mark_bar().encode(
-        y=alt.Y("case:N", sort=None, title=None, axis=alt.Axis(labelLimit=210)),
+        y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("milliseconds:Q", title="Milliseconds a token"),
         color=alt.Color("part:N", scale=colours), order="order:Q",
         tooltip=["case:N", "part:N", alt.Tooltip("milliseconds:Q", format=".3~g")],
     )  # fmt: skip
-    return [chart.properties(height=alt.Step(26), title="Demo model: where a token's time goes")]
+    return [chart.properties(height=theme.height(len(rows), 36), title="Demo model: where a token's time goes")]
 
 
 def timelines(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
@@ -75,7 +77,7 @@ def _timeline(system: str, events: pd.DataFrame, longest_ms: float) -> alt.Chart
         tooltip=["what:N", "start:Q", "end:Q"],
     )  # fmt: skip
     return chart.properties(
-        height=alt.Step(34), title=f"{system}: one token, {events.end_ms.max():.0f} ms"
+        height=theme.height(2, 34), title=f"{names.system(system)}: {events.end_ms.max():.0f} ms"
     )
 
 

@@ -114,14 +114,14 @@ def _why(names: tuple[str, ...], part: list[Verdict]) -> str:
         why = "the rounds cannot tell the two apart"
     elif leads := [verdict.lead.value for verdict in part if verdict.lead]:
         nexts = list(dict.fromkeys(verdict.next.name for verdict in part if verdict.next))
-        why = f"{_times(leads)} times as fast as the next, {' or '.join(nexts)}"
+        why = f"{times(leads)} times as fast as the next, {' or '.join(nexts)}"
     else:
         return "nothing else finished"
     if {True} == {bool(verdict.next and verdict.first.ours == verdict.next.ours) for verdict in part}:
         if against := [verdict.against.value for verdict in part if verdict.against]:
             rivals = list(dict.fromkeys(verdict.other.name for verdict in part if verdict.other))
             ours = list(dict.fromkeys(verdict.ours.name for verdict in part if verdict.ours))
-            why += f"; {' or '.join(ours)} is {_times(against)} times as fast as {' or '.join(rivals)}"
+            why += f"; {' or '.join(ours)} is {times(against)} times as fast as {' or '.join(rivals)}"
     return why + ("; measured in a single round" if all(v.rounds == 1 for v in part) else "")
 
 
@@ -135,5 +135,6 @@ def _memory(part: list[Verdict]) -> str:
     return " and ".join(filter(None, (limited, free)))
 
 
-def _times(values: list[float]) -> str:
+def times(values: list[float]) -> str:
+    """The least and the most of some ratios."""
     return " to ".join(dict.fromkeys(f"{value:.3g}" for value in (min(values), max(values))))

@@ -50,6 +50,7 @@ def text() -> str:
     scripts += [_inline((_HERE / name).read_text()) for name in _SCRIPTS]
     machines = {figure.marks["machine"] for figure in figures}
     return _environment().get_template("page.html").render(
+        glance=verdicts.of_glance([verdict for each in all_advice for verdict in each.verdicts]),
         advice=[(each, verdicts.of_advice(each.verdicts)) for each in all_advice],
         kinds=all_kinds,
         datapoints=points,
@@ -61,7 +62,7 @@ def text() -> str:
         models=sorted({figure.marks["model"] for figure in figures} - {""}),
         bands=BANDS,
         colours=theme.COLOURS,
-        charts={"config": theme.config(), "specs": specs},
+        charts={"config": theme.config(), "specs": {k: _packed(v) for k, v in specs.items()}},
         css=Markup((_HERE / "style.css").read_text()),
         scripts=scripts,
         hashes=[_hash(script) for script in scripts],
@@ -95,6 +96,15 @@ def _environment() -> Environment:
 def _code(markdown: str) -> Markup:
     """The notes' only markup: what stands between backticks is code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(markdown))))
+
+
+def _packed(spec: dict[str, Any]) -> dict[str, Any]:
+    """Rows as lists under one list of names: half the size. page.js makes them whole again."""
+    packed = {
+        name: {"names": list(rows[0]), "rows": [list(row.values()) for row in rows]}
+        for name, rows in spec["datasets"].items()
+    }
+    return spec | {"datasets": packed}
 
 
 def _inline(script: str) -> Markup:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from harness.report import digests, report
+from harness.report import digests, names, report
 
 # Of each kind, in the order of the page; at most eight fit it.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -142,6 +142,8 @@ def shown(folder_table: str, frame: pd.DataFrame) -> Table:
     failed = None
     if "outcome" in frame and "outcome" not in part and "tokens_per_second" in part:
         failed = frame.outcome.where(frame.outcome != "ok")
+    if "system" in part:
+        part = part.assign(system=part.system.map(names.system))
     made = table(part)
     if failed is not None:  # in place of the speed of a run that was killed
         place = list(part.columns).index("tokens_per_second")
@@ -163,7 +165,7 @@ def column(name: str, values: pd.Series) -> tuple[str, list[Cell]]:
     if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
         return _header(name, ""), [text(value) for value in values]
     unit, size = _unit(name, values)
-    return _header(name, unit), [number(value, value / size) for value in values]
+    return _header(name, unit), [number(value / size) for value in values]
 
 
 def text(value: object) -> Cell:
@@ -173,10 +175,13 @@ def text(value: object) -> Cell:
     return Cell(str(said), str(said))
 
 
-def number(value: float, in_unit: float, digits: int = 4) -> Cell:
-    if pd.isna(value):
+def number(in_unit: float, digits: int = 4) -> Cell:
+    if pd.isna(in_unit):
         return Cell("", "", number=True)
-    return Cell(f"{in_unit:.{digits}g}" if abs(in_unit) < 1e4 else f"{in_unit:,.0f}", f"{value:.9g}", True)
+    if abs(in_unit) < 1e4:
+        said = f"{in_unit:.{digits}g}"
+        return Cell(said, said, number=True)
+    return Cell(f"{in_unit:,.0f}", f"{in_unit:.9g}", number=True)
 
 
 def _unit(name: str, values: pd.Series) -> tuple[str, float]:

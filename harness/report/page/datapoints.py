@@ -84,7 +84,7 @@ def _chart(entries: list[dict[str, Any]], newest: str) -> dict[str, Any]:
     whose = {True: "the newest", False: "a user's"}
     shown = pd.DataFrame(
         {
-            "machine": f"{place}. {entry['machine']}",
+            "machine": f"{place}. {entry['machine']}".replace(", ", "\n", 1),
             "speed": entry["speed"],
             "whose": whose[entry["file"] == newest] if entry["file"] else "the project's",
         }
@@ -92,11 +92,11 @@ def _chart(entries: list[dict[str, Any]], newest: str) -> dict[str, Any]:
     )
     names = ["the newest", "a user's", "the project's"]
     chart = alt.Chart(shown).mark_bar().encode(
-        y=alt.Y("machine:N", sort=None, title=None, axis=alt.Axis(labelLimit=240)),
+        y=alt.Y("machine:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("speed:Q", title="FlashMoE, decode, token/s"),
         color=alt.Color("whose:N", scale=theme.scale(names)), tooltip=["machine:N", "speed:Q"],
     )  # fmt: skip
-    return theme.specification(chart.properties(height=alt.Step(22)))
+    return theme.specification(chart.properties(height=theme.height(len(entries), 34)))
 
 
 def _of_user(point: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from harness.report.page.filters import machine_name, marks
 from harness.report.page.speeds import KINDS, machine_of, subject
 from harness.report.page.verdicts import anchor
 
-_TITLES = {
+TITLES = {
     "speedups": "Decode speed under memory caps, transformers",
     "peers": "Against llama.cpp and AirLLM",
     "servers": "llama-server with FlashMoE and without, and BigMoeOnEdge",
@@ -76,7 +76,7 @@ def kinds() -> list[Kind]:
             if kind in columns.COLUMNS:
                 found.setdefault(kind, []).append(_figure(folder, path.stem))
     return [
-        Kind(kind, _TITLES[kind], report.note(kind), found[kind])
+        Kind(kind, TITLES[kind], report.note(kind), found[kind])
         for kind in columns.COLUMNS
         if kind in found
     ]

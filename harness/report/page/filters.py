@@ -9,9 +9,9 @@ from harness.report import report
 from harness.report.page.speeds import machine_of
 
 BANDS = {
-    "tight": "up to 25 % of the model in memory",
-    "middle": "26 to 60 %",
-    "roomy": "more, or no limit",
+    "tight": "Memory for up to 25 % of the model",
+    "middle": "For 26 to 60 %",
+    "roomy": "For more, or no limit",
 }
 
 

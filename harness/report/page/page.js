@@ -3,11 +3,23 @@
 
 const { config, specs } = JSON.parse(document.getElementById("charts").textContent);
 
+// Rows came as lists under one list of names.
+function unpacked(datasets) {
+  const whole = ({ names, rows }) =>
+    rows.map((row) => Object.fromEntries(names.map((name, at) => [name, row[at]])));
+  return Object.fromEntries(Object.entries(datasets).map(([name, set]) => [name, whole(set)]));
+}
+
+// A telephone has room for one name of a system in a line.
+config.legend.columns = innerWidth < 600 ? 1 : 2;
+
 // One after the other, so that the page answers meanwhile. `ast`: Vega's expressions are
 // interpreted, because the page's policy allows no script that is made at run time.
 async function drawAll() {
   for (const [place, spec] of Object.entries(specs)) {
-    await vegaEmbed(document.getElementById(place), { ...spec, config }, {
+    await vegaEmbed(document.getElementById(place), {
+      ...spec, config, datasets: unpacked(spec.datasets),
+    }, {
       actions: false, ast: true, renderer: "svg",
     });
     await new Promise((resolve) => setTimeout(resolve));

@@ -14,27 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.report import report
+from harness.report import names, report
 
 KINDS = ("speedups", "peers", "servers", "quant", "published")
 BASELINES = ("flashmoe", "flashmoe run llama-server")  # FlashMoE as it runs unless told otherwise
-_NAMES = {
-    "flashmoe": "FlashMoE under transformers",
-    "flashmoe-fast": "FlashMoE under transformers, fast arithmetic",
-    "flashmoe run llama-server": "FlashMoE under llama.cpp",
-    "llama-server": "plain llama.cpp, weights repacked",
-    "llama-server --no-repack": "plain llama.cpp, memory-mapped",
-    "llama-cpp": "plain llama.cpp, memory-mapped",
-    "os-paging": "transformers, memory-mapped",
-    "os-paging-willneed": "transformers, memory-mapped, told ahead",
-    "os-paging-random": "transformers, memory-mapped, no read-ahead",
-    "in-memory": "transformers, all in memory",
-    "accelerate-disk": "accelerate's disk offload",
-    "on-demand": "reading every expert anew",
-    "airllm": "AirLLM",
-    "fiddler": "Fiddler, our re-implementation",
-    "daop": "DAOP, our re-implementation",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        plain = _NAMES.get(self.system, self.system)
+        plain = names.system(self.system)
         return f"{plain}, {self.format} experts" if self.mixed else plain
 
     @property

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from harness.report.page.advice import Verdict
+from itertools import groupby
+
+from harness.report.page.advice import Verdict, times
 from harness.report.page.behind import Slower, better_policies, slower_reads
 from harness.report.page.columns import Cell, Table, number, text
-from harness.report.page.filters import machine_name, marks
+from harness.report.page.filters import BANDS, band, machine_name, marks
 from harness.report.page.speeds import Contest, Ranged, Row, machine_of
+
+
+def of_glance(verdicts: list[Verdict]) -> Table:
+    """Who is first in each band of memory: a row for each machine, model and format of weights."""
+    kinds = groupby(
+        verdicts,
+        key=lambda each: (each.contest.machine, each.contest.model, _weights(each.contest)),
+    )
+    rows, row_marks = [], []
+    for (machine, model, weights), group in kinds:
+        in_band: dict[str, list[Verdict]] = {}
+        for verdict in group:
+            in_band.setdefault(band(verdict.contest.share), []).append(verdict)
+        cells = [text(machine_name(machine)), text(model), text(weights)]
+        rows.append(cells + [text(_firsts(in_band.get(name, []))) for name in BANDS])
+        row_marks.append(marks(machine, model))
+    return Table(["Machine", "Model", "Weights", *BANDS.values()], rows, row_marks)
+
+
+def _firsts(verdicts: list[Verdict]) -> str:
+    """`A, 3 to 5 ×`: who is first, by how much over the next; nothing where nothing was run."""
+    if not verdicts:
+        return "not measured"
+    leads: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        who = verdict.first.name
+        if verdict.level and verdict.next:
+            who = " and ".join(sorted((who, verdict.next.name))) + ", level"
+        leads.setdefault(who, []).extend([] if verdict.level or not verdict.lead else [verdict.lead.value])
+    return "; ".join(f"{who}, {times(of)} ×" if of else who for who, of in leads.items())
 
 
 def of_advice(verdicts: list[Verdict]) -> Table:
@@ -57,9 +89,9 @@ def of_policies() -> Table:
                "learned, %", "Points", "Table"]  # fmt: skip
     rows = [
         [
-            text(row["case"]), number(row["capacity"], row["capacity"] * 100), text(row["start"]),
-            text(row["policy"]), number(row["hit_rate"], row["hit_rate"] * 100),
-            number(row["learned"], row["learned"] * 100), number(row["points"], row["points"], 2),
+            text(row["case"]), number(row["capacity"] * 100), text(row["start"]),
+            text(row["policy"]), number(row["hit_rate"] * 100),
+            number(row["learned"] * 100), number(row["points"], 2),
             Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'hit_rates')}"),)),
         ]
         for row in found.to_dict("records")
@@ -73,7 +105,7 @@ def of_reads() -> Table:
     headers = ["Reads of", "Depth", "Reader over fio, ×", "Table"]
     rows = [
         [
-            text(row["extents_of"]), number(row["depth"], row["depth"]),
+            text(row["extents_of"]), number(row["depth"]),
             _ranged(Ranged(row["reader_over_fio"], row["ratio_min"], row["ratio_max"]), 2),
             Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'reader')}"),)),
         ]
