@@ -1,4 +1,4 @@
-"""Small tables out of large ones."""
+"""Small tables out of large ones; and Markdown out of a data frame."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ _WORK = {
     "guess": "Reading what is guessed, ms",
     "experts": "Computing experts, ms",
 }
+
+
+def table(frame: pd.DataFrame, format: str) -> str:
+    """Markdown; an empty cell for what is absent."""
+    shown = frame.astype(object).where(frame.notna(), None)
+    text: str = shown.to_markdown(index=False, floatfmt=format, missingval="")
+    return text
 
 
 def gap_closed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from flashmoe.disk import files
 from harness.report import report
 from harness.report.charts import theme
 from harness.report.page import datapoints, verdicts
@@ -28,10 +29,8 @@ _SCRIPTS = ("sortable/sortable.min.js", "sortable/sortable.a11y.min.js", "page.j
 def write() -> Path:
     """Build the page anew. Returns its path."""
     path = report.RESULTS / NAME
-    whole = text()
-    partial = path.with_suffix(".part")
-    partial.write_text(whole)
-    partial.replace(path)
+    whole = text().encode()
+    files.replace(path, lambda file: file.write(whole))
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -139,18 +139,22 @@ def shown(folder_table: str, frame: pd.DataFrame) -> Table:
         return table(DIGESTS[kind](frame))
     columns = SPECIAL_COLUMNS.get(folder_table, COLUMNS[kind])
     part = frame[[column for column in columns if column in frame]]
-    failed = None
-    if "outcome" in frame and "outcome" not in part and "tokens_per_second" in part:
-        failed = frame.outcome.where(frame.outcome != "ok")
     if "system" in part:
         part = part.assign(system=part.system.map(names.system))
     made = table(part)
-    if failed is not None:  # in place of the speed of a run that was killed
-        place = list(part.columns).index("tokens_per_second")
-        for cells, outcome in zip(made.rows, failed, strict=True):
-            if isinstance(outcome, str):
-                cells[place] = Cell(outcome, "")
+    if "outcome" in frame and "tokens_per_second" in part:
+        _tell_outcomes(made.rows, frame, list(part.columns).index("tokens_per_second"))
     return made
+
+
+def _tell_outcomes(rows: list[list[Cell]], frame: pd.DataFrame, place: int) -> None:
+    """In place of the speed of a run that was killed, and beside that of a disturbed one."""
+    disturbed = frame.disturbed.eq(True) if "disturbed" in frame else [False] * len(frame)
+    for cells, outcome, was_disturbed in zip(rows, frame.outcome, disturbed, strict=True):
+        if outcome != "ok":
+            cells[place] = Cell(str(outcome), "")
+        elif was_disturbed:
+            cells[place] = replace(cells[place], text=f"{cells[place].text}, disturbed")
 
 
 def table(frame: pd.DataFrame) -> Table:

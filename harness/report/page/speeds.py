@@ -50,6 +50,7 @@ class Row:
     tokens_per_second: Ranged
     rounds: int
     over_flashmoe: Ranged | None  # within its own run
+    disturbed: bool  # by other work on the machine
 
     @property
     def name(self) -> str:
@@ -190,7 +191,7 @@ def _rows(folder: Path, name: str) -> Iterator[tuple[Contest, Row]]:
             folder.name, name, values["system"], _format(values, weights),
             values.get("outcome", "ok"), _range(values, "tokens_per_second"),
             0 if _absent(values.get("rounds")) else int(values["rounds"]),
-            None,
+            None, values.get("disturbed") is True,
         )  # fmt: skip
         yield contest, replace(row, over_flashmoe=_over_flashmoe(values, frame, row))
 

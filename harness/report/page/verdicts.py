@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 from harness.report.page.advice import Verdict, times
@@ -9,6 +10,8 @@ from harness.report.page.behind import Slower, better_policies, slower_reads
 from harness.report.page.columns import Cell, Table, number, text
 from harness.report.page.filters import BANDS, band, machine_name, marks
 from harness.report.page.speeds import Contest, Ranged, Row, machine_of
+
+_OUTCOME_LETTERS = 60
 
 
 def of_glance(verdicts: list[Verdict]) -> Table:
@@ -50,7 +53,7 @@ def of_advice(verdicts: list[Verdict]) -> Table:
             text(_weights(verdict.contest)),
             _memory(verdict.contest),
             text(verdict.first.name + (" (level)" if verdict.level else "")),
-            _ranged(verdict.first.tokens_per_second, verdict.first.rounds),
+            _speed(verdict.first),
             text(verdict.next.name if verdict.next else _failed(verdict.failed)),
             _ranged(verdict.lead, verdict.rounds),
             _against(verdict),
@@ -71,9 +74,8 @@ def of_faster(found: list[Slower]) -> Table:
             text(f"{each.contest.model}, {_weights(each.contest)}"),
             _memory(each.contest),
             text(each.row.name + (" (level)" if each.level else "")),
-            _ranged(each.row.tokens_per_second, each.row.rounds),
-            _ranged(each.baseline.tokens_per_second, each.baseline.rounds)
-            if each.baseline.finished else text(each.baseline.outcome[:60]),
+            _speed(each.row),
+            _speed(each.baseline),
             _ranged(each.over, min(each.row.rounds, each.baseline.rounds)),
             Cell("", "", links=((each.row.table, f"#{anchor(each.row.folder, each.row.table)}"),)),
         ]
@@ -140,6 +142,18 @@ def _ranged(value: Ranged | None, rounds: int) -> Cell:
     return Cell(said, f"{value.value:.6g}", True)
 
 
+def _speed(row: Row) -> Cell:
+    if not row.finished:
+        return text(_outcome(row))
+    cell = _ranged(row.tokens_per_second, row.rounds)
+    return replace(cell, text=f"{cell.text}, disturbed") if row.disturbed else cell
+
+
+def _outcome(row: Row) -> str:
+    """Why it did not finish; a log's line is long."""
+    return row.outcome[:_OUTCOME_LETTERS]
+
+
 def _against(verdict: Verdict) -> Cell:
     if not (verdict.ours and verdict.other and verdict.against):
         return Cell("", "", True)
@@ -148,4 +162,4 @@ def _against(verdict: Verdict) -> Cell:
 
 
 def _failed(rows: tuple[Row, ...]) -> str:
-    return "; ".join(f"{row.name}: {row.outcome[:60]}" for row in rows)
+    return "; ".join(f"{row.name}: {_outcome(row)}" for row in rows)
