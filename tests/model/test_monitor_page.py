@@ -10,6 +10,7 @@ from tiny import prompt
 import flashmoe
 from flashmoe.monitor import Monitor
 
+
 @pytest.fixture(scope="module")
 def demo():
     """The demo model, which generates for as long as tests run."""

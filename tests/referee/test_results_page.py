@@ -1,4 +1,4 @@
-"""The page of all results: what it says of rows that the test made, and in a browser."""
+"""The page of all results: what it says of rows that the test made, and of those in git."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import math
 import re
 
+import made_results
 import pytest
+from made_results import EVIL, RECORD, row
 
 from flashmoe.errors import FlashMoEError
 from harness.__main__ import main
@@ -16,54 +18,11 @@ from harness.report.page.advice import advice
 from harness.report.page.behind import better_policies, faster_rows
 from harness.report.page.speeds import Ranged, contests, ratio
 
-EVIL = "<script>alert(1)</script>"
-RECORD = {
-    "command": f"python -m harness full-scale m {EVIL}", "date": "2026-11-26", "commit": "0" * 40,
-    "uncommitted_changes": False, "versions": {"torch": "2"}, "seed": 7,
-    "machine": {"cpu": f"Some CPU {EVIL}", "cores": 2, "memory_gib": 24, "file_system": "ext4"},
-}  # fmt: skip
-
-
-def row(system: str, cap: float, speed: float | None, over=(1, 1, 1), **more) -> dict:
-    """As the tables of speeds have them; `over`: FlashMoE's speed over this one's."""
-    speeds = (speed, speed and speed * 0.9, speed and speed * 1.1)
-    names = ("", "_min", "_max")
-    return (
-        {"model": "m", "routing": "shipped: a", "cap_share": cap, "system": system, "outcome": "ok",
-         "cap_bytes": 4e9, "slots": 2, "hit_rate": 0.5, "rounds": 2}
-        | {f"tokens_per_second{name}": value for name, value in zip(names, speeds, strict=True)}
-        | {f"flashmoe_speedup{name}": value for name, value in zip(names, over, strict=True)}
-        | more
-    )  # fmt: skip
-
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Two tables of one machine: at 25 % FlashMoE is first, at 120 % a peer of the other table."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    folder = report.RESULTS / "here-avx2-full-scale"
-    killed = {"outcome": f"out of memory {EVIL}", "rounds": 0}
-    rows = [
-        row("flashmoe", 0.25, 4), row("daop", 0.25, 2, (2, 1.8, 2.2)),
-        row("fiddler", 0.25, None, (None,) * 3, **killed),
-        row("flashmoe", 1.2, 8), row("daop", 1.2, 8, (1, 0.9, 1.1)),
-        row("flashmoe-fast", 1.2, 10, (0.8, 0.7, 0.9)),
-    ]  # fmt: skip
-    report.write(folder, "speedups-m", rows)
-    # another day: both are faster, and so this peer's ratio must come from its own table
-    peers = [row("flashmoe", 1.2, 16), row("llama-cpp", 1.2, 32, (0.5, 0.4, 0.6))]
-    report.write(folder, "peers-m", peers)
-    report.provenance(folder, "speedups-m", RECORD)
-    report.provenance(folder, "peers-m", RECORD)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def committed(tmp_path_factory):
-    """The page of the results in git, built anew; tests change `report.RESULTS`."""
-    path = tmp_path_factory.mktemp("committed") / "index.html"
-    path.write_text(build.text())
-    return path
+    return made_results.make()
 
 
 def sentences() -> list[tuple[str, str, str]]:
@@ -108,7 +67,11 @@ def test_a_system_alone_is_no_contest_and_one_that_did_not_finish_is_told(result
          "nothing else finished")
     ]  # fmt: skip
     (lost,), own = faster_rows()
-    assert (lost.row.system, lost.over, lost.baseline.outcome) == ("os-paging", None, "out of memory")
+    assert (lost.row.system, lost.over, lost.baseline.outcome) == (
+        "os-paging",
+        None,
+        "out of memory",
+    )
     assert own == []
 
 
@@ -185,19 +148,6 @@ def test_the_committed_page_is_of_the_committed_results_and_not_too_large():
     assert page.stat().st_size < 2.2e6
 
 
-def test_every_committed_table_is_on_the_page_with_its_evidence_and_provenance(committed):
-    text = committed.read_text()
-    for path in report.RESULTS.glob("*/*.csv"):
-        assert f'<a href="{path.parent.name}/{path.name}">' in text
-    articles = re.findall(r'<article class="figure".*?</article>', text, re.S)
-    assert len(articles) > 50
-    for article in articles:
-        assert re.search(r'class="badge (measured|replayed|recorded|predicted)"', article)
-        assert "<dt>Command</dt>" in article
-        assert len(re.findall(r"<th ", article)) <= 8
-    assert "throttled to 550 MB/s" in text
-
-
 def test_a_run_that_was_killed_or_disturbed_is_told_in_place_of_its_speed(results):
     rows = [row("flashmoe", 0.25, 4, disturbed=True), row("daop", 0.25, None, outcome="killed")]
     frame = report.write(results, "speedups-m", rows)
@@ -244,68 +194,3 @@ def test_without_datapoints_the_page_says_so_and_a_broken_one_is_named(results):
     (folder / "a.json").write_text("[1]")
     with pytest.raises(FlashMoEError, match=r"datapoints/a\.json is no datapoint"):
         build.text()
-
-
-DRAWN = "() => document.documentElement.dataset.charts === 'drawn'"
-
-
-@pytest.mark.parametrize("page", [("light", 1200), ("dark", 390)], indirect=True, ids=str)
-def test_the_committed_page_works_from_a_file_and_fits_a_telephone(page, committed):
-    requests = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(committed.as_uri())
-    page.wait_for_function(DRAWN, timeout=120_000)
-    assert page.complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [committed.as_uri()]
-    assert page.locator(".chart").count() == page.locator(".chart svg").count() > 50
-    wide, shown = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= shown
-
-
-def test_a_click_or_a_key_on_a_header_sorts(page, results):
-    page.goto(build.write().as_uri())
-    table = page.locator("#behind table").first
-    page.wait_for_function(DRAWN)
-    cap = page.locator("#figures table").first.locator("th", has_text="Decode")
-    page.locator("#figures summary", has_text="Table").first.click()
-    column = "els => els.map(row => row.cells[1] && row.cells[4].textContent)"
-    rows = page.locator("#figures table").first.locator("tbody tr")
-    cap.click()
-    page.wait_for_timeout(50)
-    down = rows.evaluate_all(column)
-    cap.focus()
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(50)
-    assert rows.evaluate_all(column) != down
-    assert cap.get_attribute("aria-sort") == "ascending"
-    assert table.is_visible()
-
-
-def test_a_filter_hides_what_is_of_another_share_of_memory(page, results):
-    page.goto(build.write().as_uri())
-    page.wait_for_function(DRAWN)
-    rows = page.locator("#advice article tbody tr:visible")
-    assert rows.count() == 2
-    page.select_option("select[name=memory]", "tight")
-    assert rows.count() == 1
-    page.click("button[type=reset]")
-    page.wait_for_function("() => !document.querySelector('#advice article tr[hidden]')")
-    assert rows.count() == 2
-
-
-def test_dark_light_and_print_differ_in_pictures_too(browser, results):
-    seen = {}
-    for scheme in ("light", "dark"):
-        with browser.new_context(color_scheme=scheme) as context:
-            opened = context.new_page()
-            opened.goto(build.write().as_uri())
-            opened.wait_for_function(DRAWN)
-            colours = "() => [getComputedStyle(document.body), getComputedStyle(document.querySelector('.chart svg text'))].map(each => each.backgroundColor + each.fill)"
-            seen[scheme] = opened.evaluate(colours)
-            opened.emulate_media(media="print")
-            assert opened.evaluate(colours) == seen["light"]
-            opened.evaluate("() => dispatchEvent(new Event('beforeprint'))")
-            assert opened.locator("details:not([open])").count() == 0
-            opened.evaluate("() => dispatchEvent(new Event('afterprint'))")
-            assert opened.locator("details[open]").count() == 0
-    assert all(a != b for a, b in zip(seen["light"], seen["dark"], strict=True))

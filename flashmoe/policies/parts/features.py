@@ -79,7 +79,7 @@ class RoutingHistory(NamedTuple):
     mark_below: np.ndarray  # [COMPARED_EVENTS - 1, LAYERS_BELOW * E]: 1 for the event's choices
     whole: np.ndarray  # [COMPARED_EVENTS]: the sum for an identical event, pair, triple
     # Scratch of `recall`, by vote.
-    vote: np.ndarray  # [votes, E]
+    vote: np.ndarray  # [E, votes]
     weight: np.ndarray  # [votes]: weights of the events so far, faded to the one looked at
     total: np.ndarray  # [votes]: sum of the weights
 
@@ -103,7 +103,7 @@ class RoutingHistory(NamedTuple):
             mark=np.zeros((COMPARED_EVENTS, experts)),
             mark_below=np.zeros((COMPARED_EVENTS - 1, LAYERS_BELOW * experts)),
             whole=np.zeros(COMPARED_EVENTS),
-            vote=np.zeros((N_VOTES, experts)),
+            vote=np.zeros((experts, N_VOTES)),
             weight=np.zeros(N_VOTES),
             total=np.zeros(N_VOTES),
         )
@@ -183,10 +183,10 @@ def recall(history, layer):
                     event_sum += 1
         for longer in range(back, COMPARED_EVENTS):
             whole[longer] += event_sum
-    for v in range(N_VOTES):
-        weight[v], total[v] = 0, 1e-3
-        for expert in range(history.vote.shape[1]):
-            history.vote[v, expert] = 0
+    vote = history.vote
+    vote[:] = 0
+    weight[:] = 0
+    total[:] = 1e-3
     # With the current event t and an earlier event s: the likeness of t-1 to s-1, of t-2 to s-2,
     # and of t-2 to s-1, which becomes the second one as s goes on.
     one_before, two_before, next_two_before = 0.0, 0.0, 0.0
@@ -199,7 +199,7 @@ def recall(history, layer):
                 first += history.mark[1, expert]
                 second += history.mark[2, expert]
                 for v in range(N_VOTES):
-                    history.vote[v, expert] += weight[v]
+                    vote[expert, v] += weight[v]
         for expert in lower_events[past]:
             if expert >= 0:
                 alike += history.mark_below[0, expert]
@@ -214,9 +214,9 @@ def recall(history, layer):
             total[v] += weight[v]
             weight[v] = weight[v] * _FADING[v] + weights[_WEIGHTING[v]]
         one_before, two_before, next_two_before = first, next_two_before, second
-    for v in range(N_VOTES):
-        for expert in range(history.vote.shape[1]):
-            history.vote[v, expert] /= total[v]
+    for expert in range(len(vote)):
+        for v in range(N_VOTES):
+            vote[expert, v] /= total[v]
     for back in range(min(COMPARED_EVENTS, tokens)):
         for expert in events[(tokens - 1 - back) % REMEMBERED_EVENTS]:
             if expert >= 0:
@@ -257,7 +257,7 @@ def describe(history, layer, key, similar, pairs, n_slots, depth, out):
     f += 3
     floor = 0.02 / gap
     for v in range(N_VOTES):
-        vote = history.vote[v, key - layer * experts] + 0.02 * expected
+        vote = history.vote[key - layer * experts, v] + 0.02 * expected
         out[f] = np.log((vote + floor) / (expected + floor))
         f += 1
     out[f] = np.log(similar + 0.01)

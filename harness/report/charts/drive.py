@@ -26,7 +26,7 @@ def bandwidth(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
             x=alt.X("kib:Q", title="Block, KiB", scale=alt.Scale(type="log", base=2)),
             y=alt.Y("gb:Q", title="GB/s", scale=alt.Scale(domain=[0, most])),
             color=alt.Color("depth:N", scale=theme.scale(shown.depth)),
-            tooltip=["depth:N", "kib:Q", "gb:Q"],
+            tooltip=[alt.Tooltip("depth:N"), alt.Tooltip("kib:Q"), alt.Tooltip("gb:Q")],
         )
         .properties(height=theme.PANEL_HEIGHT, title=f"{pattern} direct reads by fio")
         for pattern, part in shown.groupby("pattern", sort=False)
@@ -40,11 +40,21 @@ def reader(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     base = alt.Chart(shown).encode(y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()))
     x = alt.X("reader_over_fio:Q", title="Reader over fio, times")
     bars = base.mark_bar(color=theme.colour("orange")).encode(
-        x=x, tooltip=["case:N", "reader_over_fio:Q", "ratio_min:Q", "ratio_max:Q"]
+        x=x,
+        tooltip=[
+            alt.Tooltip("case:N"),
+            alt.Tooltip("reader_over_fio:Q"),
+            alt.Tooltip("ratio_min:Q"),
+            alt.Tooltip("ratio_max:Q"),
+        ],
     )
     ranges = base.mark_rule(color=theme.colour("ink")).encode(x="ratio_min:Q", x2="ratio_max:Q")
     equal = alt.Chart(pd.DataFrame({"fio": [1]})).mark_rule(
         color=theme.colour("faint"), strokeDash=[4, 3]
     )
     title = "The engine's reader over fio"
-    return [(bars + ranges + equal.encode(x="fio:Q")).properties(height=theme.height(len(shown), 36), title=title)]
+    return [
+        (bars + ranges + equal.encode(x="fio:Q")).properties(
+            height=theme.height(len(shown), 36), title=title
+        )
+    ]

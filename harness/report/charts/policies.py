@@ -40,8 +40,8 @@ def _gain(case: str, rows: pd.DataFrame, policies: list[str]) -> alt.LayerChart:
         y=alt.Y("gain:Q", title="Hit rate above LRU's, points"),
         color=_colour(policies),
     )
-    tips = ["policy:N", alt.Tooltip("capacity:Q", format=".1%"),
-            alt.Tooltip("rate:Q", title="hit rate", format=".1%"), "gain:Q"]  # fmt: skip
+    tips = [alt.Tooltip("policy:N"), alt.Tooltip("capacity:Q", format=".1%"),
+            alt.Tooltip("rate:Q", title="hit rate", format=".1%"), alt.Tooltip("gain:Q")]  # fmt: skip
     return (base.mark_line() + base.mark_point(size=22).encode(tooltip=tips)).properties(
         height=theme.PANEL_HEIGHT, title=case
     )
@@ -61,7 +61,7 @@ def gaps(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
             x=alt.X("layer:Q", title="MoE layer", axis=alt.Axis(tickMinStep=1)),
             y=alt.Y("closed:Q", title="Gap closed, %"),
             color=alt.Color("resident:N", scale=theme.scale(rows.resident)),
-            tooltip=["layer:Q", "resident:N", "closed:Q"],
+            tooltip=[alt.Tooltip("layer:Q"), alt.Tooltip("resident:N"), alt.Tooltip("closed:Q")],
         )
         .properties(height=150, title=str(case))
         for case, part in rows.groupby("case", sort=False)
@@ -85,7 +85,11 @@ def of_the_paper(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
             x=alt.X("slots:O", title="Slots a layer", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("hit_rate:Q", title="Hit rate", axis=alt.Axis(format="%")),
             color=_colour(wanted),
-            tooltip=["policy:N", "slots:O", alt.Tooltip("hit_rate:Q", format=".1%")],
+            tooltip=[
+                alt.Tooltip("policy:N"),
+                alt.Tooltip("slots:O"),
+                alt.Tooltip("hit_rate:Q", format=".1%"),
+            ],
         )
         .properties(height=theme.PANEL_HEIGHT, title=str(case))
         for case, part in best.groupby("case", sort=False)
@@ -102,7 +106,7 @@ def closed(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("closed:Q", title="Gap closed, %"),
         color=_colour(name for name in _SHOWN if name in set(rows.policy)),
-        tooltip=["case:N", "policy:N", "closed:Q"],
+        tooltip=[alt.Tooltip("case:N"), alt.Tooltip("policy:N"), alt.Tooltip("closed:Q")],
     )  # fmt: skip
     title = "Gap to Belady closed, 25 to 50 % resident"
     return [chart.properties(height=theme.height(len(table), 30), title=title)]
@@ -115,6 +119,8 @@ def quality(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         y=alt.Y("kind:N", title=None), yOffset="quant:N",
         x=alt.X("change:Q", title="Perplexity over bf16's, %"),
         color=alt.Color("quant:N", scale=theme.scale(shown.quant)),
-        tooltip=["kind:N", "quant:N", "change:Q"],
+        tooltip=[alt.Tooltip("kind:N"), alt.Tooltip("quant:N"), alt.Tooltip("change:Q")],
     )  # fmt: skip
-    return [chart.properties(height=theme.height(len(shown), 16), title="Quality of quantised experts")]
+    return [
+        chart.properties(height=theme.height(len(shown), 16), title="Quality of quantised experts")
+    ]

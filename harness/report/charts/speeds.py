@@ -40,7 +40,7 @@ def predicted(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         x=alt.X("tokens_per_second:Q", title="Measured, token/s", scale=log),
         y=alt.Y("predicted_tokens_per_second:Q", title="Predicted, token/s", scale=log),
         color=alt.Color("system:N", scale=theme.scale(rows.system)),
-        tooltip=["of_table", "system", "tokens_per_second", "predicted_tokens_per_second"],
+        tooltip=[alt.Tooltip("of_table:N"), alt.Tooltip("system:N"), alt.Tooltip("tokens_per_second:Q"), alt.Tooltip("predicted_tokens_per_second:Q")],
     )  # fmt: skip
     both = line.encode(x="both:Q", y="both:Q") + points
     return [both.properties(height=320, title="Predicted and measured decode")]
@@ -88,9 +88,7 @@ def _lines(done: pd.DataFrame) -> alt.LayerChart:
 def _bars(done: pd.DataFrame, memory: str) -> alt.LayerChart:
     color = alt.Color("system:N", scale=theme.scale(done.key), legend=None)
     shown = done.drop(columns="key").assign(line=theme.two_lines(done.system))
-    base = alt.Chart(shown).encode(
-        y=alt.Y("line:N", sort=None, title=None, axis=theme.bar_names())
-    )
+    base = alt.Chart(shown).encode(y=alt.Y("line:N", sort=None, title=None, axis=theme.bar_names()))
     bars = base.mark_bar().encode(
         x=alt.X("speed:Q", title=_SPEED), color=color, tooltip=_tips(done)
     )

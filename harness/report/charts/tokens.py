@@ -42,17 +42,19 @@ def parts(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("milliseconds:Q", title="Milliseconds a token"),
         color=alt.Color("part:N", scale=colours), order="order:Q",
-        tooltip=["case:N", "part:N", alt.Tooltip("milliseconds:Q", format=".3~g")],
+        tooltip=[alt.Tooltip("case:N"), alt.Tooltip("part:N"), alt.Tooltip("milliseconds:Q", format=".3~g")],
     )  # fmt: skip
-    return [chart.properties(height=theme.height(len(rows), 36), title="Demo model: where a token's time goes")]
+    return [
+        chart.properties(
+            height=theme.height(len(rows), 36), title="Demo model: where a token's time goes"
+        )
+    ]
 
 
 def timelines(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     """One token of each system: the drive above, the processor below; all on one scale."""
     end = float(rows.end_ms.max())
-    return [
-        _timeline(system, events, end) for system, events in rows.groupby("system", sort=False)
-    ]
+    return [_timeline(system, events, end) for system, events in rows.groupby("system", sort=False)]
 
 
 def _timeline(system: str, events: pd.DataFrame, longest_ms: float) -> alt.Chart:
@@ -74,7 +76,7 @@ def _timeline(system: str, events: pd.DataFrame, longest_ms: float) -> alt.Chart
         x2="end:Q",
         y=alt.Y("where:N", title=None, sort=["drive", "processor"]),
         color=alt.Color("what:N", scale=colours, legend=alt.Legend(columns=2)),
-        tooltip=["what:N", "start:Q", "end:Q"],
+        tooltip=[alt.Tooltip("what:N"), alt.Tooltip("start:Q"), alt.Tooltip("end:Q")],
     )  # fmt: skip
     return chart.properties(
         height=theme.height(2, 34), title=f"{names.system(system)}: {events.end_ms.max():.0f} ms"

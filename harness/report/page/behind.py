@@ -47,7 +47,9 @@ def _faster(contest: Contest) -> Iterator[Slower]:
             continue
         over = ratio(row, baseline)
         if over.value > 1:
-            yield Slower(contest, row, baseline, over, min(row.rounds, baseline.rounds) > 1 and over.low <= 1)
+            yield Slower(
+                contest, row, baseline, over, min(row.rounds, baseline.rounds) > 1 and over.low <= 1
+            )
 
 
 def better_policies() -> pd.DataFrame:

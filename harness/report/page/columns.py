@@ -28,6 +28,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "hit_rates": (),
     "gap_by_layer": (),
     "policy_cost": (),
+    "policy_scale": ("geometry", "policy", "slots", "hit_rate", "microseconds_per_event",
+                     "milliseconds_per_token", "share_of_token"),
+    "ceiling": ("trace", "capacity", "lru_hit_rate", "learned_hit_rate", "predictor_hit_rate",
+                "belady_hit_rate", "learned_gap_closed", "predictor_gap_closed"),
     "paper": ("figure", "the_paper", "here_least", "here_most", "verdict", "cases",
               "cases_that_hold"),
     "paper_rates": (),
@@ -112,6 +116,16 @@ _HEADERS = {
     "hit_rate_8_slots": "Hit rate, 8 slots, %",
     "hit_rate_24_slots": "Hit rate, 24 slots, %",
     "change": "Change, %",
+    "capacity": "Resident, %",
+    "lru_hit_rate": "LRU's hit rate, %",
+    "learned_hit_rate": "learned's, %",
+    "predictor_hit_rate": "The predictor's, %",
+    "belady_hit_rate": "Belady's, %",
+    "learned_gap_closed": "Gap closed by learned, %",
+    "predictor_gap_closed": "By the predictor, %",
+    "share_of_token": "Of a token, %",
+    "microseconds_per_event": "Token and layer, µs",
+    "milliseconds_per_token": "Whole token, ms",
 }
 
 

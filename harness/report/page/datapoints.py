@@ -58,7 +58,13 @@ def _standing(
     newest = points[-1]["file"]
     place = next((n for n, entry in enumerate(at, 1) if entry["file"] == newest), 0)
     cap = f"{share * 100:.0f} % of the model" if math.isfinite(share) else "no limit"
-    return {"cap": cap, "place": place, "of": len(at), "table": _table(at), "chart": _chart(at, newest)}
+    return {
+        "cap": cap,
+        "place": place,
+        "of": len(at),
+        "table": _table(at),
+        "chart": _chart(at, newest),
+    }
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
@@ -94,7 +100,7 @@ def _chart(entries: list[dict[str, Any]], newest: str) -> dict[str, Any]:
     chart = alt.Chart(shown).mark_bar().encode(
         y=alt.Y("machine:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("speed:Q", title="FlashMoE, decode, token/s"),
-        color=alt.Color("whose:N", scale=theme.scale(names)), tooltip=["machine:N", "speed:Q"],
+        color=alt.Color("whose:N", scale=theme.scale(names)), tooltip=[alt.Tooltip("machine:N"), alt.Tooltip("speed:Q")],
     )  # fmt: skip
     return theme.specification(chart.properties(height=theme.height(len(entries), 34)))
 

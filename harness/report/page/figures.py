@@ -24,6 +24,8 @@ TITLES = {
     "hit_rates": "Hit rates and the gap to Belady, by policy and cache size",
     "gap_by_layer": "The gap closed, layer by layer",
     "policy_cost": "What policies cost",
+    "policy_scale": "What policies cost with many experts",
+    "ceiling": "How much of the gap can be known",
     "paper": "The paper's figures beside ours",
     "paper_rates": "Hit rates of the paper's policy",
     "paper_training": "Training the paper's policy",

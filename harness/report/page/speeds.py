@@ -109,9 +109,11 @@ class Contest:
         through = all(row.over_flashmoe for row in best.values())
         return sorted(
             best.values(),
-            key=lambda row: row.over_flashmoe.value
-            if through and row.over_flashmoe
-            else row.tokens_per_second.value,
+            key=lambda row: (
+                row.over_flashmoe.value
+                if through and row.over_flashmoe
+                else row.tokens_per_second.value
+            ),
             reverse=True,
         )
 

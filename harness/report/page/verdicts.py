@@ -40,7 +40,9 @@ def _firsts(verdicts: list[Verdict]) -> str:
         who = verdict.first.name
         if verdict.level and verdict.next:
             who = " and ".join(sorted((who, verdict.next.name))) + ", level"
-        leads.setdefault(who, []).extend([] if verdict.level or not verdict.lead else [verdict.lead.value])
+        leads.setdefault(who, []).extend(
+            [] if verdict.level or not verdict.lead else [verdict.lead.value]
+        )
     return "; ".join(f"{who}, {times(of)} ×" if of else who for who, of in leads.items())
 
 
