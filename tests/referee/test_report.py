@@ -13,7 +13,7 @@ import pytest
 
 from flashmoe.errors import FlashMoEError
 from harness import commands
-from harness.__main__ import build_parser, main
+from harness.__main__ import build_parser
 from harness.report import charts, index, pictures, report
 from harness.report.page import columns, figures
 

@@ -85,6 +85,10 @@ def test_a_filter_hides_what_is_of_another_share_of_memory(page, results):
     assert rows.count() == 2
 
 
+COLOURS = """() => [document.body, document.querySelector('.chart svg text')]
+    .map(getComputedStyle).map(each => each.backgroundColor + each.fill)"""
+
+
 def test_dark_light_and_print_differ_in_pictures_too(browser, results):
     seen = {}
     for scheme in ("light", "dark"):
@@ -92,10 +96,9 @@ def test_dark_light_and_print_differ_in_pictures_too(browser, results):
             opened = context.new_page()
             opened.goto(build.write().as_uri())
             opened.wait_for_function(DRAWN)
-            colours = "() => [getComputedStyle(document.body), getComputedStyle(document.querySelector('.chart svg text'))].map(each => each.backgroundColor + each.fill)"
-            seen[scheme] = opened.evaluate(colours)
+            seen[scheme] = opened.evaluate(COLOURS)
             opened.emulate_media(media="print")
-            assert opened.evaluate(colours) == seen["light"]
+            assert opened.evaluate(COLOURS) == seen["light"]
             opened.evaluate("() => dispatchEvent(new Event('beforeprint'))")
             assert opened.locator("details:not([open])").count() == 0
             opened.evaluate("() => dispatchEvent(new Event('afterprint'))")

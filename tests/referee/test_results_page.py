@@ -53,7 +53,8 @@ def test_two_whose_range_reaches_one_are_level(results):
     report.write(results, "speedups-m", rows)
     (results / "peers-m.csv").unlink()
     assert sentences()[0][1:] == (
-        "DAOP, re-implemented or FlashMoE under transformers", "the rounds cannot tell the two apart"
+        "DAOP, re-implemented or FlashMoE under transformers",
+        "the rounds cannot tell the two apart",
     )  # fmt: skip
 
 

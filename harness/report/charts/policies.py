@@ -40,8 +40,12 @@ def _gain(case: str, rows: pd.DataFrame, policies: list[str]) -> alt.LayerChart:
         y=alt.Y("gain:Q", title="Hit rate above LRU's, points"),
         color=_colour(policies),
     )
-    tips = [alt.Tooltip("policy:N"), alt.Tooltip("capacity:Q", format=".1%"),
-            alt.Tooltip("rate:Q", title="hit rate", format=".1%"), alt.Tooltip("gain:Q")]  # fmt: skip
+    tips = [
+        alt.Tooltip("policy:N"),
+        alt.Tooltip("capacity:Q", format=".1%"),
+        alt.Tooltip("rate:Q", title="hit rate", format=".1%"),
+        alt.Tooltip("gain:Q"),
+    ]
     return (base.mark_line() + base.mark_point(size=22).encode(tooltip=tips)).properties(
         height=theme.PANEL_HEIGHT, title=case
     )

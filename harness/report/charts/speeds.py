@@ -31,16 +31,18 @@ def formats(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
 
 def predicted(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     """Predicted speed against measured; on the line they are equal."""
-    shown = rows[["of_table", "tokens_per_second", "predicted_tokens_per_second"]]
+    measured, guessed = "tokens_per_second", "predicted_tokens_per_second"
+    shown = rows[["of_table", measured, guessed]]
     ends = [shown.iloc[:, 1:].min().min(), shown.iloc[:, 1:].max().max()]
     shown = shown.assign(system=rows.system.map(names.system))
     line = alt.Chart(pd.DataFrame({"both": ends})).mark_line(color=theme.colour("grid"))
     log = alt.Scale(type="log", nice=False, padding=12)
     points = alt.Chart(shown).mark_point().encode(
-        x=alt.X("tokens_per_second:Q", title="Measured, token/s", scale=log),
-        y=alt.Y("predicted_tokens_per_second:Q", title="Predicted, token/s", scale=log),
+        x=alt.X(f"{measured}:Q", title="Measured, token/s", scale=log),
+        y=alt.Y(f"{guessed}:Q", title="Predicted, token/s", scale=log),
         color=alt.Color("system:N", scale=theme.scale(rows.system)),
-        tooltip=[alt.Tooltip("of_table:N"), alt.Tooltip("system:N"), alt.Tooltip("tokens_per_second:Q"), alt.Tooltip("predicted_tokens_per_second:Q")],
+        tooltip=[alt.Tooltip(name) for name in ("of_table:N", "system:N", f"{measured}:Q",
+                                                f"{guessed}:Q")],
     )  # fmt: skip
     both = line.encode(x="both:Q", y="both:Q") + points
     return [both.properties(height=320, title="Predicted and measured decode")]

@@ -42,7 +42,8 @@ def parts(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
         y=alt.Y("case:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("milliseconds:Q", title="Milliseconds a token"),
         color=alt.Color("part:N", scale=colours), order="order:Q",
-        tooltip=[alt.Tooltip("case:N"), alt.Tooltip("part:N"), alt.Tooltip("milliseconds:Q", format=".3~g")],
+        tooltip=[alt.Tooltip("case:N"), alt.Tooltip("part:N"),
+                 alt.Tooltip("milliseconds:Q", format=".3~g")],
     )  # fmt: skip
     return [
         chart.properties(

@@ -117,15 +117,13 @@ def _why(names: tuple[str, ...], part: list[Verdict]) -> str:
         why = f"{times(leads)} times as fast as the next, {' or '.join(nexts)}"
     else:
         return "nothing else finished"
-    if {True} == {
-        bool(verdict.next and verdict.first.ours == verdict.next.ours) for verdict in part
-    }:
-        if against := [verdict.against.value for verdict in part if verdict.against]:
-            rivals = list(dict.fromkeys(verdict.other.name for verdict in part if verdict.other))
-            ours = list(dict.fromkeys(verdict.ours.name for verdict in part if verdict.ours))
-            why += (
-                f"; {' or '.join(ours)} is {times(against)} times as fast as {' or '.join(rivals)}"
-            )
+    # where first and next are both FlashMoE's, or both others', the other side is not yet told
+    one_side = all(verdict.next and verdict.first.ours == verdict.next.ours for verdict in part)
+    against = [verdict.against.value for verdict in part if verdict.against]
+    if one_side and against:
+        rivals = " or ".join(dict.fromkeys(v.other.name for v in part if v.other))
+        ours = " or ".join(dict.fromkeys(v.ours.name for v in part if v.ours))
+        why += f"; {ours} is {times(against)} times as fast as {rivals}"
     return why + ("; measured in a single round" if all(v.rounds == 1 for v in part) else "")
 
 

@@ -70,7 +70,8 @@ def _standing(
 def _table(entries: list[dict[str, Any]]) -> Table:
     rows = [
         [
-            Cell(str(place), str(place), True), Cell("", e["machine"], links=((e["machine"], e["href"]),)),
+            Cell(str(place), str(place), True),
+            Cell("", e["machine"], links=((e["machine"], e["href"]),)),
             _number(e["read"], "{:.2f} GB/s", 1e9, e["drive"]), _number(e["speed"], "{:.3g}"),
             _number(e["over"], "{:.2f}"), _number(e["roofline"], "{:.0f}", 0.01),
             text(e["disturbed"]), text(e["date"]),
@@ -100,7 +101,8 @@ def _chart(entries: list[dict[str, Any]], newest: str) -> dict[str, Any]:
     chart = alt.Chart(shown).mark_bar().encode(
         y=alt.Y("machine:N", sort=None, title=None, axis=theme.bar_names()),
         x=alt.X("speed:Q", title="FlashMoE, decode, token/s"),
-        color=alt.Color("whose:N", scale=theme.scale(names)), tooltip=[alt.Tooltip("machine:N"), alt.Tooltip("speed:Q")],
+        color=alt.Color("whose:N", scale=theme.scale(names)),
+        tooltip=[alt.Tooltip("machine:N"), alt.Tooltip("speed:Q")],
     )  # fmt: skip
     return theme.specification(chart.properties(height=theme.height(len(entries), 34)))
 
@@ -129,7 +131,8 @@ def _own(model: str) -> list[dict[str, Any]]:
         entries += [
             {
                 "machine": machine_of(path.parent.name), "file": "", "drive": "",
-                "href": f"{path.parent.name}/{path.name}", "read": row.get("drive_bytes_per_second"),
+                "href": f"{path.parent.name}/{path.name}",
+                "read": row.get("drive_bytes_per_second"),
                 "disturbed": None, "date": record.get("date", ""),
             }
             | _speeds(row, rows)

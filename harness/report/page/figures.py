@@ -122,7 +122,7 @@ def _provenance(folder: Path, name: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
     known = {"command", "date", "commit", "uncommitted_changes", "machine", "versions"}
     rest = {key: value for key, value in record.items() if key not in known and value is not None}
-    return told + [("Also", _listed(rest))] if rest else told
+    return [*told, ("Also", _listed(rest))] if rest else told
 
 
 def _listed(values: dict[str, Any]) -> str:

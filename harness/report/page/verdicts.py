@@ -43,13 +43,13 @@ def _firsts(verdicts: list[Verdict]) -> str:
         leads.setdefault(who, []).extend(
             [] if verdict.level or not verdict.lead else [verdict.lead.value]
         )
-    return "; ".join(f"{who}, {times(of)} ×" if of else who for who, of in leads.items())
+    return "; ".join(f"{who}, {times(of)} times" if of else who for who, of in leads.items())
 
 
 def of_advice(verdicts: list[Verdict]) -> Table:
     """Which system is first, by how much, and how FlashMoE and the best other compare."""
-    headers = ["Weights", "Memory cap", "First", "Its token/s", "Next", "First over next, ×",
-               "FlashMoE over the best other, ×", "Tables"]  # fmt: skip
+    headers = ["Weights", "Memory cap", "First", "Its token/s", "Next", "First over next, times",
+               "FlashMoE over the best other, times", "Tables"]  # fmt: skip
     rows = [
         [
             text(_weights(verdict.contest)),
@@ -59,7 +59,7 @@ def of_advice(verdicts: list[Verdict]) -> Table:
             text(verdict.next.name if verdict.next else _failed(verdict.failed)),
             _ranged(verdict.lead, verdict.rounds),
             _against(verdict),
-            Cell("", "", links=tuple((name, f"#{anchor(folder, name)}") for folder, name in verdict.tables)),
+            _links(*((name, folder, name) for folder, name in verdict.tables)),
         ]
         for verdict in verdicts
     ]  # fmt: skip
@@ -79,7 +79,7 @@ def of_faster(found: list[Slower]) -> Table:
             _speed(each.row),
             _speed(each.baseline),
             _ranged(each.over, min(each.row.rounds, each.baseline.rounds)),
-            Cell("", "", links=((each.row.table, f"#{anchor(each.row.folder, each.row.table)}"),)),
+            _links((each.row.table, each.row.folder, each.row.table)),
         ]
         for each in found
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def of_policies() -> Table:
             text(row["case"]), number(row["capacity"] * 100), text(row["start"]),
             text(row["policy"]), number(row["hit_rate"] * 100),
             number(row["learned"] * 100), number(row["points"], 2),
-            Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'hit_rates')}"),)),
+            _links((machine_of(row["folder"]), row["folder"], "hit_rates")),
         ]
         for row in found.to_dict("records")
     ]  # fmt: skip
@@ -106,16 +106,22 @@ def of_policies() -> Table:
 def of_reads() -> Table:
     """Sizes and depths at which the engine's reader is slower than fio."""
     found = slower_reads()
-    headers = ["Reads of", "Depth", "Reader over fio, ×", "Table"]
+    headers = ["Reads of", "Depth", "Reader over fio, times", "Table"]
     rows = [
         [
             text(row["extents_of"]), number(row["depth"]),
             _ranged(Ranged(row["reader_over_fio"], row["ratio_min"], row["ratio_max"]), 2),
-            Cell("", "", links=((machine_of(row["folder"]), f"#{anchor(row['folder'], 'reader')}"),)),
+            _links((machine_of(row["folder"]), row["folder"], "reader")),
         ]
         for row in found.to_dict("records")
     ]  # fmt: skip
     return Table(headers, rows, [marks(machine_of(name), "") for name in found.folder])
+
+
+def _links(*to: tuple[str, str, str]) -> Cell:
+    """To figures of the page: the words, the folder and the table of each."""
+    found = tuple((words, f"#{anchor(folder, name)}") for words, folder, name in to)
+    return Cell("", found[0][0], links=found)
 
 
 def anchor(folder: str, table: str) -> str:
