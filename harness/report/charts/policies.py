@@ -47,7 +47,7 @@ def _gain(case: str, rows: pd.DataFrame, policies: list[str]) -> alt.LayerChart:
         alt.Tooltip("gain:Q"),
     ]
     return (base.mark_line() + base.mark_point(size=22).encode(tooltip=tips)).properties(
-        height=theme.PANEL_HEIGHT, title=case
+        height=theme.PANEL_HEIGHT, title=theme.title(case)
     )
 
 
@@ -67,7 +67,7 @@ def gaps(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
             color=alt.Color("resident:N", scale=theme.scale(rows.resident)),
             tooltip=[alt.Tooltip("layer:Q"), alt.Tooltip("resident:N"), alt.Tooltip("closed:Q")],
         )
-        .properties(height=150, title=str(case))
+        .properties(height=150, title=theme.title(str(case)))
         for case, part in rows.groupby("case", sort=False)
     ]
 
@@ -95,7 +95,7 @@ def of_the_paper(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
                 alt.Tooltip("hit_rate:Q", format=".1%"),
             ],
         )
-        .properties(height=theme.PANEL_HEIGHT, title=str(case))
+        .properties(height=theme.PANEL_HEIGHT, title=theme.title(str(case)))
         for case, part in best.groupby("case", sort=False)
     ]
 

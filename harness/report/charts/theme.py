@@ -72,6 +72,11 @@ def two_lines(names: pd.Series) -> pd.Series:
     return names.str.replace(", ", "\n", n=1)
 
 
+def title(name: str) -> list[str]:
+    """Above a panel, which may be narrow: likewise."""
+    return name.split(", ", 1)
+
+
 def bar_names() -> alt.Axis:
     """The axis of names that `two_lines` gave."""
     return alt.Axis(labelExpr=r"split(datum.label, '\n')", grid=False)
