@@ -41,7 +41,7 @@ def test_every_committed_table_is_on_the_page_with_its_evidence_and_provenance(c
 DRAWN = "() => document.documentElement.dataset.charts === 'drawn'"
 
 
-@pytest.mark.parametrize("page", [("light", 1200), ("dark", 390)], indirect=True, ids=str)
+@pytest.mark.parametrize("page", [("dark", 390)], indirect=True, ids=str)
 def test_the_committed_page_works_from_a_file_and_fits_a_telephone(page, committed):
     requests = []
     page.on("request", lambda request: requests.append(request.url))

@@ -8,5 +8,6 @@ figures     every table with its charts, rows, provenance and CSV
 datapoints  what users measured
 columns     names and units that people read
 filters     machine, model and memory, by which a reader filters
-build       the page itself, of page.html, macros.html, style.css, page.js and sortable/
+build       the page itself, of page.html, macros.html, style.css, page.js,
+            licences.txt and sortable/
 """

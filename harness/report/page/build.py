@@ -45,7 +45,7 @@ def text() -> str:
     for figure in figures:
         specs |= figure.charts
     specs |= {f"datapoints--{number}": cap["chart"] for number, cap in enumerate(points["caps"])}
-    scripts = [_inline(vl_convert.javascript_bundle())]
+    scripts = [_inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))]
     scripts += [_inline((_HERE / name).read_text()) for name in _SCRIPTS]
     machines = {figure.marks["machine"] for figure in figures}
     return _environment().get_template("page.html").render(
@@ -65,6 +65,7 @@ def text() -> str:
         css=Markup((_HERE / "style.css").read_text()),
         scripts=scripts,
         hashes=[_hash(script) for script in scripts],
+        licences=(_HERE / "licences.txt").read_text(),
         digest=digest(),
     )  # fmt: skip
 
