@@ -139,6 +139,9 @@ class Cell:
     links: tuple[tuple[str, str], ...] = ()  # text and address, relative to results/
 
 
+_NO_LIMIT = Cell("no limit", "1000", number=True)
+
+
 @dataclass(frozen=True)
 class Table:
     headers: list[str]
@@ -157,15 +160,16 @@ def shown(folder_table: str, frame: pd.DataFrame) -> Table:
         part = part.assign(system=part.system.map(names.system))
     made = table(part)
     if "outcome" in frame and "tokens_per_second" in part:
-        _tell_outcomes(made.rows, frame, list(part.columns).index("tokens_per_second"))
+        _tell_outcomes(made.rows, frame, list(part.columns))
     return made
 
 
-def _tell_outcomes(rows: list[list[Cell]], frame: pd.DataFrame, place: int) -> None:
+def _tell_outcomes(rows: list[list[Cell]], frame: pd.DataFrame, shown: list[str]) -> None:
     """In place of the speed of a run that was killed, and beside that of a disturbed one."""
+    place = shown.index("tokens_per_second")
     disturbed = frame.disturbed.eq(True) if "disturbed" in frame else [False] * len(frame)
     for cells, outcome, was_disturbed in zip(rows, frame.outcome, disturbed, strict=True):
-        if outcome != "ok":
+        if outcome != "ok" and "outcome" not in shown:
             cells[place] = Cell(str(outcome), "")
         elif was_disturbed:
             cells[place] = replace(cells[place], text=f"{cells[place].text}, disturbed")
@@ -183,7 +187,10 @@ def column(name: str, values: pd.Series) -> tuple[str, list[Cell]]:
     if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
         return _header(name, ""), [text(value) for value in values]
     unit, size = _unit(name, values)
-    return _header(name, unit), [number(value / size) for value in values]
+    cells = [number(value / size) for value in values]
+    if name == "cap_share":
+        cells = [cell if cell.text else _NO_LIMIT for cell in cells]
+    return _header(name, unit), cells
 
 
 def text(value: object) -> Cell:
