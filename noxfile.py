@@ -185,15 +185,15 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """The project's main job: all tables of this machine, into results/, and their pages."""
+    """The project's main job: all tables of this machine, into results/, and the page of all."""
     ensure_fio(session)
     harness(session, "reproduce")
 
 
 @nox.session
-def draw(session: nox.Session) -> None:
-    """Pages and pictures out of the tables in results/; `-- --figures` those that are in git."""
-    harness(session, "draw")
+def report(session: nox.Session) -> None:
+    """The page of all results, results/index.html; `-- --pictures`: those of documents too."""
+    harness(session, "report")
 
 
 @nox.session

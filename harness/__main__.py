@@ -30,15 +30,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run a command; where it wrote tables, draw their page and refresh the index."""
+    """Run a command; where it wrote tables, refresh the index and the page of all results."""
     words = sys.argv[1:] if words is None else words
     parsed = build_parser().parse_args(words)
     parsed.command_line = commands.command_line(words, parsed)
-    if folder := parsed.run(parsed):
-        from harness.report import index, pages
+    if parsed.run(parsed):
+        from harness.report import index
+        from harness.report.page import build
 
-        pages.draw(folder)
         index.write()
+        build.write()
 
 
 def _stop(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +136,35 @@ def own_store(checkpoints, tmp_path):
     store = tmp_path / "own"
     pack(checkpoints(), store)
     return store
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a screen; where none is installed, its tests are skipped."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser is installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        launched = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser, request):
+    """A page, light and 1200 pixels wide or as its parameter says, and what it complained of."""
+    scheme, width = getattr(request, "param", ("light", 1200))
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.complaints = []
+    opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
+    opened.on(
+        "console",
+        lambda message: (
+            message.type in ("error", "warning") and opened.complaints.append(message.text)
+        ),
+    )
+    opened.on("requestfailed", lambda failed: opened.complaints.append(failed.url))
+    yield opened
+    context.close()

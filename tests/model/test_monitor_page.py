@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 
 import pytest
@@ -10,19 +9,6 @@ from tiny import prompt
 
 import flashmoe
 from flashmoe.monitor import Monitor
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        launched = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +27,6 @@ def demo():
     ended.set()
     thread.join()
     model.flashmoe.close()
-
-
-@pytest.fixture
-def page(browser, request):
-    """A page of some width, and what it complained of."""
-    scheme, width = getattr(request, "param", ("light", 1200))
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    opened = context.new_page()
-    opened.complaints = []
-    opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    opened.on(
-        "console",
-        lambda message: (
-            message.type in ("error", "warning") and opened.complaints.append(message.text)
-        ),
-    )
-    opened.on("requestfailed", lambda failed: opened.complaints.append(failed.url))
-    yield opened
-    context.close()
 
 
 PIXELS = "() => document.querySelector('#map').toDataURL()"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.report import pages
+from harness.report.page import columns
 from harness.runs import disturbance
 from harness.runs.disturbance import OTHERS_SHARE, SLOWDOWN, Repeater, Watch
 from harness.runs.job import Job
@@ -196,8 +196,14 @@ def test_a_page_shows_which_speed_was_disturbed():
         {"system": "daop", "outcome": "out of memory"},
     ]
     frame = pd.DataFrame(rows)
-    assert pages._speeds(frame) == ["1.9, disturbed", "1", "out of memory"]
-    assert pages._speeds(frame.drop(columns="disturbed"))[0] == "1.9"
+    assert _speeds(frame) == ["1.9, disturbed", "1", "out of memory"]
+    assert _speeds(frame.drop(columns="disturbed"))[0] == "1.9"
+
+
+def _speeds(frame):
+    table = columns.shown("speedups-some-model", frame)
+    place = next(i for i, header in enumerate(table.headers) if "token/s" in header)
+    return [cells[place].text for cells in table.rows]
 
 
 def table_run(job: Job, **figures: object) -> dict[str, object]:

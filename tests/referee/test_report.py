@@ -13,9 +13,11 @@ import pytest
 
 from flashmoe.errors import FlashMoEError
 from harness import commands
-from harness.__main__ import build_parser, main
-from harness.report import figures, index, pages, report
+from harness.__main__ import build_parser
+from harness.report import charts, index, pictures, report
+from harness.report.page import columns, figures
 
+REAL = report.RESULTS
 RECORD = {
     "command": "python -m harness x", "date": "2026-11-26", "commit": "0123456789abcdef",
     "uncommitted_changes": False, "versions": {"torch": "2"},
@@ -47,7 +49,7 @@ def test_the_command_that_runs_one_system_imports_nothing_heavy():
     """It may have little memory: what it needs is imported when it runs."""
     script = (
         "import sys; from harness.__main__ import build_parser; build_parser();"
-        "print(*{'torch', 'numpy', 'pandas', 'matplotlib', 'transformers'} & set(sys.modules))"
+        "print(*{'torch', 'numpy', 'pandas', 'altair', 'transformers'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.stdout == "\n", run.stderr
@@ -96,17 +98,6 @@ def test_times_and_speeds_are_written_with_four_digits_all_else_with_six(results
     assert report.read(results, "tokens-speedups-m").milliseconds[0] == 1.235
 
 
-def test_a_page_shows_what_was_run_and_which_runs_were_killed(results, monkeypatch):
-    monkeypatch.setattr(pages.plots, "draw", lambda *of: False)  # the columns here are few
-    text = pages.draw(results).read_text()
-    assert "`python -m harness x`, 2026-11-26, commit 0123456789ab" in text
-    assert "out of memory" in text
-    assert "[speedups-m.csv](../speedups-m.csv), [tokens-speedups-m.csv]" in text
-    assert text.index("## speedups") < text.index("## soak")
-    with pytest.raises(FlashMoEError, match="no results"):
-        pages.draw(results.parent)
-
-
 def test_the_index_is_one_row_a_run(results):
     index.write()
     text = (results.parent / "README.md").read_text()
@@ -123,39 +114,38 @@ def test_the_committed_index_is_fresh_and_has_every_table():
         assert f"({path.parent.name}/{path.name})" in text
 
 
-def test_kinds_of_tables_have_a_note_and_at_most_eight_columns():
-    for kind, columns in (pages.COLUMNS | pages.SPECIAL_COLUMNS).items():
-        assert report.evidence(kind) in (
-            "measured",
-            "replayed",
-            "recorded",
-            "predicted",
-            "throttled",
-        )
-        assert len(columns or ()) <= 8
+WORDS = ("measured", "replayed", "recorded", "predicted", "throttled")
+
+
+def test_kinds_of_tables_have_a_note_a_title_and_at_most_eight_columns():
+    for kind, shown in (columns.COLUMNS | columns.SPECIAL_COLUMNS).items():
+        assert report.evidence(kind) in WORDS
+        assert len(shown) <= 8
+        assert shown or kind in columns.DIGESTS
     notes = Path(report.__file__).parent / "notes"
-    assert {path.stem for path in notes.iterdir()} == set(pages.COLUMNS)
+    assert {path.stem for path in notes.iterdir()} == set(columns.COLUMNS) == set(figures.TITLES)
+    assert set(charts.CHARTS) <= set(columns.COLUMNS)
 
 
 def test_the_committed_pictures_are_those_that_the_documents_show():
-    assert sorted(report.RESULTS.glob("*/*.png")) == sorted(figures.shown())
+    assert sorted(report.RESULTS.glob("*/*.png")) == sorted(pictures.shown())
     assert not list(report.RESULTS.glob("*/*.svg"))
 
 
-def test_committed_results_are_drawn_elsewhere_on_demand(tmp_path, capsys):
-    folder = min(path.parent for path in report.RESULTS.glob("*/timeline-*.csv"))
-    main(["draw", str(folder), "--out", str(tmp_path)])
-    page = tmp_path / folder.name / "README.md"
-    assert capsys.readouterr().out.strip() == str(page)
-    for name in pages.tables(folder):
-        assert f"/{name}.csv)" in page.read_text()
-    assert (page.parent / "timeline-olmoe-1b-7b.png").stat().st_size > 1000
+def test_a_picture_that_a_document_shows_is_drawn_from_its_csv(results):
+    folder = min(path.parent for path in REAL.glob("*/timeline-*.csv"))
+    table = min(folder.glob("timeline-*.csv"))
+    (results / table.name).write_bytes(table.read_bytes())
+    link = f"![a](results/here-quick/{table.stem}.png)"
+    (results.parents[1] / "README.md").write_text(link)
+    assert pictures.draw() == [results / f"{table.stem}.png"]
+    assert (results / f"{table.stem}.png").stat().st_size > 1000
 
 
 def test_a_link_to_a_picture_that_cannot_be_drawn_is_said(results):
     (results.parents[1] / "README.md").write_text("![a](results/here-quick/soak.png)")
     with pytest.raises(FlashMoEError, match=r"soak\.png, which cannot be drawn"):
-        figures.draw()
+        pictures.draw()
 
 
 def test_records_are_found_for_what_a_run_writes_beside_its_table():
@@ -174,5 +164,5 @@ def test_a_record_replaces_that_of_the_run_before(results):
 
 def test_units_are_chosen_by_the_largest_value():
     frame = pd.DataFrame({"a_bytes": [2e10, 1e9], "b_bytes": [2e6, 0], "c_bytes": [48 << 10, None]})
-    header = pages.markdown(frame).splitlines()[0]
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["a_GB", "b_MB", "c_kB"]
+    assert columns.table(frame).headers == ["A, GB", "B, MB", "C, kB"]
+    assert [cell.text for cell in columns.table(frame).rows[1]] == ["1", "0", ""]

@@ -1,7 +1,7 @@
-"""The pictures that README.md and docs/ show: the only ones in git, each beside its CSV.
+"""The pictures of tables that README.md and docs/ show: the only ones in git, each beside its CSV.
 
 Nothing lists them but those documents. To show another one, link results/FOLDER/TABLE.png from a
-document; after a new run, or with a new link, `python -m harness draw --figures` draws all of
+document; after a new run, or with a new link, `python -m harness report --pictures` draws all of
 them, and they are committed with the CSV.
 """
 
@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 
 from flashmoe.errors import FlashMoEError
-from harness.report import plots, report
+from harness.report import charts, report
+from harness.report.charts import theme
 
 _LINK = re.compile(r"\]\((?:\.\./)?results/([\w.-]+)/([\w.-]+)\.png\)")
 
@@ -25,10 +26,12 @@ def shown() -> list[Path]:
 
 
 def draw() -> list[Path]:
-    """Draw them all from the CSV. Raises FlashMoEError for a link that has no table or picture."""
+    """Draw them all from the CSV. Raises FlashMoEError for a link that has no table or chart."""
     paths = shown()
     for path in paths:
         table = path.with_suffix(".csv")
-        if not table.exists() or not plots.draw(path.parent, path.stem, path.parent):
+        panels = charts.of(path.parent, path.stem) if table.exists() else []
+        if not panels:
             raise FlashMoEError(f"a document shows {path.name}, which cannot be drawn: see {table}")
+        theme.png(panels, path)
     return paths
