@@ -32,15 +32,20 @@ CLASSES = {
 }
 
 
-def within(names: list[str], drive_bytes_per_second: float, say: Say) -> dict[str, int]:
-    """Bytes a second of those classes that a drive can stand for; the others are told of.
-
-    Raises FlashMoEError for a name that is none, and where no class is left.
-    """
-    found = {}
+def check_known(names: list[str]) -> None:
+    """Raises FlashMoEError for a name that is no class's; call it before gigabytes are written."""
     for name in names:
         if name not in CLASSES:
             raise FlashMoEError(f"storage {name!r} is not known: choose from {', '.join(CLASSES)}")
+
+
+def within(names: list[str], drive_bytes_per_second: float, say: Say) -> dict[str, int]:
+    """Bytes a second of those classes that a drive can stand for; the others are told of.
+
+    Raises FlashMoEError where no class is left.
+    """
+    found = {}
+    for name in names:
         speed = CLASSES[name].bytes_per_second
         if speed > drive_bytes_per_second:
             say(

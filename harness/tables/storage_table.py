@@ -17,9 +17,10 @@ from harness.tables.full_scale import FIO_SECONDS, SHIPPED, Comparison
 def storage(folder: Path, command: str, comparison: Comparison, names: list[str]) -> None:
     """Write the table of `comparison` at each class of storage, and where it came from.
 
-    A class that is faster than the drive is left out. Raises FlashMoEError where none is left, or
-    fio is missing, by which the drive is known.
+    A class that is faster than the drive is left out. Raises FlashMoEError for an unknown class,
+    where none is left, and where fio is missing, by which the drive is known.
     """
+    storage_classes.check_known(names)
     name = comparison.model
     routing = comparison.routing or full_scale.shipped_routing(name)
     with report.scratch(comparison.stores or folder) as work:
