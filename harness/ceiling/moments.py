@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def expected_waits(chances: torch.Tensor, longest: float) -> torch.Tensor:
     return chances @ torch.tensor([*middles, torch.inf]).clamp(max=longest)
 
 
-def _watch(history, events, n_slots, depth, out):
+def _watch(history: Any, events: Any, n_slots: int, depth: float, out: Any) -> None:
     for i in range(len(events.starts) - 1):
         start, end = events.starts[i], events.starts[i + 1]
         first, until = events.firsts[i], events.firsts[i + 1]

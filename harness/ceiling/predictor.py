@@ -30,6 +30,9 @@ class Predictor(nn.Module):
     model, so that it knows what that model's experts follow upon.
     """
 
+    mean: torch.Tensor  # of the features, over a sample
+    spread: torch.Tensor
+
     def __init__(self, trace: Trace, sizes: Sizes = Sizes(), dropout: float = 0.15) -> None:
         super().__init__()
         n = trace.n_layers * trace.n_experts
