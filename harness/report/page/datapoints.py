@@ -14,6 +14,7 @@ from flashmoe.errors import FlashMoEError
 from harness.report import report
 from harness.report.charts import theme
 from harness.report.page.columns import Cell, Table, text
+from harness.report.page.filters import machine_name
 from harness.report.page.speeds import machine_of
 
 FOLDER = "datapoints"
@@ -130,7 +131,7 @@ def _own(model: str) -> list[dict[str, Any]]:
         record = report.records(path.parent).get(path.stem, {})
         entries += [
             {
-                "machine": machine_of(path.parent.name), "file": "", "drive": "",
+                "machine": machine_name(machine_of(path.parent.name)), "file": "", "drive": "",
                 "href": f"{path.parent.name}/{path.name}",
                 "read": row.get("drive_bytes_per_second"),
                 "disturbed": None, "date": record.get("date", ""),
