@@ -153,7 +153,7 @@ def test_the_command_trains_replays_and_judges(tmp_path, monkeypatch):
     }
     training = report.read(tmp_path / "out", "paper_training")
     assert (training.rows_a_layer > 0).all()
-    assert "paper: scorer" in digests.paper_rates(rates)
+    assert "paper's network, best reading, %" in digests.paper_rates(rates)
     monkeypatch.setattr(paper_networks, "_train", lambda *job: pytest.fail("trained again"))
     paper_networks.train_all([routing], networks, print)
     assert paper_rates.total_events([routing], networks) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
-from harness.report import plots
+from harness.report.charts import theme, tokens
 from harness.runs import isolated_run
 from harness.runs.disturbance import Repeater
 from harness.runs.forced_routing import forced_routing
@@ -148,7 +149,7 @@ def test_the_drive_is_asked_before_and_after_what_streams(generation, monkeypatc
     assert list(speeds) == []
 
 
-def test_the_reads_and_computations_of_a_token_are_drawn(generation, tmp_path):
+def test_the_reads_and_computations_of_a_token_are_drawn(generation):
     _, base, _ = generation
     job = replace(base, memory_bytes=speedups.budget_for(base.store, 16), timeline=True)
     run = isolated_run.run_alone(job)
@@ -162,8 +163,9 @@ def test_the_reads_and_computations_of_a_token_are_drawn(generation, tmp_path):
         for what, start, end in run["timeline"]
     )
     both = pd.concat([frame, frame.assign(system="flashmoe-no-prefetch")])
-    plots.timeline(both, tmp_path, "timeline-demo")
-    assert (tmp_path / "timeline-demo.png").stat().st_size > 1000
+    drawn = [theme.specification(chart) for chart in tokens.timelines(both)]
+    assert len(drawn) == 2
+    assert all("needed reads" in json.dumps(chart) for chart in drawn)
 
 
 def test_forced_routing_is_the_recorded_one(generation):

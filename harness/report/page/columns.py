@@ -95,6 +95,7 @@ _HEADERS = {
     "hit_rate": "Hit rate, %",
     "predicted_hit_rate": "Predicted hit rate, %",
     "bytes_per_token": "Read a token",
+    "bytes_per_second": "Read, GB/s",
     "tokens_per_second": "Decode, token/s",
     "predicted_tokens_per_second": "Predicted, token/s",
     "uncalibrated_tokens_per_second": "Predicted unmeasured, token/s",
