@@ -18,7 +18,7 @@ from flashmoe.errors import FlashMoEError
 from harness.progress import say
 from harness.report import report
 from harness.runs import gguf_file, gguf_systems, ssd
-from harness.runs.gguf_systems import System, Work
+from harness.runs.gguf_systems import System, Work, user_engine
 from harness.runs.gguf_systems.llama_server import PLAIN
 from harness.runs.job import FIRST_TOKEN
 from harness.runs.page_cache import drop_all
@@ -48,15 +48,17 @@ def server_table(
     scheme: str = "int4",
     stores: Path | None = None,
     systems: Sequence[str] = (),
+    engines: Sequence[str] = (),
     repeating: bool = False,
 ) -> None:
     """Write the file (given back but for `stores`), run all in turn, report.
 
     systems: names of `gguf_systems.available()`; none: all that are usual and installed.
+    engines: users' own beside them, `NAME=command ...` each (docs/engines.md).
     repeating: with the prompt that lets tokens be guessed, in a table of its own.
     Raises FlashMoEError for a system that is unknown or not installed.
     """
-    chosen = _chosen(systems)
+    chosen = _chosen(systems) + user_engine.systems(engines)
     routing = full_scale.shipped_routing(name)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(PROMPT_TOKENS + NEW_TOKENS)
@@ -73,7 +75,7 @@ def server_table(
         prompt = REPEATING if repeating else PROMPT
         runs = measure(model, program, chosen, caps, rounds, work, prompt)
         title = full_scale.title_of("servers", name, scheme, "repeating" if repeating else "")
-        rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
+        rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size, chosen))
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
 
@@ -145,7 +147,7 @@ def _run(system: System, work: Work) -> Run:
     try:
         return system.run(work)
     except FlashMoEError as error:
-        if not (system.program or system.is_ours):
+        if not (system.program or system.is_ours or system.may_fail):
             raise
         return {"outcome": str(error)}
 
@@ -168,12 +170,12 @@ def sizes(model: Path) -> tuple[int, int]:
     return model.stat().st_size - total, each // 4096 * 4096 or 4096
 
 
-def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
+def rows_of(runs: list[Run], size_bytes: int, chosen: Sequence[System] = ()) -> list[Run]:
     """A row for each cap and system: medians of the rounds with their range, and the roofline.
 
     The hit rate is the first round's, as are the slots and the trace: so a replay gives it exactly.
     """
-    systems = gguf_systems.available()
+    systems = gguf_systems.available() | {system.name: system for system in chosen}
     plain = [run["token_ids"] for run in runs if run["system"] == PLAIN and "token_ids" in run]
     expected = plain[0] if plain else None
     rows = []
@@ -194,7 +196,7 @@ def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
         }
         for name in (
             *("prompt_seconds", "ready_seconds", "peak_memory_bytes"),
-            *("bytes_per_token", "drive_bytes_per_second"),
+            *("bytes_per_token", "drive_bytes_per_second", "own_tokens_per_second"),
         ):
             values = [run[name] for run in done if run.get(name) is not None]
             row[name] = float(np.median(values)) if values else None
