@@ -25,7 +25,7 @@ from flashmoe.store.manifest import Manifest
 from harness.progress import say
 from harness.report import report
 from harness.runs.isolated_run import run_alone
-from harness.runs.job import Job
+from harness.runs.job import STEERED_TOKENS, Job
 from harness.runs.page_cache import cached_bytes
 from harness.tables import speedups
 
@@ -58,7 +58,7 @@ SYSTEMS = (
     "os-paging-willneed",
 )
 # A prompt that touches nearly every expert: a first read is checked, and decode shall not pay it.
-PROMPT_TOKENS = 160
+PROMPT_TOKENS = STEERED_TOKENS
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
 UNEVEN_RATIO = 1.2  # of the median token's speed to that of all, above which a run is called uneven
@@ -173,22 +173,22 @@ def measure(folder: Path, title: str, jobs: list[Job], rounds: int) -> list[dict
     """Rows of the jobs; an interrupted table goes on where it was, until it is published."""
     short = (jobs[0].decode_seconds or DECODE_SECONDS) < DECODE_SECONDS
     drive = speedups.drive_of(jobs[0].store, FIO_SECONDS / 2 if short else FIO_SECONDS)
-    return speedups.table(jobs, rounds, drive, say, _journal(folder, title))
+    return speedups.table(jobs, rounds, drive, say, journal(folder, title))
 
 
 def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
     """Write the table and where it came from."""
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
-    _journal(folder, title).unlink(missing_ok=True)
+    journal(folder, title).unlink(missing_ok=True)
 
 
 def publish_tokens(folder: Path, title: str) -> None:
     """Write how long each token of the table took. To be called before the table is published."""
-    report.write(folder, f"tokens-{title}", speedups.tokens(_journal(folder, title)))
+    report.write(folder, f"tokens-{title}", speedups.tokens(journal(folder, title)))
 
 
-def _journal(folder: Path, title: str) -> Path:
+def journal(folder: Path, title: str) -> Path:
     return folder / f".{title}.runs.jsonl"
 
 

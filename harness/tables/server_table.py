@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from flashmoe import trace
@@ -20,14 +19,14 @@ from harness.report import report
 from harness.runs import gguf_file, gguf_systems, ssd
 from harness.runs.gguf_systems import System, Work, user_engine
 from harness.runs.gguf_systems.llama_server import PLAIN
-from harness.runs.job import FIRST_TOKEN
+from harness.runs.job import FIRST_TOKEN, STEERED_TOKENS, prompt_ids
 from harness.runs.page_cache import drop_all
 from harness.runs.self_routing_weights import SteeredWeights
 from harness.tables import full_scale
 
 CAPS = (0.5, 0.75)  # shares of the file
-PROMPT_TOKENS, NEW_TOKENS = 160, 48
-PROMPT = tuple(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS))
+PROMPT_TOKENS, NEW_TOKENS = STEERED_TOKENS, 48
+PROMPT = tuple(prompt_ids(PROMPT_TOKENS))
 # It ends as it began, so the answer is what stood there: tokens can be guessed.
 REPEATING = (
     *range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS + NEW_TOKENS),
@@ -114,7 +113,7 @@ def measure(
         runs under a cap below the file's size are recorded: a run that is recorded does not stand
         aside where all fits, so others would not be the user's own.
     """
-    dense_bytes, expert_bytes = sizes(model)
+    dense_bytes, expert_bytes = gguf_file.sizes(model)
     size = model.stat().st_size
     threads = os.cpu_count() or 1
     runs = []
@@ -156,18 +155,6 @@ def _drive(model: Path, expert_bytes: int) -> float | None:
     if ssd.fio_path() is None:
         return None
     return ssd.random_read_speed(model, expert_bytes, full_scale.FIO_SECONDS / 2)
-
-
-def sizes(model: Path) -> tuple[int, int]:
-    """Bytes of the file beside experts, and of the largest expert's matrix."""
-    experts = [
-        tensor
-        for tensor in gguf.GGUFReader(model).tensors
-        if "_exps." in tensor.name and tensor.name.endswith(".weight")
-    ]
-    total = sum(int(tensor.n_bytes) for tensor in experts)
-    each = max(int(tensor.n_bytes) // int(tensor.shape[-1]) for tensor in experts)
-    return model.stat().st_size - total, each // 4096 * 4096 or 4096
 
 
 def rows_of(runs: list[Run], size_bytes: int, chosen: Sequence[System] = ()) -> list[Run]:

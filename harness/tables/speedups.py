@@ -65,7 +65,7 @@ def table(
     for round_number in range(rounds):
         for job, runs in zip(jobs, results, strict=True):
             name = f"{round_number} {asdict(job)}"
-            run = _recall(journal, name)
+            run = recall(journal, name)
             if run is not None:
                 just_now = None
             else:
@@ -77,7 +77,7 @@ def table(
                 just_now = drive() if drive and "bytes_per_token" in run else None
                 speeds = [speed for speed in (before, just_now) if speed]
                 run["drive_bytes_per_second"] = max(speeds, default=None)
-                _append(journal, name, round_number, run)
+                append(journal, name, round_number, run)
             runs.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
     arithmetic = [[s for run in runs if (s := _arithmetic_seconds(run))] for runs in results]
@@ -87,7 +87,8 @@ def table(
     return rows
 
 
-def _recall(journal: Path | None, name: str) -> Run | None:
+def recall(journal: Path | None, name: str) -> Run | None:
+    """The run of this name, if the journal has one."""
     if journal is None or not journal.exists():
         return None
     return next((note["run"] for note in _notes(journal) if note["name"] == name), None)
@@ -97,7 +98,7 @@ def _notes(journal: Path) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in journal.read_text().splitlines())
 
 
-def _append(journal: Path | None, name: str, round_number: int, run: Run) -> None:
+def append(journal: Path | None, name: str, round_number: int, run: Run) -> None:
     if journal:
         journal.parent.mkdir(parents=True, exist_ok=True)
         with open(journal, "a") as file:
