@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gguf
 
+from flashmoe import engines
 from flashmoe.errors import FlashMoEError
 from harness.progress import say
 from harness.runs.engines.conversation import (
@@ -29,7 +30,6 @@ _SLACK_SHARE, _SLACK_BYTES = 0.01, 256 << 10
 # How far two clocks may be apart, as a share and in seconds: a busy machine stops one at times.
 _CLOCK_SHARE, _CLOCK_SECONDS = 0.1, 0.1
 _PROBE_BYTES = 1 << 20
-_UNUSED_TENSORS = "token_embd."  # of which an answer needs few rows only
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ def check(command: str, terms: Terms) -> list[str]:
     """
     found: list[str] = []
     answers: list[Given] = []
-    needed_bytes = least_bytes(terms.file)  # reads of the file's head, before it is dropped
+    needed_bytes = least_bytes(terms.file)  # these read of the file's head, before it is dropped
+    prompts = _prompts(terms)
     reads_count = _reads_are_counted(terms.file)
     with conversation(command, terms.limit_bytes, terms.wait_seconds) as engine:
         if engine.cap is None:
             raise FlashMoEError("no memory cgroup can be made here: an engine cannot be checked")
         try:
-            for sentence in _session(engine, terms, answers, needed_bytes if reads_count else 0):
+            needed_bytes *= reads_count
+            for sentence in _session(engine, terms, prompts, answers, needed_bytes):
                 found.append(sentence)
         except BrokenProtocolError as error:
             found.append(str(error))
@@ -70,16 +72,12 @@ def check(command: str, terms: Terms) -> list[str]:
 
 
 def least_bytes(file: Path) -> int:
-    """What no answer can do without: the dense part, and in every layer one token's experts."""
-    reader = gguf.GGUFReader(file)
-    fields = {name.partition(".")[2]: value for name, value in reader.fields.items()}
-    chosen = fields["expert_used_count"].contents() if "expert_used_count" in fields else 1
-    total = 0
-    for tensor in reader.tensors:
-        share = chosen / int(tensor.shape[-1]) if "_exps." in tensor.name else 1
-        if not tensor.name.startswith(_UNUSED_TENSORS):
-            total += int(tensor.n_bytes * share)
-    return total
+    """What no answer can do without: the dense part, and in every layer one token's experts.
+
+    Raises FlashMoEError where that is no MoE model's file.
+    """
+    facts = engines.engine_for(file).describe(file)
+    return int(facts.dense_token_bytes + facts.touched_bytes)
 
 
 def _reads_are_counted(file: Path) -> bool:
@@ -96,16 +94,20 @@ def _reads_are_counted(file: Path) -> bool:
 
 
 def _session(
-    engine: Conversation, terms: Terms, answers: list[Given], needed_bytes: int
+    engine: Conversation,
+    terms: Terms,
+    prompts: tuple[list[int], list[int]],
+    answers: list[Given],
+    needed_bytes: int,
 ) -> Iterator[str]:
     """Everything that is asked of one process, and what is seen meanwhile."""
+    one, other = prompts
     engine.hello()
     threads = os.cpu_count() or 1
     seen, said = engine.load(terms.file, threads, CONTEXT_TOKENS, terms.limit_bytes)
     if _apart(seen, said):
         yield f"it says that loading took {said:.2f} s, and it took {seen:.2f} s"
     yield from _reads_before_the_clock(engine, terms)
-    one, other = _prompts(terms)
 
     def ask(prompt: list[int], new_tokens: int = NEW_TOKENS) -> Answer:
         answer = engine.run(prompt, new_tokens)
@@ -143,8 +145,8 @@ def _session(
 
 def _prompts(terms: Terms) -> tuple[list[int], list[int]]:
     """Two prompts of ids from the whole vocabulary."""
-    reader = gguf.GGUFReader(terms.file)
-    rows = next(int(t.shape[-1]) for t in reader.tensors if t.name.startswith("token_embd."))
+    tensors = gguf.GGUFReader(terms.file).tensors
+    rows = next(int(t.shape[-1]) for t in tensors if t.name == "token_embd.weight")
     drawn = random.Random(terms.seed)
     one, other = ([drawn.randrange(rows) for _ in range(PROMPT_TOKENS)] for _ in range(2))
     return one, other

@@ -19,6 +19,7 @@ from harness.report import report
 from harness.runs import contenders, gguf_file, peers, ssd
 from harness.runs.contenders import STORE, Case, Contender, Run
 from harness.runs.job import STEERED_TOKENS
+from harness.runs.model_heads import checkpoint_facts
 from harness.runs.page_cache import drop_all
 from harness.runs.same_weights import WEIGHTS, SameWeights
 from harness.tables import compare_rows, full_scale, speedups
@@ -236,14 +237,12 @@ def _run(plan: Plan, entry: _Entry, files: dict[str, Path], routing: full_scale.
 
 
 def _beside_bytes(model: str, prompt_tokens: int) -> int:
-    """Of a limit, for Python, activations and what attention keeps of prompt and answer."""
-    config = config_of(model)
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    kept = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    base = full_scale.BESIDE_BYTES * (2 if config.vocab_size > _LARGE_VOCABULARY else 1)
-    return int(base + 2 * kept * max(prompt_tokens - STEERED_TOKENS, 0))
+    """Of a limit, for Python, activations and what attention keeps of a longer prompt."""
+    large = config_of(model).vocab_size > _LARGE_VOCABULARY
+    longer = max(prompt_tokens - STEERED_TOKENS, 0)
+    # twice: keys and values are copied as they grow
+    kept = 2 * longer * checkpoint_facts(model).kv_bytes
+    return full_scale.BESIDE_BYTES * (2 if large else 1) + kept
 
 
 def _drive(path: Path, kind: str) -> float | None:

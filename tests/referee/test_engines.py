@@ -11,7 +11,7 @@ import pytest
 
 from flashmoe.errors import FlashMoEError
 from harness import commands, engine_check
-from harness.__main__ import build_parser
+from harness.__main__ import build_parser, main
 from harness.runs.engines.second_opinion import Given, opinions
 from harness.runs.gguf_systems import Work, user_engine
 from harness.runs.memory_cap import memory_cap
@@ -84,6 +84,23 @@ def test_nothing_that_an_engine_started_outlives_the_check(gguf_files):
     before = sleepers()
     findings(f"{CHEATING} leaves_a_process", gguf_files())
     assert sleepers() <= before
+
+
+def test_the_command_ends_with_a_status_that_says_it(gguf_files, capsys):
+    file = str(gguf_files())
+    main(["engine-check", f"mine={HONEST}", file])
+    assert capsys.readouterr().out == "mine conforms\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["engine-check", f"mine={CHEATING} no_json", file])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.startswith("mine: it wrote 'model loaded!'")
+
+
+def test_a_file_without_experts_is_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF, but no more")
+    with pytest.raises(FlashMoEError, match=r"m\.gguf"):
+        findings(HONEST, file)
 
 
 def test_a_likely_token_is_told_from_an_unlikely_one(gguf_files):
