@@ -116,8 +116,9 @@ def _job(case: Case) -> Job:
         prompt_tokens=case.prompt_tokens,
         forced=case.prompt_tokens <= STEERED_TOKENS,  # no more was recorded
     )
-    only_first = {"warm_up_tokens": 0, "new_tokens": 1, "decode_seconds": None}
-    return replace(job, **only_first) if case.only_first else job
+    if not case.only_first:
+        return job
+    return replace(job, warm_up_tokens=0, new_tokens=1, decode_seconds=None)
 
 
 def _columns(run: Run) -> Run:

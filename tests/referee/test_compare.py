@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
+import numpy as np
 import pytest
 
+from flashmoe.engines.transformers.checkpoints import named_models
 from flashmoe.errors import FlashMoEError
+from flashmoe.trace import Trace
 from harness.report import report
 from harness.runs import contenders, peers
 from harness.runs.contenders import STORE, Contender
 from harness.runs.gguf_systems import BENCH
 from harness.runs.gguf_systems.llama_server import PLAIN
 from harness.runs.job import FIRST_TOKEN, prompt_ids
+from harness.runs.memory_cap import memory_cap
 from harness.runs.same_weights import SameWeights
 from harness.tables import compare, compare_rows, full_scale
 
@@ -179,6 +184,46 @@ def test_weights_that_a_system_cannot_take_have_a_reason(tmp_path):
     assert weights.refusal(STORE) is None
     fewer = SameWeights("olmoe-1b-7b", "int4", tmp_path, None)
     assert fewer.refusal(peers.CHECKPOINT) == "it reads bf16 only, no int4"
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, tmp_path):
+    """A model of two layers that can be named, with a recorded sequence."""
+    monkeypatch.setitem(named_models.MODELS, "tiny", {
+        "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "vocab_size": 1300,
+        "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 1024, "eos_token_id": 1299,
+    })  # fmt: skip
+    every = np.tile(np.arange(8, dtype=np.uint8), (256, 2, 1))
+    chosen = np.random.default_rng(0).permuted(every, axis=2)[..., :2]
+    path = tmp_path / "routing.npz"
+    Trace(chosen, np.zeros(256, np.int32), 8, info={"names": ["s"]}).save(path)
+    monkeypatch.setitem(full_scale.MODELS, "tiny", full_scale.Routing(path, "s"))
+    return "tiny"
+
+
+@pytest.mark.slow
+def test_ours_and_a_users_engine_in_one_table(tiny_model, tmp_path, monkeypatch):
+    """Nothing is stubbed but the record of where the table came from."""
+    with memory_cap(1 << 30) as cap:
+        if cap is None:
+            pytest.skip("no memory cgroup can be made here")
+    monkeypatch.setattr(report, "record", lambda *a, **b: None)
+    adapter = f"mine={sys.executable} -m harness.runs.engines.reference_adapter"
+    found, _ = contenders.available(None, [adapter])
+    chosen = compare.choose(["flashmoe"], found)
+    share = (1 << 30) / named_models.total_bytes(tiny_model)
+    plan = compare.Plan(tiny_model, chosen, caps=(share,), prompts=(200,), rounds=1)
+    compare.compare(tmp_path, "command", plan)
+    rows = report.read(tmp_path, "compare-tiny").set_index("system")
+    assert set(rows.outcome) == {"ok"}
+    for name in ("flashmoe", "mine"):
+        row = rows.loc[name]
+        assert row.tokens_per_second > 0
+        assert row.first_token_200_seconds > 0
+        assert 0 < row.peak_memory_bytes <= 1 << 30
+    assert rows.loc["flashmoe"].same_output
 
 
 @pytest.mark.parametrize("tokens", [30, 160, 2000])

@@ -192,7 +192,7 @@ class Conversation:
 
 
 def _field(said: dict[str, Any], name: str, kind: type, line: bytes) -> Any:
-    value = said.get(name)
+    value: Any = said.get(name)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     sound = isinstance(value, kind) and not isinstance(value, bool)

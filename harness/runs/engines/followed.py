@@ -23,7 +23,7 @@ class Followed:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for _ in range(_KILL_ROUNDS):  # some start others while they are being killed
             started = self.started()
             for process in started:
