@@ -28,7 +28,7 @@ PROMPT_TOKENS, NEW_TOKENS, CONTEXT_TOKENS = 24, 16, 1024
 # Of the file: what the kernel may still have under way, or reads around a page.
 _SLACK_SHARE, _SLACK_BYTES = 0.01, 256 << 10
 # How far two clocks may be apart, as a share and in seconds: a busy machine stops one at times.
-_CLOCK_SHARE, _CLOCK_SECONDS = 0.1, 0.1
+_CLOCK_SHARE, _CLOCK_SECONDS = 0.1, 0.25
 _PROBE_BYTES = 1 << 20
 
 
@@ -44,7 +44,7 @@ class Terms:
 
     @property
     def slack_bytes(self) -> int:
-        return max(int(_SLACK_SHARE * self.file.stat().st_size), _SLACK_BYTES)
+        return _slack_bytes(self.file)
 
 
 def check(command: str, terms: Terms) -> list[str]:
@@ -71,6 +71,10 @@ def check(command: str, terms: Terms) -> list[str]:
     return found
 
 
+def _slack_bytes(file: Path) -> int:
+    return max(int(_SLACK_SHARE * file.stat().st_size), _SLACK_BYTES)
+
+
 def least_bytes(file: Path) -> int:
     """What no answer can do without: the dense part, and in every layer one token's experts.
 
@@ -81,16 +85,20 @@ def least_bytes(file: Path) -> int:
 
 
 def _reads_are_counted(file: Path) -> bool:
-    """Drop the file from the page cache; does the kernel count what is then read of it?"""
+    """Drop the file from the page cache: is it gone, and does the kernel count reads of it?"""
     drop(file)
     usage = Usage()
     with open(file, "rb") as opened:
         opened.read(_PROBE_BYTES)
     counted = usage.since().device_bytes > 0
     drop(file)
-    if not counted:
-        say(f"{file} is not read from a drive here: whether too little is read cannot be seen")
-    return counted
+    is_held = cached_bytes(file) > _slack_bytes(file)
+    if is_held or not counted:
+        say(
+            f"{file} does not leave the page cache, or lies on no drive: whether an engine reads "
+            "too little of it cannot be seen"
+        )
+    return counted and not is_held
 
 
 def _session(

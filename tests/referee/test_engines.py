@@ -36,7 +36,7 @@ CHEATS = {
     "says_loading_was_quick": "it says that loading took 0.00 s",
     "leaves_a_process": "it left 1 processes behind",
     "dies_midway": "last words: no more tokens",
-    "hangs": "it did not say 'token' within 3 s",
+    "hangs": "it did not say 'token' within 4 s",
     "too_few": "in place of 'token'",
     "a_field_is_missing": "lacks 'seconds' of type float",
     "a_token_is_text": "lacks 'token' of type int",
@@ -54,8 +54,8 @@ def _cgroups():
             pytest.skip("no memory cgroup can be made here")
 
 
-def findings(command: str, file: Path) -> list[str]:
-    terms = engine_check.Terms(file, 512 * MIB, wait_seconds=3, pause_seconds=0.4, seed=1)
+def findings(command: str, file: Path, wait_seconds: float = 60) -> list[str]:
+    terms = engine_check.Terms(file, 512 * MIB, wait_seconds, pause_seconds=0.4, seed=1)
     return engine_check.check(command, terms)
 
 
@@ -69,7 +69,7 @@ def test_a_cheat_is_found(gguf_files, tmp_path, monkeypatch, cheat):
     shutil.copy(gguf_files(), copy)
     copy.read_bytes()
     monkeypatch.setenv("CACHED_COPY", str(copy))
-    found = findings(f"{CHEATING} {cheat}", gguf_files())
+    found = findings(f"{CHEATING} {cheat}", gguf_files(), 4 if cheat == "hangs" else 60)
     assert any(CHEATS[cheat] in sentence for sentence in found), found
 
 
