@@ -39,7 +39,7 @@ class Plan:
     """What is compared. caps: shares of the model's size in bf16, whatever the weights."""
 
     model: str
-    contenders: Sequence[Contender]
+    compared: Sequence[Contender]
     weights: Sequence[str] = ("bf16",)
     caps: Sequence[float] = full_scale.CAPS
     prompts: Sequence[int] = PROMPTS
@@ -47,14 +47,17 @@ class Plan:
     stores: Path | None = None  # where the files are kept; None: given back
 
     def __post_init__(self) -> None:
-        """Raises FlashMoEError for an unknown model or unknown weights."""
+        """Raises FlashMoEError for what is unknown, and for prompts that the model cannot take."""
         full_scale.shipped_routing(self.model)
+        most = config_of(self.model).max_position_embeddings - contenders.DECODED_TOKENS
+        if max(self.prompts) > most:
+            raise FlashMoEError(f"{self.model} takes prompts of {most} tokens at most here")
         for name in self.weights:
             if name not in WEIGHTS:
                 raise FlashMoEError(
                     f"no weights are called {name!r}: choose from {', '.join(WEIGHTS)}"
                 )
-        names = [contender.name for contender in self.contenders]
+        names = [contender.name for contender in self.compared]
         if twice := {name for name in names if names.count(name) > 1}:
             raise FlashMoEError(f"two systems are called {min(twice)!r}: name the engine otherwise")
         if not names:
@@ -112,14 +115,14 @@ def compare(folder: Path, command: str, plan: Plan) -> None:
             if not plan.stores:
                 weights.give_back()
     full_scale.publish(
-        folder, title, compare_rows.rows_of(runs, plan.contenders, plan.prompts), command
+        folder, title, compare_rows.rows_of(runs, plan.compared, plan.prompts), command
     )
 
 
 def _entries(plan: Plan, weights: SameWeights) -> Iterator[_Entry]:
     """In the order of a round. Says whom and what it leaves out."""
     total = weights.model_bytes
-    for contender in plan.contenders:
+    for contender in plan.compared:
         if reason := weights.refusal(contender.files):
             say(f"{contender.name} is left out of {weights.weights}: {reason}")
     for share in plan.caps:
@@ -131,7 +134,7 @@ def _entries(plan: Plan, weights: SameWeights) -> Iterator[_Entry]:
             say(f"{weights.weights}: all fits under {above[0]}, so {share} is left out")
             continue
         for prompt_tokens in plan.prompts:
-            for contender in plan.contenders:
+            for contender in plan.compared:
                 if not weights.refusal(contender.files):
                     yield _Entry(weights, share, prompt_tokens, contender)
 

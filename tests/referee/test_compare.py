@@ -93,7 +93,7 @@ def test_a_row_has_both_prompts_the_range_and_a_roofline(place):
 def test_an_interrupted_table_goes_on_where_it_was(place):
     folder, asked = place
     plan = plan_of(asked)
-    last = plan.contenders[-1]
+    last = plan.compared[-1]
 
     def interrupt(case):
         raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_a_system_that_fails_has_that_for_its_outcome(place):
     def refuse(case):
         raise FlashMoEError("too little memory")
 
-    object.__setattr__(plan.contenders[0], "run", refuse)
+    object.__setattr__(plan.compared[0], "run", refuse)
     compare.compare(folder, "command", plan)
     rows = report.read(folder, "compare-olmoe-quarter")
     assert set(rows[rows.system == "flashmoe"].outcome) == {"too little memory"}
@@ -176,6 +176,10 @@ def test_who_cannot_run_is_left_out_with_a_reason(monkeypatch):
         compare.choose(["nobody"], found)
     with pytest.raises(FlashMoEError, match="two systems are called 'flashmoe'"):
         compare.Plan("olmoe-quarter", [found[0], found[0]])
+    with pytest.raises(FlashMoEError, match="takes prompts of 4048 tokens at most"):
+        compare.Plan("olmoe-quarter", found, prompts=(160, 8000))
+    with pytest.raises(FlashMoEError, match="no weights are called 'int3'"):
+        compare.Plan("olmoe-quarter", found, weights=("int3",))
 
 
 def test_weights_that_a_system_cannot_take_have_a_reason(tmp_path):
