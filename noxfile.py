@@ -244,8 +244,8 @@ def full_scale(session: nox.Session) -> None:
 
 
 @nox.session
-def peers(session: nox.Session) -> None:
-    """Against llama.cpp (built from source, 5 minutes) and AirLLM: 42 GB of disk, an hour."""
+def compare(session: nox.Session) -> None:
+    """Every engine in one table, `-- MODEL...`; builds llama.cpp, and llama-cpp-python."""
     ensure_fio(session)
     install(session, "harness", "peers")
     airllm = str(pathlib.Path(session.virtualenv.location, "airllm"))
@@ -256,8 +256,11 @@ def peers(session: nox.Session) -> None:
         python, "-m", "pip", "install", "-q", "airllm==4.0.0", "transformers==4.57.6", "torch"
     )
     session.run(
-        "python", "-m", "harness", "peers", *session.posargs,
-        env={"FLASHMOE_PYTHON_AIRLLM": python},
+        "python", "-m", "harness", "compare", *(session.posargs or ("olmoe-1b-7b",)),
+        env={
+            "FLASHMOE_PYTHON_AIRLLM": python,
+            "FLASHMOE_LLAMA_BIN": str(llama_cpp_programs(session)),
+        },
     )  # fmt: skip
 
 

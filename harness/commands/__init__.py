@@ -29,8 +29,9 @@ count, amount = _above_zero(int), _above_zero(float)
 def command_line(words: Sequence[str], parsed: argparse.Namespace) -> str:
     """The command as it was given, for provenance.
 
-    A path shows as DIR, a trace as TRACE, a cluster as ADDRESS.
+    A path shows as DIR, a trace as TRACE, a cluster as ADDRESS, what runs an engine as COMMAND.
     """
+    engines = getattr(parsed, "engine", None) or ()
     paths = set(_paths(parsed))
     cluster = getattr(parsed, "cluster", None)
 
@@ -38,6 +39,8 @@ def command_line(words: Sequence[str], parsed: argparse.Namespace) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if cluster and value == cluster:
             return option + equals + "ADDRESS"
+        if value in engines:
+            return option + equals + value.partition("=")[0] + "=COMMAND"
         path = Path(value)
         if path not in paths or not value:
             return word

@@ -18,6 +18,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=count, default=1)
     parser.add_argument("--systems", nargs="+", default=[], help="by the names of a table's rows")
     parser.add_argument(
+        "--engine", action="append", default=[], metavar="NAME='COMMAND ...'",
+        help="one of your own beside them (docs/engines.md); repeatable",
+    )  # fmt: skip
+    parser.add_argument(
         "--quant", default="int4", help="as `flashmoe synth --quant`, or int4: Q4_0"
     )
     parser.add_argument(
@@ -42,6 +46,7 @@ def run(arguments: argparse.Namespace) -> Path:
         scheme=arguments.quant,
         stores=arguments.stores,
         systems=arguments.systems,
+        engines=arguments.engine,
         repeating=arguments.repeating,
     )
     return folder

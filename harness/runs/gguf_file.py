@@ -1,4 +1,4 @@
-"""Writes a source of weights as one GGUF file, which llama.cpp reads."""
+"""One GGUF file, which llama.cpp reads: writes a source of weights as one, says what is in it."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def embeddings_in_file(embeddings: torch.Tensor, scheme: str) -> torch.Tensor:
     kind = recipe.kind("token_embd.weight", shape, 0, 0, vectors=False)
     rows = quantisation.encode(embeddings, kind).reshape(shape[0], -1)
     return torch.from_numpy(gguf.quants.dequantize(rows, kind).reshape(shape))
+
+
+def sizes(model: Path) -> tuple[int, int]:
+    """Bytes of the file beside experts, and of the largest expert's matrix."""
+    experts = [
+        tensor
+        for tensor in gguf.GGUFReader(model).tensors
+        if "_exps." in tensor.name and tensor.name.endswith(".weight")
+    ]
+    total = sum(int(tensor.n_bytes) for tensor in experts)
+    each = max(int(tensor.n_bytes) // int(tensor.shape[-1]) for tensor in experts)
+    return model.stat().st_size - total, each // 4096 * 4096 or 4096

@@ -7,6 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FIRST_TOKEN = 1000  # of a full-scale run's prompt, whose ids count up from it
+STEERED_TOKENS = 160  # so many have recorded experts; a longer prompt says them again and again
+
+
+def prompt_ids(tokens: int) -> list[int]:
+    """A full-scale run's prompt of so many tokens; whatever its length, it ends as any other."""
+    period = min(tokens, STEERED_TOKENS)
+    return [FIRST_TOKEN + (number - tokens) % period for number in range(tokens)]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Job:
     new_tokens: int
     routing: Path | None = None  # recorded on the model; systems that calibrate do so by it
     sequence: str = ""  # of `routing`: take the experts from it, and calibrate by the others
+    forced: bool = True  # False: the weights lead to recorded experts by themselves
     prompt_tokens: int = 0  # with `sequence`, the prompt's length in place of its text
     warm_up_tokens: int = 0  # decoded before measuring, so that the cache is at its working state
     cap_bytes: int | None = None  # the kernel's limit on the process, page cache included

@@ -62,6 +62,9 @@ class Cap:
     def current_bytes(self) -> int:
         return int((self.folder / self._current).read_text())
 
+    def process_ids(self) -> set[int]:
+        return {int(line) for line in (self.folder / "cgroup.procs").read_text().split()}
+
 
 @contextmanager
 def memory_cap(

@@ -17,7 +17,7 @@ from flashmoe.reading.read_queue import Span
 from flashmoe.store import manifest as manifests
 from harness.runs.clock import Clock
 from harness.runs.forced_routing import forced_routing
-from harness.runs.job import FIRST_TOKEN, Job
+from harness.runs.job import Job, prompt_ids
 from harness.runs.page_cache import cached_bytes
 
 
@@ -51,8 +51,9 @@ def run(job: Job) -> dict[str, Any]:
     manifest = manifests.load(job.store)
     forced: AbstractContextManager[None]
     if job.sequence and recorded:
-        forced = forced_routing(model, recorded.named(job.sequence), system.lookahead)
-        ids = torch.arange(job.prompt_tokens)[None] + FIRST_TOKEN
+        named = recorded.named(job.sequence)
+        forced = forced_routing(model, named, system.lookahead) if job.forced else nullcontext()
+        ids = torch.tensor([prompt_ids(job.prompt_tokens)])
         tokenizer = None
     else:
         forced = nullcontext()

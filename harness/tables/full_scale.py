@@ -23,7 +23,7 @@ from harness.report import report
 from harness.runs import disturbance
 from harness.runs.disturbance import Repeater
 from harness.runs.isolated_run import run_alone
-from harness.runs.job import Job
+from harness.runs.job import STEERED_TOKENS, Job
 from harness.tables import random_stores, speedups
 
 ROUTING = Path(flashmoe.__file__).parent / "routing"
@@ -55,7 +55,7 @@ SYSTEMS = (
     "os-paging-willneed",
 )
 # A prompt that touches nearly every expert: a first read is checked, and decode shall not pay it.
-PROMPT_TOKENS = 160
+PROMPT_TOKENS = STEERED_TOKENS
 WARM_UP_TOKENS, TOKENS, ROUNDS = 8, 32, 2
 DECODE_SECONDS = 12.0  # slow systems stop then, whatever tokens are missing
 UNEVEN_RATIO = 1.2  # of the median token's speed to that of all, above which a run is called uneven
@@ -180,22 +180,22 @@ def measure(
     drive = speedups.drive_of(jobs[0].store, FIO_SECONDS / 2 if short else FIO_SECONDS)
     again_seconds = disturbance.QUICK_AGAIN_SECONDS if short else disturbance.AGAIN_SECONDS
     repeater = Repeater(again_seconds, say)
-    return speedups.table(jobs, rounds, drive, say, repeater, _journal(folder, title), until)
+    return speedups.table(jobs, rounds, drive, say, repeater, journal(folder, title), until)
 
 
 def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) -> None:
     """Write the table and where it came from."""
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
-    _journal(folder, title).unlink(missing_ok=True)
+    journal(folder, title).unlink(missing_ok=True)
 
 
 def publish_tokens(folder: Path, title: str) -> None:
     """Write how long each token of the table took. To be called before the table is published."""
-    report.write(folder, f"tokens-{title}", speedups.tokens(_journal(folder, title)))
+    report.write(folder, f"tokens-{title}", speedups.tokens(journal(folder, title)))
 
 
-def _journal(folder: Path, title: str) -> Path:
+def journal(folder: Path, title: str) -> Path:
     return folder / f".{title}.runs.jsonl"
 
 

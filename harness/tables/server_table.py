@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import gguf
 import numpy as np
 
 from flashmoe import trace
@@ -21,16 +20,16 @@ from harness.progress import say
 from harness.report import report
 from harness.runs import disturbance, gguf_file, gguf_systems, ssd
 from harness.runs.disturbance import Repeater, Watch
-from harness.runs.gguf_systems import System, Work
+from harness.runs.gguf_systems import System, Work, user_engine
 from harness.runs.gguf_systems.llama_server import PLAIN
-from harness.runs.job import FIRST_TOKEN
+from harness.runs.job import FIRST_TOKEN, STEERED_TOKENS, prompt_ids
 from harness.runs.page_cache import drop_all
 from harness.runs.self_routing_weights import SteeredWeights
 from harness.tables import full_scale
 
 CAPS = (0.5, 0.75)  # shares of the file
-PROMPT_TOKENS, NEW_TOKENS = 160, 48
-PROMPT = tuple(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS))
+PROMPT_TOKENS, NEW_TOKENS = STEERED_TOKENS, 48
+PROMPT = tuple(prompt_ids(PROMPT_TOKENS))
 # It ends as it began, so the answer is what stood there: tokens can be guessed.
 REPEATING = (
     *range(FIRST_TOKEN, FIRST_TOKEN + PROMPT_TOKENS + NEW_TOKENS),
@@ -51,15 +50,17 @@ def server_table(
     scheme: str = "int4",
     stores: Path | None = None,
     systems: Sequence[str] = (),
+    engines: Sequence[str] = (),
     repeating: bool = False,
 ) -> None:
     """Write the file (given back but for `stores`), run all in turn, report.
 
     systems: names of `gguf_systems.available()`; none: all that are usual and installed.
+    engines: users' own beside them, `NAME=command ...` each (docs/engines.md).
     repeating: with the prompt that lets tokens be guessed, in a table of its own.
     Raises FlashMoEError for a system that is unknown or not installed.
     """
-    chosen = _chosen(systems)
+    chosen = _chosen(systems) + user_engine.systems(engines)
     routing = full_scale.shipped_routing(name)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(PROMPT_TOKENS + NEW_TOKENS)
@@ -77,7 +78,7 @@ def server_table(
         repeater = Repeater(disturbance.AGAIN_SECONDS, say)
         runs = measure(model, program, chosen, caps, rounds, work, repeater, prompt)
         title = full_scale.title_of("servers", name, scheme, "repeating" if repeating else "")
-        rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size))
+        rows = keep_traces(folder, title, rows_of(runs, model.stat().st_size, chosen))
     report.write(folder, title, rows)
     report.record(folder, title, command, seed=0)
 
@@ -118,7 +119,7 @@ def measure(
         runs under a cap below the file's size are recorded: a run that is recorded does not stand
         aside where all fits, so others would not be the user's own.
     """
-    dense_bytes, expert_bytes = sizes(model)
+    dense_bytes, expert_bytes = gguf_file.sizes(model)
     size = model.stat().st_size
     threads = os.cpu_count() or 1
     runs = []
@@ -160,7 +161,7 @@ def _run(system: System, work: Work) -> Run:
     try:
         return system.run(work)
     except FlashMoEError as error:
-        if not (system.program or system.is_ours):
+        if not (system.program or system.is_ours or system.may_fail):
             raise
         return {"outcome": str(error)}
 
@@ -171,24 +172,12 @@ def _drive(model: Path, expert_bytes: int) -> float | None:
     return ssd.read_speed(model, expert_bytes, full_scale.FIO_SECONDS / 2)
 
 
-def sizes(model: Path) -> tuple[int, int]:
-    """Bytes of the file beside experts, and of the largest expert's matrix."""
-    experts = [
-        tensor
-        for tensor in gguf.GGUFReader(model).tensors
-        if "_exps." in tensor.name and tensor.name.endswith(".weight")
-    ]
-    total = sum(int(tensor.n_bytes) for tensor in experts)
-    each = max(int(tensor.n_bytes) // int(tensor.shape[-1]) for tensor in experts)
-    return model.stat().st_size - total, each // 4096 * 4096 or 4096
-
-
-def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
+def rows_of(runs: list[Run], size_bytes: int, chosen: Sequence[System] = ()) -> list[Run]:
     """A row for each cap and system: medians of the rounds with their range, and the roofline.
 
     The hit rate is the first round's, as are the slots and the trace: so a replay gives it exactly.
     """
-    systems = gguf_systems.available()
+    systems = gguf_systems.available() | {system.name: system for system in chosen}
     plain = [run["token_ids"] for run in runs if run["system"] == PLAIN and "token_ids" in run]
     expected = plain[0] if plain else None
     rows = []
@@ -209,7 +198,7 @@ def rows_of(runs: list[Run], size_bytes: int) -> list[Run]:
         }
         for name in (
             *("prompt_seconds", "ready_seconds", "peak_memory_bytes"),
-            *("bytes_per_token", "drive_bytes_per_second"),
+            *("bytes_per_token", "drive_bytes_per_second", "own_tokens_per_second"),
         ):
             values = [run[name] for run in done if run.get(name) is not None]
             row[name] = float(np.median(values)) if values else None

@@ -83,7 +83,7 @@ def table(
             if not round_number and any(results) and time.monotonic() > ends:
                 break
             name = f"{round_number} {asdict(job)}"
-            run = _recall(journal, name)
+            run = recall(journal, name)
             if run is not None:
                 just_now = None
             else:
@@ -100,7 +100,7 @@ def table(
                     return run | {"drive_bytes_per_second": max(speeds, default=None)}
 
                 run = repeater.least_disturbed(attempt)
-                _append(journal, name, round_number, run)
+                append(journal, name, round_number, run)
             runs.append(run)
             say(f"round {round_number + 1} of {rounds}: {job.system} {_in_words(run)}")
         round_seconds = time.monotonic() - began
@@ -112,7 +112,8 @@ def table(
     return rows
 
 
-def _recall(journal: Path | None, name: str) -> Run | None:
+def recall(journal: Path | None, name: str) -> Run | None:
+    """The run of this name, if the journal has one."""
     if journal is None or not journal.exists():
         return None
     return next((note["run"] for note in _notes(journal) if note["name"] == name), None)
@@ -122,7 +123,7 @@ def _notes(journal: Path) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in journal.read_text().splitlines())
 
 
-def _append(journal: Path | None, name: str, round_number: int, run: Run) -> None:
+def append(journal: Path | None, name: str, round_number: int, run: Run) -> None:
     if journal:
         journal.parent.mkdir(parents=True, exist_ok=True)
         with open(journal, "a") as file:

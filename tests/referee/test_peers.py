@@ -17,7 +17,7 @@ from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
 from flashmoe.store.writer import write_store
 from flashmoe.trace import Trace
-from harness.runs import peers
+from harness.runs import hub_checkpoint, peers
 from harness.runs.job import FIRST_TOKEN, Job
 from harness.runs.self_routing_weights import SteeredWeights
 
@@ -86,7 +86,7 @@ def test_a_peer_is_a_file_and_runs_where_its_library_is(monkeypatch):
 def test_airllm_is_given_the_same_weights_in_the_layout_of_the_hub(tmp_path, steered):
     """Which transformers itself can say: its model routes and decodes as recorded."""
     _, _, weights = steered
-    peers.available()["airllm"].write(weights, tmp_path / "hub", "none")
+    hub_checkpoint.write(weights, tmp_path / "hub")
     assert len(list((tmp_path / "hub").glob("*.safetensors"))) == 3 + 3  # layers, and the rest
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
     ids = torch.arange(PROMPT)[None] + FIRST_TOKEN
@@ -94,8 +94,12 @@ def test_airllm_is_given_the_same_weights_in_the_layout_of_the_hub(tmp_path, ste
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
     )
     assert text[0].tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + PROMPT + 8))
-    with pytest.raises(FlashMoEError, match="no int4"):
-        peers.available()["airllm"].write(weights, tmp_path / "none", "int4")
+
+
+def test_the_layout_of_another_family_is_not_made_up(tmp_path, steered_gpt_oss):
+    _, _, weights = steered_gpt_oss
+    with pytest.raises(FlashMoEError, match="gpt_oss is not laid out as olmoe"):
+        hub_checkpoint.write(weights, tmp_path / "none")
 
 
 def test_a_job_goes_to_another_process_and_back():

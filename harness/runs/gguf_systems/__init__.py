@@ -2,6 +2,7 @@
 
 Each module here but `server_process` has `SYSTEMS`; `available()` lists them all. A program that is
 not llama.cpp's own is named by an environment variable; without it the system is left out.
+`user_engine.systems` makes others of commands that users name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class Work:
     cap_bytes: int | None = None
     trace: Path | None = None  # where what is ours may record the run's routing
 
+    @property
+    def context_tokens(self) -> int:
+        """Room for prompt and answer, in steps of 1,024 tokens."""
+        return -(-(len(self.prompt) + self.new_tokens) // 1024) * 1024
+
 
 @dataclass(frozen=True)
 class System:
@@ -46,6 +52,7 @@ class System:
     is_ours: bool = False
     program: str = ""  # the environment variable that names it; "": of the build
     usual: bool = True
+    may_fail: bool = False  # a failure is the outcome of a row, not the table's end
 
     def installed(self) -> bool:
         return not self.program or Path(os.environ.get(self.program, "")).is_file()

@@ -32,7 +32,7 @@ def _run_with(work: Work, beside_bytes: int) -> dict[str, Any]:
     command = [
         os.environ[PROGRAM], "-m", str(work.model), "-n", str(work.new_tokens),
         "-p", "".join(f"<|{token}|>" for token in work.prompt),  # as the file's vocabulary has it
-        "-t", str(work.threads), "-c", "1024", "--ubatch", "512", "--moe-stream",
+        "-t", str(work.threads), "-c", str(work.context_tokens), "--ubatch", "512", "--moe-stream",
         "--cache-mb", str(max(room // _MIB, 1)), "--force-cache", "--progress",
     ]  # fmt: skip
     outcome, done, peak = capped_program.run(command, work.cap_bytes)

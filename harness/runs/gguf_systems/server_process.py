@@ -142,7 +142,8 @@ def measure(
     work: Work, program: Path, *arguments: str, memory: str | None = None
 ) -> dict[str, Any]:
     """One run of `program` that others can be compared with: one slot, no warm-up."""
-    same = ("-np", "1", "--no-warmup", "-ngl", "0", "-c", "1024", "-t", str(work.threads))
+    sizes = ("-c", str(work.context_tokens), "-t", str(work.threads))
+    same = ("-np", "1", "--no-warmup", "-ngl", "0", *sizes)
     return ServerRun(
         program,
         work.model,

@@ -1,9 +1,8 @@
-"""Engines that are not ours, one file each: writes its weights, runs as a program with a job.
+"""Engines that are not ours, one file each: runs as a program with a job.
 
-`available()` lists them. A peer's `write` belongs to the harness; its `run` imports nothing of
-FlashMoE's engine, so that the memory limit holds the peer and little else, and happens in the
-environment whose Python FLASHMOE_PYTHON_NAME names, in this one where that is not set. The
-checkpoint of its job is what `write` wrote.
+`available()` lists them. A peer's `FILES` says what its job's checkpoint is; its `run` imports
+nothing of FlashMoE's engine, so that the memory limit holds the peer and little else, and happens
+in the environment whose Python FLASHMOE_PYTHON_NAME names, in this one where that is not set.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from harness.runs.clock import Clock
-from harness.runs.job import FIRST_TOKEN, Job
+from harness.runs.job import Job, prompt_ids
 
-if TYPE_CHECKING:  # the programs do without the engine
-    from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
-
+CHECKPOINT, GGUF = "checkpoint", "gguf"  # what a job's checkpoint may be: a hub's directory, a file
 ROOT = Path(__file__).parents[3]
 
 
@@ -37,10 +34,8 @@ class Peer:
     module: str
 
     @property
-    def write(self) -> Callable[[RandomWeights, Path, str], None]:
-        """write(source, path, scheme): its weights. FlashMoEError where it cannot take those."""
-        written = importlib.import_module(self.module).write
-        return cast(Callable[["RandomWeights", Path, str], None], written)
+    def files(self) -> str:
+        return str(importlib.import_module(self.module).FILES)
 
     @property
     def command(self) -> list[str]:
@@ -69,7 +64,7 @@ def decode(job: Job, load: Callable[[Job], Forward], residency: str) -> dict[str
     started = time.perf_counter()
     forward = load(job)
     load_seconds = time.perf_counter() - started
-    tokens = list(range(FIRST_TOKEN, FIRST_TOKEN + job.prompt_tokens))
+    tokens = prompt_ids(job.prompt_tokens)
     clock, new = Clock(job), tokens
     clock.start()
     while clock.tokens < job.tokens and not clock.enough:

@@ -8,21 +8,12 @@ it is told not to, as its users can tell it (`--no-repack`).
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.runs import peers
 from harness.runs.job import Job
 
-if TYPE_CHECKING:
-    from flashmoe.engines.transformers.checkpoints.random_weights import RandomWeights
-
-
-def write(source: RandomWeights, path: Path, scheme: str) -> None:
-    """As `gguf_file.write`."""
-    from harness.runs import gguf_file
-
-    gguf_file.write(source, path, scheme)
+FILES = peers.GGUF
 
 
 def run(job: Job) -> dict[str, Any]:

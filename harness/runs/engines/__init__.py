@@ -1,0 +1,1 @@
+"""Engines of other people: any command that speaks the protocol of docs/engines.md."""

@@ -1,0 +1,67 @@
+"""All processes that a command starts, wherever they go."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import suppress
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_ROUNDS = 60
+
+
+class Followed:
+    """Within, orphans of what this process starts become its own children, and are killed after.
+
+    Start nothing else meanwhile: it would count as the command's.
+    """
+
+    def __enter__(self) -> Followed:
+        self._before = {process.pid for process in _descendants()}
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _ in range(_KILL_ROUNDS):  # some start others while they are being killed
+            started = self.started()
+            for process in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(started, timeout=1)
+            if not started:
+                break
+        for process in psutil.Process().children():
+            if process.pid not in self._before:
+                with suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def started(self) -> list[psutil.Process]:
+        """Those that run now."""
+        return [
+            process
+            for process in _descendants()
+            if process.pid not in self._before and _runs(process)
+        ]
+
+    def read_bytes(self) -> int:
+        """What drives have delivered to them, page faults included; of the ended, if waited for."""
+        total = 0
+        for process in self.started():
+            with suppress(psutil.Error):
+                total += process.io_counters().read_bytes
+        return total
+
+
+def _descendants() -> list[psutil.Process]:
+    children: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return children
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
