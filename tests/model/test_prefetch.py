@@ -10,11 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import trace
+from flashmoe import policies, trace
+from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.transformers.experts.lookahead import RouterOutput
 from flashmoe.engines.transformers.experts.token_memory import TokenMemory
+from flashmoe.engines.transformers.experts.votes import in_order
 from flashmoe.engines.transformers.recorder import record
 from flashmoe.errors import FlashMoEError
+from flashmoe.events import Event
+from flashmoe.policies.base import Scope
 from flashmoe.residency import prefetch
 from flashmoe.residency.guess_record import PROBE_EVERY
 from flashmoe.store import manifest
@@ -104,6 +108,37 @@ def test_the_first_layer_is_guessed_from_what_its_tokens_chose_before(own_store,
     assert first[:2] == [set(), set(chosen.reshape(-1).tolist())]
     assert chosen.shape == (2, model.config.num_experts_per_tok)
     model.flashmoe.close()
+
+
+def test_a_layer_is_read_ahead_into_its_own_empty_slots(stores, many_guesses):
+    store = stores("olmoe")
+    model = flashmoe.load(store, memory=tiny.budget(store, 5, 2), policy="lru")
+    residency = model.flashmoe.residency
+    rows, weights = np.arange(8).reshape(4, 2), np.ones((4, 2), np.float32)
+    in_slots = []
+    for layer in (0, 1, 2, 0):  # then layer 1 has no empty ones
+        for _ in residency.serve(layer, rows, weights, lambda: range(8)):
+            pass
+        in_slots.append(residency.prefetcher.bytes_in_slots)
+        assert len(residency.pools.of(layer).cache.resident) == 5
+    extent_bytes = residency.manifest.layers[0].extent_bytes
+    assert in_slots == [5 * extent_bytes, 5 * extent_bytes, 0, 0]
+    model.flashmoe.close()
+
+
+@pytest.mark.parametrize("n_tokens", [8, 64, 300])
+def test_right_guesses_for_a_prompt_come_as_a_cache_serves_them(n_tokens):
+    """More than 4,096 choices are served in ascending order."""
+    rows = np.random.default_rng(n_tokens).random((n_tokens, 64)).argsort(axis=1)[:, :16]
+    cache = ExpertCache(policies.get("lru")(Scope(64, 16, 1, 0, 1), 20))
+    served = [key for wave in cache.waves(Event.of_rows(rows)) for key, _ in wave.loads]
+    assert in_order(rows, n_tokens, 64) == served
+
+
+def test_of_a_few_tokens_the_surest_guess_comes_first():
+    choices = np.array([[1, 2], [2, 5], [-1, -1]])
+    assert in_order(choices, 3, 8) == [2, 1, 5]
+    assert in_order(choices[:1, ::-1], 1, 8) == [2, 1]
 
 
 def test_a_token_that_was_not_seen_before_has_no_vote():
