@@ -148,6 +148,16 @@ class ExpertCache:
         return keys
 
     @property
+    def n_resident(self) -> int:
+        return int(self.residency.sizes[RESIDENT])
+
+    @property
+    def free(self) -> list[int]:
+        """Empty slots; the last one is filled first."""
+        slots: list[int] = self.residency.free[: self.residency.sizes[FREE]].tolist()
+        return slots
+
+    @property
     def tokens(self) -> int:
         """Served so far."""
         return int(self.residency.counts[TOKENS])

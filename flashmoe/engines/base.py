@@ -152,6 +152,7 @@ class Engine:
                 prefetch_used=residency.prefetcher.record.used,
                 prefetch_wasted=residency.prefetcher.record.wasted,
                 prefetch_wasted_bytes=residency.prefetcher.record.wasted_bytes,
+                prefetch_off=residency.prefetcher.record.off,
                 bytes_read=residency.reader.bytes_read,
                 bytes_by_drive=residency.reader.bytes_by_drive,
                 read_seconds=residency.reader.busy_seconds,

@@ -33,6 +33,8 @@ class Stats:
     """Guesses begun in vain."""
     prefetch_wasted_bytes: int
     """Bytes read for those."""
+    prefetch_off: int
+    """Times that a layer was not guessed, because guesses cost more than they saved of late."""
     bytes_read: int
     """From the drive, for misses and guesses."""
     bytes_by_drive: list[int]

@@ -26,6 +26,7 @@ _COUNTERS = {
     "prefetch_used": ("prefetch_used", "Misses that a guess had begun to read"),
     "prefetch_wasted": ("prefetch_wasted", "Guesses begun in vain"),
     "prefetch_wasted_bytes": ("prefetch_wasted_bytes", "Bytes read for those"),
+    "prefetch_off": ("prefetch_off", "Times that a layer was not guessed, since it did not pay"),
 }
 _GAUGES = {
     "resident_bytes": ("resident_bytes", "Experts in memory now"),

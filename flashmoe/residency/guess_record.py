@@ -9,8 +9,9 @@ from flashmoe.util.machine_code import helper
 # Of the last RECENT_GUESSES or so, the share that must have been right for every layer to be
 # guessed; below it, one call in PROBE_EVERY is still answered (docs/speed.md#spare-slots).
 RIGHT_ENOUGH, RECENT_GUESSES, PROBE_EVERY = 0.3, 64, 16
-# Positions in a record, float64. Of late: MISSES of an event, seconds of ASKING a router.
-RIGHT, CALLS, USED, WASTED, WASTED_BYTES, MISSES, ASKING = range(7)
+# Positions in a record, float64. Of late: MISSES of an event, seconds of ASKING a router. OFF:
+# calls that were refused.
+RIGHT, CALLS, USED, WASTED, WASTED_BYTES, MISSES, ASKING, OFF = range(8)
 _RECENT_EVENTS = 64
 
 
@@ -18,20 +19,22 @@ _RECENT_EVENTS = 64
 def is_worth_a_call(record):
     """Shall a layer be guessed? Each question counts as a call."""
     record[CALLS] += 1
-    return record[RIGHT] >= RIGHT_ENOUGH or _is_probe(record)
+    return _answer(record, record[RIGHT] >= RIGHT_ENOUGH)
 
 
 @helper
-def _is_probe(record):
-    """One call in PROBE_EVERY is answered whatever guesses were worth."""
-    return record[CALLS] % PROBE_EVERY == 0
+def _answer(record, is_worth_it):
+    """One call in PROBE_EVERY is not refused whatever guesses were worth."""
+    refused = not (is_worth_it or record[CALLS] % PROBE_EVERY == 0)
+    record[OFF] += refused
+    return not refused
 
 
 @helper
 def saves_time(record, read_seconds):
     """Does a guess save more time of reading than it takes? The call was counted already."""
     saved_seconds = record[MISSES] * record[RIGHT] * read_seconds
-    return saved_seconds >= record[ASKING] or _is_probe(record)
+    return _answer(record, saved_seconds >= record[ASKING])
 
 
 @helper
@@ -65,7 +68,7 @@ class GuessRecord:
     """The counts of one model's guesses, in an array that machine code writes to as well."""
 
     def __init__(self) -> None:
-        self.array = np.zeros(7)
+        self.array = np.zeros(8)
         self.array[RIGHT] = 1  # the recent share of guesses begun that were needed
 
     def is_worth_a_call(self) -> bool:
@@ -101,5 +104,10 @@ class GuessRecord:
     def wasted_bytes(self) -> int:
         return int(self.array[WASTED_BYTES])
 
+    @property
+    def off(self) -> int:
+        """Times that a layer was not guessed, because it would not have paid."""
+        return int(self.array[OFF])
+
     def reset_counts(self) -> None:
-        self.array[[USED, WASTED, WASTED_BYTES]] = 0
+        self.array[[USED, WASTED, WASTED_BYTES, OFF]] = 0

@@ -48,7 +48,7 @@ class Pool:
 
     @property
     def resident_bytes(self) -> int:
-        return len(self.cache.resident) * self.arena.extent_bytes
+        return self.cache.n_resident * self.arena.extent_bytes
 
     @property
     def most_resident_bytes(self) -> int:

@@ -42,7 +42,7 @@ class Pools:
         self._whole_events = whole_events
         self.memory_bytes = memory_bytes
         self.slots = self._divide(memory_bytes)
-        self._peak_before_bytes = 0  # of pools that are no more
+        self._peak_before_bytes = 0  # of pools that are no more, or with guesses
         self.all: list[Pool] = []
         self.bypass: Arena | None = None
         self._replace_all(caches_before=[])
@@ -119,7 +119,13 @@ class Pools:
     @property
     def resident_bytes(self) -> int:
         """Bytes of experts in slots now, all other slots included. Never above the budget."""
-        return self._extra_bytes + sum(pool.resident_bytes for pool in self.all)
+        residents = sum(pool.resident_bytes for pool in self.all)
+        return self._extra_bytes + self.prefetcher.bytes_in_slots + residents
+
+    def note_guesses(self) -> None:
+        """Of guesses in caches' own slots no cache can tell how many there were at most."""
+        if self.prefetcher.bytes_in_slots:
+            self._peak_before_bytes = max(self._peak_before_bytes, self.resident_bytes)
 
     @property
     def peak_resident_bytes(self) -> int:
@@ -180,6 +186,7 @@ class Pools:
         if slots.shared or self.slots.shared:
             return
         self._peak_before_bytes = self.peak_resident_bytes
+        self.prefetcher.clear()  # slots get other numbers
         for number, pool in enumerate(self.all):
             policy = self.new_policy(number, slots.n_slots[number])
             if pool is not but and policy.n_slots < pool.cache.n_slots:

@@ -104,8 +104,9 @@ class Residency:
         likely: its experts, the most probable first; asked only if that may save time.
         """
         with self.lock:
-            if self.prefetcher.spares and layer < len(self.manifest.layers):
-                self.prefetcher.guess(layer, likely, self.pools.of(layer).slot_of(layer))
+            if self.prefetcher.pays and layer < len(self.manifest.layers):
+                self.prefetcher.guess(layer, likely, self.pools.of(layer))
+                self.pools.note_guesses()
 
     def reset(self) -> None:
         """Start cold: empty slots, fresh policies, counts at zero."""

@@ -123,15 +123,18 @@ class Service:
         if not loads:
             return
         layer = self._layer
-        others = {}
+        others = []
         for key, slot in loads:
             expert, (arena, number) = key - self._first_key, self._where(slot)
             if read := self._prefetcher.claim(layer, expert, arena, number):
                 self._reads[key] = read
             else:
-                others[key] = expert, arena.memory_for(number, layer, expert)
-        futures = self._reader.submit(layer, list(others.values()))
-        self._reads.update(zip(others, futures, strict=True))
+                others.append((key, expert, arena, number))
+        for _, _, arena, number in others:
+            self._prefetcher.leave(arena, number)
+        memories = [(e, arena.memory_for(number, layer, e)) for _, e, arena, number in others]
+        futures = self._reader.submit(layer, memories)
+        self._reads.update(zip((key for key, *_ in others), futures, strict=True))
 
     def _parameters(self, slot: int) -> Parameters:
         arena, number = self._where(slot)

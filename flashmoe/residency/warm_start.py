@@ -55,6 +55,7 @@ def restore(residency: Residency, path: Path) -> int:
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise _damaged(path, error) from None
     with residency.lock:
+        residency.prefetcher.clear()
         _read(residency, caches)
         residency.pools.restart(caches)
         residency.reset_counts()

@@ -59,7 +59,7 @@ class TransformersEngine(Engine):
         memory = None
         if self.residency.prefetcher.pays:
             vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-            memory = TokenMemory(vocabulary, self.manifest.top_k)
+            memory = TokenMemory(vocabulary, self.manifest.layers[0].n_experts, self.manifest.top_k)
         self.lookahead = Lookahead(model, memory)
         self._token_hook = memory and token_memory.watch(model, memory, self.residency)
         for number, module in enumerate(self.modules.values()):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flashmoe.engines.transformers.experts.token_memory import VOTING_TOKENS, TokenMemory
+from flashmoe.engines.transformers.experts.token_memory import TokenMemory
+from flashmoe.engines.transformers.experts.votes import VOTING_TOKENS, in_order
 from flashmoe.engines.transformers.model import moe_modules
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,9 @@ class Lookahead:
 
     def __init__(self, model: nn.Module, token_memory: TokenMemory | None = None) -> None:
         self.token_memory = token_memory
-        self.routers = [
-            _router_beside(model, name, module)
-            for name, module in moe_modules.expert_modules(model).items()
-        ]
+        modules = moe_modules.expert_modules(model)
+        self.routers = [_router_beside(model, name, module) for name, module in modules.items()]
+        self._n_experts = [moe_modules.n_experts(module) for module in modules.values()]
 
     def route(self, layer: int, hidden: torch.Tensor) -> RouterOutput | None:
         """What the router of `layer` says of hidden [tokens, width], another layer's input.
@@ -59,18 +59,14 @@ class Lookahead:
         return output
 
     def likely(self, layer: int, hidden: torch.Tensor) -> list[int] | None:
-        """The experts that `layer` will probably need, the likeliest first.
+        """The experts that `layer` will probably need, as `votes.in_order`.
 
-        hidden [tokens, width] is the layer below's. Of one token, the order is its router's; of
-        several, that of the number of tokens that would choose the expert. None as for `route`.
+        hidden [tokens, width] is the layer below's. None as for `route`.
         """
         output = self.route(layer, hidden[-VOTING_TOKENS:])
         if output is None:
             return None
-        if len(hidden) == 1:
-            return list(output.experts[0].tolist())
-        votes = torch.bincount(output.experts.reshape(-1))  # [experts]
-        return list(votes.argsort(descending=True)[: int((votes > 0).sum())].tolist())
+        return in_order(output.experts.cpu().numpy(), len(hidden), self._n_experts[layer])
 
 
 def _router_beside(model: nn.Module, name: str, experts: nn.Module) -> nn.Module | None:

@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from flashmoe.engines.transformers.experts.votes import VOTING_TOKENS, in_order
 from flashmoe.engines.transformers.model.streamed_parameter import refusal
 from flashmoe.residency.residency import Residency
-
-# Only so many of a prompt's last tokens vote, here and where a router is asked, whose work it would
-# double to ask about all of them.
-VOTING_TOKENS = 512
 
 
 class TokenMemory:
@@ -24,7 +21,8 @@ class TokenMemory:
     layers below are computed. Threads that generate at once may spoil each other's guesses.
     """
 
-    def __init__(self, vocabulary: int, top_k: int) -> None:
+    def __init__(self, vocabulary: int, n_experts: int, top_k: int) -> None:
+        self._n_experts = n_experts
         self._chosen = np.full((vocabulary, top_k), -1, np.int16)  # -1: not seen yet
         self._tokens = np.empty(0, np.int64)  # of the step at hand
 
@@ -39,10 +37,9 @@ class TokenMemory:
             self._chosen[self._tokens] = rows
 
     def likely(self) -> list[int]:
-        """The experts that the step at hand will probably choose, the likeliest first."""
+        """The experts that the step at hand will probably choose, as `votes.in_order`."""
         chosen = self._chosen[self._tokens[-VOTING_TOKENS:]]
-        votes = np.bincount(chosen[chosen >= 0])
-        return list(np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)].tolist())
+        return in_order(chosen, len(self._tokens), self._n_experts)
 
 
 def watch(
