@@ -22,6 +22,7 @@ CHARTS: dict[str, Callable[[pd.DataFrame], list[alt.LayerChart | alt.Chart]]] = 
     "speedups": speeds.against_memory,
     "peers": speeds.against_memory,
     "servers": speeds.against_memory,
+    "compare": speeds.compared,
     "published": speeds.formats,
     "plan": speeds.predicted,
     "generation": tokens.parts,

@@ -22,6 +22,15 @@ def against_memory(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     return [_lines(done)]
 
 
+def compared(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
+    """The same for each of several weights."""
+    return [
+        chart.properties(title=f"Weights: {weights}")
+        for weights, part in rows.groupby("weights", sort=False)
+        for chart in against_memory(part)
+    ]
+
+
 def formats(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     """The same by what the experts are held in."""
     share = "experts_share" if "experts_share" in rows else "cap_share"

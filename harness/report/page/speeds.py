@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness.report import names, report
 
-KINDS = ("speedups", "peers", "servers", "quant", "published")
+KINDS = ("speedups", "peers", "servers", "quant", "published", "compare")
 BASELINES = ("flashmoe", "flashmoe run llama-server")  # FlashMoE as it runs unless told otherwise
 
 
@@ -173,11 +173,12 @@ def subject(folder: Path, name: str) -> tuple[str, str, str]:
 
 def _rows(folder: Path, name: str) -> Iterator[tuple[Contest, Row]]:
     frame = report.read(folder, name)
-    model, weights, _ = subject(folder, name)
+    model, of_table, _ = subject(folder, name)
     command = report.records(folder).get(report.record_of(name), {}).get("command", "")
     if report.kind_of(name) == "published":
-        weights = "as published"
+        of_table = "as published"
     for values in frame.to_dict("records"):
+        weights = str(values.get("weights", of_table))
         cap = values.get("cap_share", values.get("experts_share", math.nan))
         limit = values.get("read_limit_bytes_per_second", math.nan)
         conditions = ["a text that repeats itself"] if "--repeating" in command else []
@@ -187,7 +188,7 @@ def _rows(folder: Path, name: str) -> Iterator[tuple[Contest, Row]]:
             conditions.append(f"drive limited to {limit / 1e6:.0f} MB/s")
         contest = Contest(
             machine_of(folder.name), model, weights, ", ".join(conditions), cap,
-            "experts" if "experts_share" in values else "model", values.get("cap_bytes", math.nan),
+            _share_of(name, values), values.get("cap_bytes", math.nan),
         )  # fmt: skip
         row = Row(
             folder.name, name, values["system"], _format(values, weights),
@@ -196,6 +197,12 @@ def _rows(folder: Path, name: str) -> Iterator[tuple[Contest, Row]]:
             None, values.get("disturbed") is True,
         )  # fmt: skip
         yield contest, replace(row, over_flashmoe=_over_flashmoe(values, frame, row))
+
+
+def _share_of(name: str, values: dict[str, object]) -> str:
+    if report.kind_of(name) == "compare":
+        return "model in bf16"
+    return "experts" if "experts_share" in values else "model"
 
 
 def _format(values: dict[str, object], weights: str) -> str:
@@ -213,6 +220,12 @@ def _range(values: dict[str, object], column: str) -> Ranged:
 def _over_flashmoe(values: dict[str, object], frame: pd.DataFrame, row: Row) -> Ranged | None:
     if not row.finished:
         return None
+    if "weights" in frame:  # where FlashMoE ran on both engines: through that on transformers
+        ours = frame[(frame.weights == values["weights"]) & (frame.system == BASELINES[0])]
+        ours = ours[(ours.cap_share == values["cap_share"]) & (ours.outcome == "ok")]
+        if ours.empty or row.system == BASELINES[0]:
+            return None if ours.empty else _ONE
+        return row.tokens_per_second.over(_range(ours.iloc[0].to_dict(), "tokens_per_second"))
     if row.baseline and not row.mixed:
         return _ONE
     if not _absent(values.get("flashmoe_speedup")):
