@@ -12,7 +12,7 @@ import baselines
 from baselines import popularity
 from baselines.base import Setting
 from baselines.daop import SWAP_RATIO, TRUE_ROUTER_LAYERS
-from baselines.fiddler import Latencies
+from baselines.latencies import Latencies
 from baselines.tiers import MappedTier, PinnedTier
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
