@@ -21,6 +21,7 @@ from baselines.tiers import MappedTier, PinnedTier
 from flashmoe.errors import FlashMoEError
 from flashmoe.memory.host_arena import HostArena
 from flashmoe.quant import Parameters
+from flashmoe.store.manifest import Manifest
 
 PINNED_SHARE = 0.5
 RANDOM = "random"
@@ -61,7 +62,8 @@ class PinningSystem(LayeredSystem):
         """Which `room` experts to pin, by layer; uses [layers, experts]."""
 
     def prepare(self, setting: Setting) -> None:
-        pinned = self.choose(self.uses(setting), self.room(setting))
+        n = room(self.manifest, setting.memory_bytes, self.pinned_share)
+        pinned = self.choose(self.uses(setting), n)
         self.mapped = MappedTier(setting.store, self.manifest)
         self.pinned = PinnedTier(setting.store, self.manifest, pinned)
         self.staging = HostArena(self.manifest.layers[0], 1)
@@ -79,12 +81,6 @@ class PinningSystem(LayeredSystem):
             return popularity.by_chance(popularity.shape(self.manifest), _SEED)
         return popularity.counts(setting.profile, self.manifest, self.decoded_only)
 
-    def room(self, setting: Setting) -> int:
-        """How many experts the pinned tier has room for, beside the slot for copies."""
-        extent_bytes = max(layer.extent_bytes for layer in self.manifest.layers)
-        room = int(setting.memory_bytes * self.pinned_share) // extent_bytes - 1
-        return max(0, min(room, sum(layer.n_experts for layer in self.manifest.layers)))
-
     def copy(self, layer: int, expert: int) -> Parameters:
         """The expert's parameters, copied to the pinned tier's staging slot."""
         self.mapped.copy(layer, expert, self.staging.slots[0])
@@ -93,3 +89,10 @@ class PinningSystem(LayeredSystem):
     def close(self) -> None:
         self.pinned.close()
         self.staging.close()
+
+
+def room(manifest: Manifest, memory_bytes: int, pinned_share: float) -> int:
+    """How many experts the pinned tier has room for, beside the slot for copies."""
+    extent_bytes = max(layer.extent_bytes for layer in manifest.layers)
+    n = int(memory_bytes * pinned_share) // extent_bytes - 1
+    return max(0, min(n, sum(layer.n_experts for layer in manifest.layers)))

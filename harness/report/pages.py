@@ -50,6 +50,8 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "timeline": None,
     "quality": ("system", "slots", "perplexity", "perplexity_of_the_model", "tokens_differing",
                 "prediction_accuracy"),
+    "tiers": ("trace", "system", "pins", "pinned_share", "hit_rate_per_token",
+              "hit_rate_per_event", "tokens_per_second", "first_token_seconds"),
     "packing": ("model", "store_bytes", "seconds", "peak_rss_bytes", "page_cache_bytes"),
     "faults": ("fault", "injected", "runs", "right", "refused", "wrong", "hangs", "other"),
     "mutations": ("mutation", "mutants", "equal", "refused", "alike", "more", "different",
