@@ -30,7 +30,7 @@ PAPER_SHARES = (56 / 256, 125 / 256)  # of Mixtral's experts, on the paper's two
 SHARES = (0.25, 0.5, 0.75, 0.9)  # of the budget
 SEEDS = 20
 SLOTS = 32  # a layer, of 64
-TOKENS, ROUNDS = 48, 2
+TOKENS, ROUNDS = 32, 2
 PROMPT = inspect.getsource(textwrap)[:600]
 # Of a measured row, beside its name, hit rate and prediction accuracy.
 _SPEEDS = (
