@@ -29,7 +29,7 @@ _SEED = 0
 
 
 class PinningSystem(LayeredSystem):
-    """Experts in two tiers; what is computed of an unpinned one can be copied first."""
+    """Pins the experts of its choice; the others it computes mapped, or copied first."""
 
     pinned_what: ClassVar[str]  # for the table's reader
     decoded_only: ClassVar[bool] = False  # popularity counts only tokens that were decoded

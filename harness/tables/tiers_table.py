@@ -133,7 +133,7 @@ def _measured(store: Path, trace: Trace, say: Say) -> list[dict[str, Any]]:
     for run in runs:
         name, colon, argument = run["system"].partition(":")
         share, _, pins = argument.partition(",")
-        row = {"trace": "demo", "system": name, "memory_bytes": memory_bytes}
+        row: dict[str, Any] = {"trace": "demo", "system": name, "memory_bytes": memory_bytes}
         if colon:
             n_pinned = room(manifest, memory_bytes, float(share))
             row |= {"of_memory": float(share), "pins": pins or POPULAR}
@@ -142,6 +142,6 @@ def _measured(store: Path, trace: Trace, say: Say) -> list[dict[str, Any]]:
             else:
                 experts = trace.n_layers * trace.n_experts
                 row |= {"pinned": n_pinned, "experts": experts, "pinned_share": n_pinned / experts}
-        row |= {"decode_hit_rate": run["hit_rate"]} | {name: run[name] for name in _SPEEDS}
+        row |= {"decode_hit_rate": run["hit_rate"]} | {speed: run[speed] for speed in _SPEEDS}
         rows.append(row | {"prediction_accuracy": run["prediction_accuracy"]})
     return rows
