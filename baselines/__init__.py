@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from baselines.base import System
 from flashmoe.errors import FlashMoEError
 from flashmoe.util.registry import discover
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A system and its argument; calling it makes one."""
+
+    system_class: type[System]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> System:
+        return self.system_class(**self.options)
 
 
 @cache
@@ -16,8 +29,13 @@ def available() -> dict[str, type[System]]:
     return discover(sys.modules[__name__], System)  # type: ignore[type-abstract]
 
 
-def get(name: str) -> type[System]:
-    """The system called `name`. Raises FlashMoEError when there is none."""
-    if name not in available():
+def get(label: str) -> Choice:
+    """The system called `label`, a name or `name:argument`.
+
+    Raises FlashMoEError when there is no such system, or its argument makes no sense.
+    """
+    name, colon, argument = label.partition(":")
+    system = available().get(name)
+    if system is None:
         raise FlashMoEError(f"no system is called {name!r}: choose from {', '.join(available())}")
-    return available()[name]
+    return Choice(system, system.options(argument) if colon else {})

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from flashmoe.engines.transformers.experts.lookahead import Lookahead
+from flashmoe.errors import FlashMoEError
 from flashmoe.reading.read_queue import Span
 from flashmoe.trace import Trace
 
@@ -28,10 +29,19 @@ class System(ABC):
     """One way of running a model that may not fit in memory; alone in its process."""
 
     name: ClassVar[str]
-    residency: ClassVar[str]  # what is where, for the table's reader
+    residency: str  # what is where, for the table's reader
     uses_budget: ClassVar[bool] = True
     exact: ClassVar[bool] = True  # the output is the model's own
     lookahead: Lookahead | None = None  # what it guesses by, if it does, once loaded
+
+    @classmethod
+    def options(cls, argument: str) -> dict[str, object]:
+        """Keyword arguments of __init__, from what follows the name: the 0.25 of `fiddler:0.25`.
+
+        Raises FlashMoEError when the argument makes no sense; a system without this method takes
+        none.
+        """
+        raise FlashMoEError(f"system {cls.name!r} takes no argument, so leave out ':{argument}'")
 
     @abstractmethod
     def load(self, setting: Setting) -> PreTrainedModel:

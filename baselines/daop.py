@@ -9,11 +9,15 @@ ones are calculated ahead on the CPU, by two threads, from layer l's hidden stat
 pinned, the weakest gives way to the best-scored pinned one. Both tiers compute at the same time.
 The output is therefore not the model's own.
 
+From the original's code: what a prompt needs and is still unpinned after the swaps is computed
+where it is or copied first, whichever is faster (latencies.py); popularity is that of decoded
+tokens; what is left over of the equal quota goes to the most popular experts of all layers.
+
 Decided here: 'none is pinned, the weakest gives way' is the paper's rule for top-2, kept for any
 top_k (the others stay, so it changes one expert); the newcomer gets its own probability, and the
 weights are scaled back to their sum. The true router still runs, since transformers calls it; its
-result is only used to measure the prediction. The pinned tier takes a share of the budget as in
-`fiddler`.
+result is only used to measure the prediction. A copied expert is computed after the pinned ones,
+beside the mapped ones.
 """
 
 from __future__ import annotations
@@ -27,13 +31,11 @@ import torch
 
 from baselines import popularity
 from baselines.base import Setting
-from baselines.layered import LayeredSystem
-from baselines.tiers import MappedTier, PinnedTier
+from baselines.pinning import PinningSystem
 from flashmoe.engines.transformers.experts.expert_arithmetic import expert_output
 from flashmoe.engines.transformers.experts.lookahead import Lookahead, RouterOutput
 from flashmoe.engines.transformers.experts.mixture import Mixture
 
-PINNED_SHARE = 0.5
 TRUE_ROUTER_LAYERS = 5
 SWAP_RATIO = 1.05
 CPU_THREADS = 2
@@ -48,27 +50,23 @@ class _Plan:
     ahead: dict[int, Future[torch.Tensor]] = field(default_factory=dict)
 
 
-class DAOP(LayeredSystem):
+class DAOP(PinningSystem):
     """DAOP's orchestration over the same store."""
 
     name = "daop"
-    residency = (
-        f"{PINNED_SHARE:.0%} of the budget: each layer's popular experts, swapped in prefill; "
-        "the others memory-mapped; the rest in DRAM"
-    )
+    pinned_what = "each layer's popular experts, swapped in prefill"
+    decoded_only = True
     exact = False
 
+    def choose(self, uses: np.ndarray, room: int) -> list[list[int]]:
+        return popularity.most_popular_by_layer(uses, room)
+
     def prepare(self, setting: Setting) -> None:
-        one_each = sum(layer.extent_bytes for layer in self.manifest.layers)
-        uses = popularity.counts(setting.profile, self.manifest)
-        quota = min(int(setting.memory_bytes * PINNED_SHARE) // one_each, uses.shape[1])
-        popular = [np.argsort(-row, kind="stable")[:quota].tolist() for row in uses]
-        self.mapped = MappedTier(setting.store, self.manifest)
-        self.pinned = PinnedTier(setting.store, self.manifest, popular)
+        super().prepare(setting)
         self.lookahead: Lookahead = Lookahead(self.model)
         self.threads = ThreadPoolExecutor(CPU_THREADS)
         self.plan: _Plan | None = None
-        self.swaps = 0
+        self.swaps = self.copied = 0  # in prefill
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -79,6 +77,7 @@ class DAOP(LayeredSystem):
             "requests": self.requests,
             "hits": self.hits,
             "swaps": self.swaps,
+            "copied": self.copied,
             "degraded": self.degraded,
             "prediction_accuracy": self.predicted_right / max(1, self.predicted),
         }
@@ -144,23 +143,28 @@ class DAOP(LayeredSystem):
 
     def compute(self, layer: int, hidden: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Both tiers at the same time; experts that were calculated ahead are only added."""
-        experts = plan.index.unique().tolist()
-        pinned = [expert for expert in experts if self.pinned.holds(layer, expert)]
-        mapped = [expert for expert in experts if not self.pinned.holds(layer, expert)]
-        self.requests += len(experts)
+        experts, tokens = plan.index.unique(return_counts=True)
+        needed = dict(zip(experts.tolist(), tokens.tolist(), strict=True))
+        pinned = [expert for expert in needed if self.pinned.holds(layer, expert)]
+        self.requests += len(needed)
         self.hits += len(pinned)
         if plan.ahead:
             return self.add_up(layer, hidden, plan)
+        unpinned = needed.keys() - set(pinned)
+        copied = {e for e in unpinned if len(hidden) > 1 and self.latencies.copies(needed[e])}
+        self.copied += len(copied)
         mixture = Mixture(self.modules[layer], hidden, plan.index, plan.weights)
 
         def add_mapped() -> None:
             with torch.inference_mode():
-                for expert in mapped:
+                for expert in sorted(unpinned - copied):
                     mixture.add(expert, self.mapped.parameters(layer, expert))
 
-        beside = self.threads.submit(add_mapped) if mapped else None
+        beside = self.threads.submit(add_mapped) if unpinned - copied else None
         for expert in pinned:
             mixture.add(expert, self.pinned.parameters(layer, expert))
+        for expert in sorted(copied):
+            mixture.add(expert, self.copy(layer, expert))
         if beside:
             beside.result()
         return mixture.total()
@@ -179,4 +183,4 @@ class DAOP(LayeredSystem):
 
     def close(self) -> None:
         self.threads.shutdown()
-        self.pinned.close()
+        super().close()

@@ -274,7 +274,8 @@ def _compare(rows: list[dict[str, Any]], results: list[list[Run]]) -> None:
             new = list(zip(expected, output, strict=False))[runs[0]["prompt_tokens"] :]
             differing = sum(a != b for a, b in new) / len(new)
             row["tokens_differing"] = differing
-            system = baselines.available().get(row["system"])  # none: a peer, of other kernels
+            name = row["system"].partition(":")[0]
+            system = baselines.available().get(name)  # none: a peer, of other kernels
             row["same_output"] = not differing if system and system.exact else None
         if our_runs := ours.get(_limits(runs[0])):
             ratios = [

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from tiny import FAMILIES, budget, generate, make_checkpoint, prompt
 
 import baselines
 from baselines import popularity
 from baselines.base import Setting
 from baselines.daop import SWAP_RATIO, TRUE_ROUTER_LAYERS
-from baselines.fiddler import Latencies
+from baselines.latencies import Latencies
 from baselines.tiers import MappedTier, PinnedTier
 from flashmoe.engines.transformers.checkpoints.pack import pack
 from flashmoe.engines.transformers.recorder import record
@@ -24,7 +29,10 @@ EXACT = [name for name, system in baselines.available().items() if system.exact]
 
 
 def setting(checkpoint, store, slots: int = 4) -> Setting:
-    """Half of each layer's experts, and a profile in which low numbers are popular."""
+    """So many experts a layer, two more, and a profile in which low numbers are popular.
+
+    Of what is pinned, a half of that, one is for copies.
+    """
     contents = manifest.load(store)
     layers, experts = contents.layers, contents.layers[0].n_experts
     rng = np.random.default_rng(0)
@@ -34,7 +42,7 @@ def setting(checkpoint, store, slots: int = 4) -> Setting:
         for _ in range(200)
     ]
     profile = Trace(np.array(rows, np.uint8), np.zeros(200, np.int32), experts)
-    return Setting(checkpoint, store, budget(store, slots), profile)
+    return Setting(checkpoint, store, budget(store, slots, spares=2), profile)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -83,6 +91,46 @@ def test_fiddler_copies_when_it_pays_and_output_stays(deep):
     system.close()
 
 
+@pytest.mark.parametrize(("share", "pinned"), [("0.25", 7), ("0.5", 16), ("0.9", 29)])
+def test_a_name_says_how_much_is_pinned(deep, share, pinned):
+    system = baselines.get(f"fiddler:{share}")()
+    system.load(deep)
+    assert sum(map(len, system.pinned.slot_of)) == pinned  # of 34 extents, one of them for copies
+    assert system.residency.startswith(f"{float(share):.0%} of the budget: globally popular")
+    system.close()
+
+
+def test_pins_at_random_change_the_hits_and_not_the_output(deep):
+    hits, outputs = [], []
+    for label in ("fiddler", "fiddler:0.5", "fiddler:0.5,random"):
+        system = baselines.get(label)()
+        outputs.append(generate(system.load(deep), prompt(12), 8))
+        hits.append([set(experts) for experts in system.pinned.slot_of])
+        system.close()
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert hits[0] == hits[1] != hits[2]
+    unprofiled = baselines.get("fiddler:0.5,random")()
+    unprofiled.load(replace(deep, profile=None))  # chance needs none
+    assert [set(experts) for experts in unprofiled.pinned.slot_of] == hits[2]
+    unprofiled.close()
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("fiddler:", "'' is no share of the budget to pin; write fiddler:0.25"),
+        ("fiddler:1.5", "'1.5' is no share"),
+        ("fiddler:nan", "'nan' is no share"),
+        ("daop:0.5,popular", "write daop:0.25 or daop:0.25,random"),
+        ("flashmoe:0.5", "system 'flashmoe' takes no argument"),
+        ("nothing:0.5", "no system is called 'nothing'"),
+    ],
+)
+def test_names_that_make_no_sense_are_refused(label, words):
+    with pytest.raises(FlashMoEError, match=words):
+        baselines.get(label)
+
+
 def test_popularity_beats_chance_a_little(deep):
     """The direction of the paper's 53.0 against 48.8 %: by popularity A holds more of the uses."""
     uses = popularity.counts(deep.profile, manifest.load(deep.store))
@@ -95,6 +143,60 @@ def test_popularity_beats_chance_a_little(deep):
     with pytest.raises(FlashMoEError, match="3 layers x 8 experts, the model 8 x 8"):
         few = Trace(deep.profile.experts[:, :3], deep.profile.sequence, 8)
         popularity.counts(few, manifest.load(deep.store))
+
+
+@given(
+    uses=arrays(np.int64, (4, 6), elements=st.integers(0, 50)),
+    n=st.integers(0, 24),
+)
+def test_what_an_equal_quota_leaves_over_goes_to_the_most_popular(uses, n):
+    chosen = popularity.most_popular_by_layer(uses, n)
+    assert sum(map(len, chosen)) == n
+    assert all(len(set(experts)) == len(experts) >= n // 4 for experts in chosen)
+    for layer, experts in enumerate(chosen):
+        by_quota, more = experts[: n // 4], experts[n // 4 :]
+        rest = np.delete(uses[layer], by_quota)
+        assert all(uses[layer, e] >= rest.max() for e in by_quota if len(rest))
+        for expert in more:  # nothing that was left behind is more popular
+            left = [np.delete(row, own) for row, own in zip(uses, chosen, strict=True)]
+            assert all((row <= uses[layer, expert]).all() for row in left)
+
+
+def test_daop_is_calibrated_by_decoding_alone(deep):
+    contents = manifest.load(deep.store)
+    step = np.r_[np.zeros(150), np.arange(1, 51)].astype(np.int32)  # a prompt of 150, 50 tokens
+    recorded = replace(deep.profile, step=step)
+    decoded = popularity.counts(recorded, contents, decoded_only=True)
+    assert decoded.sum() == 50 * 8 * 2
+    alone = Trace(deep.profile.experts[150:], deep.profile.sequence[150:], 8)
+    assert (decoded == alone.uses()).all()
+    assert popularity.counts(recorded, contents).sum() == 200 * 8 * 2
+    untold = popularity.counts(deep.profile, contents, decoded_only=True)  # all came alone
+    assert (untold == deep.profile.uses()).all()
+    with pytest.raises(FlashMoEError, match="decoded tokens, of which the trace has none"):
+        popularity.counts(replace(recorded, step=np.zeros(200, np.int32)), contents, True)
+
+
+def test_daop_copies_for_a_prompt_where_it_pays(deep):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        deep.checkpoint, experts_implementation="eager"
+    )
+    system = baselines.get("daop")()
+    model = system.load(deep)
+    system.plan_ahead = lambda layer, hidden: None
+    system.latencies = Latencies(cpu=(1.0, 0.0), pinned=(1.0, 0.0), copy=0.5)
+    expected = generate(plain, prompt(12), 8)
+    assert generate(model, prompt(12), 8) == expected
+    assert system.copied == 0
+    system.latencies = Latencies(cpu=(1.0, 0.0), pinned=(0.0, 0.0), copy=2.5)  # from 3 tokens on
+    other = prompt(13)
+    assert generate(model, other, 1) == generate(plain, other, 1)
+    copied = system.copied
+    assert copied > 0
+    system.latencies = Latencies(cpu=(1.0, 0.0), pinned=(0.0, 0.0), copy=0.0)
+    generate(model, prompt(1), 8)  # decode alone: nothing is copied, whatever it costs
+    assert system.copied == copied
+    system.close()
 
 
 def test_daop_swaps_follow_the_sequence(deep):

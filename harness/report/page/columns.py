@@ -22,6 +22,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
                 "tokens_per_second", "prompt_seconds", "flashmoe_speedup"),
     "published": ("experts_share", "quant", "system", "hit_rate", "bytes_per_token",
                   "tokens_per_second", "share_of_roofline", "over_bf16"),
+    "tiers": ("trace", "system", "pins", "pinned_share", "hit_rate_per_token",
+              "hit_rate_per_event", "tokens_per_second", "first_token_seconds"),
     "drives": ("what", "layout", "bytes_per_second", "tokens_per_second", "over_one_drive",
                "over_one_drive_min", "second_drive_share", "same_output"),
     "storage": ("storage", "cap_share", "system", "hit_rate", "bytes_per_token",
