@@ -100,7 +100,7 @@ _HEADERS = {
     "predicted_hit_rate": "Predicted hit rate, %",
     "hit_rate_per_token": "Hit rate a token, %",
     "hit_rate_per_event": "Hit rate an event, %",
-    "pinned_share": "Pinned, %",
+    "pinned_share": "Pinned, % of the experts",
     "first_token_160_seconds": "First of 160, s",
     "first_token_2000_seconds": "First of 2,000, s",
     "second_drive_share": "From the second drive, %",

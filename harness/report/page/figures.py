@@ -20,7 +20,7 @@ TITLES = {
     "servers": "llama-server with FlashMoE and without, and BigMoeOnEdge",
     "published": "Experts in the format that they are published in",
     "quant": "Quantised experts",
-    "tiers": "Pinned shares of Fiddler and DAOP",
+    "tiers": "What Fiddler and DAOP pin",
     "drives": "Two drives beside one",
     "storage": "Storage classes, by read limits",
     "generation": "Where a token's time goes",
