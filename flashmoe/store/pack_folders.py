@@ -88,4 +88,5 @@ def _named(store: Path) -> list[str]:
     if not manifests.is_store(store):
         return []
     document = json.loads((store / manifests.FILE_NAME).read_text())
-    return [document.get(kind) or "" for kind in ("experts_file", "dense_file", "folders_file")]
+    kinds = "experts_file", "dense_file", "folders_file"
+    return [document[kind] for kind in kinds if document.get(kind)]

@@ -32,7 +32,7 @@ def test_every_committed_table_is_on_the_page_with_its_evidence_and_provenance(c
     articles = re.findall(r'<article class="figure".*?</article>', text, re.S)
     assert len(articles) > 50
     for article in articles:
-        assert re.search(r'class="badge (measured|replayed|recorded|predicted)"', article)
+        assert re.search(r'class="badge (measured|replayed|recorded|predicted|throttled)"', article)
         assert "<dt>Command</dt>" in article
         assert len(re.findall(r"<th ", article)) <= 8
     assert "throttled to 550 MB/s" in text

@@ -143,7 +143,10 @@ def test_what_an_engine_does_not_survive_is_its_outcome(gguf_files, monkeypatch,
     dying, tight = user_engine.systems([f"dying={CHEATING} dies_midway", f"tight={HONEST}"])
     assert tight.run(work(gguf_files(), 16 * MIB)) == {"outcome": "out of memory"}
     monkeypatch.setattr(server_table, "drop_all", lambda: None)
-    (run,) = server_table.measure(gguf_files(), Path("p"), [dying], (), 1, tmp_path, PROMPT, 8)
+    calm = Repeater(0, str, product=lambda: 1.0)
+    (run,) = server_table.measure(
+        gguf_files(), Path("p"), [dying], (), 1, tmp_path, calm, PROMPT, 8
+    )
     assert "no more tokens" in run["outcome"]
 
 
