@@ -12,6 +12,7 @@ import pytest
 from flashmoe.errors import FlashMoEError
 from harness import commands, engine_check
 from harness.__main__ import build_parser, main
+from harness.runs.disturbance import Repeater
 from harness.runs.engines.second_opinion import Given, opinions
 from harness.runs.gguf_systems import Work, user_engine
 from harness.runs.memory_cap import memory_cap
