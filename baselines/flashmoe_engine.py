@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import flashmoe
 from baselines.base import Setting, System
+from flashmoe import policies
 from flashmoe.cache.expert_cache import ExpertCache, Wave
 from flashmoe.events import Event
 from flashmoe.reading.read_queue import Span
@@ -18,14 +19,22 @@ from flashmoe.store import manifest as manifests
 
 
 class FlashMoE(System):
-    """The engine with its default policy."""
+    """The engine with its default policy; `flashmoe:POLICY` with another one."""
 
     name = "flashmoe"
-    policy: ClassVar[str] = "learned"
+    policy: str = "learned"
     prefetch: ClassVar[bool] = True
     check_reads: ClassVar[bool] = False
     arithmetic: ClassVar[str] = "exact"
     residency = "experts on SSD, cache of `memory` in DRAM; the rest in DRAM"
+
+    def __init__(self, policy: str = "") -> None:
+        self.policy = policy or type(self).policy
+
+    @classmethod
+    def options(cls, argument: str) -> dict[str, object]:
+        policies.get(argument)
+        return {"policy": argument}
 
     def source(self, setting: Setting) -> Path:
         return setting.store

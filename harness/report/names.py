@@ -25,9 +25,12 @@ _SYSTEMS = {
     "fiddler": "Fiddler, re-implemented",
     "daop": "DAOP, re-implemented",
 }
+_WITH_POLICY = "flashmoe:"
 
 
 def system(name: str) -> str:
     """What follows a comma, as in `flashmoe run llama-server, 3 guessed`, stays."""
+    if name.startswith(_WITH_POLICY):
+        return f"FlashMoE with {name.removeprefix(_WITH_POLICY)}"
     known, comma, rest = name.partition(", ")
     return _SYSTEMS.get(known, known) + comma + rest

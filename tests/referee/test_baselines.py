@@ -122,13 +122,19 @@ def test_pins_at_random_change_the_hits_and_not_the_output(deep):
         ("fiddler:1.5", "'1.5' is no share"),
         ("fiddler:nan", "'nan' is no share"),
         ("daop:0.5,popular", "write daop:0.25 or daop:0.25,random"),
-        ("flashmoe:0.5", "system 'flashmoe' takes no argument"),
+        ("os-paging:0.5", "system 'os-paging' takes no argument"),
+        ("flashmoe:nothing", "no policy is called 'nothing'"),
         ("nothing:0.5", "no system is called 'nothing'"),
     ],
 )
 def test_names_that_make_no_sense_are_refused(label, words):
     with pytest.raises(FlashMoEError, match=words):
         baselines.get(label)
+
+
+def test_the_engine_is_a_system_under_any_policy():
+    assert baselines.get("flashmoe:flashmoe-paper:scorer")().policy == "flashmoe-paper:scorer"
+    assert baselines.get("flashmoe")().policy == "learned"
 
 
 def test_popularity_beats_chance_a_little(deep):
