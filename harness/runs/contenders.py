@@ -99,7 +99,7 @@ def _python(name: str, case: Case) -> Run:
     job = replace(_job(case), system=name, checkpoint=checkpoint, store=store)
     manifest = manifests.load(job.store)
     memory_bytes = case.cap_bytes - manifest.dense_bytes - case.beside_bytes
-    if memory_bytes <= 0 and baselines.get(name).uses_budget:
+    if memory_bytes <= 0 and baselines.get(name).system_class.uses_budget:
         raise FlashMoEError("the limit leaves nothing for experts")
     return _columns(run_alone(replace(job, memory_bytes=memory_bytes)))
 

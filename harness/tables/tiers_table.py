@@ -19,7 +19,9 @@ from flashmoe.store import manifest as manifests
 from flashmoe.trace import Trace
 from flashmoe.train.shipped_routing import shipped
 from harness.progress import Say
+from harness.runs import disturbance
 from harness.runs.budget import budget_for
+from harness.runs.disturbance import Repeater
 from harness.runs.job import Job
 from harness.tables import speedups
 from harness.tables.hit_rates import PROMPT_TOKENS, STAND_INS
@@ -126,9 +128,9 @@ def _measured(store: Path, trace: Trace, say: Say) -> list[dict[str, Any]]:
     memory_bytes = budget_for(store, SLOTS)
     base = Job("", flashmoe.demo_path(), store, memory_bytes, PROMPT, TOKENS)
     base = replace(base, routing=flashmoe.demo_routing_path())
-    runs = speedups.table(
-        [replace(base, system=label) for label in labels(SHARES)], ROUNDS, None, say
-    )
+    jobs = [replace(base, system=label) for label in labels(SHARES)]
+    repeater = Repeater(disturbance.QUICK_AGAIN_SECONDS, say)
+    runs = speedups.table(jobs, ROUNDS, None, say, repeater)
     rows = []
     for run in runs:
         name, colon, argument = run["system"].partition(":")

@@ -77,7 +77,7 @@ def test_the_table_has_replayed_and_measured_rows(tmp_path, monkeypatch, stores)
     monkeypatch.setattr(tiers_table, "shipped", lambda: iter([("demo", routing)]))
     monkeypatch.setattr(tiers_table, "SHARES", (0.5,))
 
-    def runs(jobs, rounds, drive, say):
+    def runs(jobs, rounds, drive, say, repeater):
         assert len({job.memory_bytes for job in jobs}) == 1
         speeds = dict.fromkeys(tiers_table._SPEEDS, 2.0)
         return [
