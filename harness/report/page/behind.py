@@ -33,13 +33,12 @@ def faster_rows() -> tuple[list[Slower], list[Slower]]:
 
 def _faster(contest: Contest) -> Iterator[Slower]:
     for row in contest.rows:
-        baseline = next(
-            (
-                each for each in contest.rows
-                if each.baseline and each.table == row.table and each.format == row.format
-            ),
-            None,
-        )  # fmt: skip
+        baselines = [
+            each for each in contest.rows
+            if each.baseline and each.table == row.table and each.format == row.format
+        ]  # fmt: skip
+        # of its two engines the better one, where a table has both
+        baseline = max(baselines, key=_speed, default=None)
         if baseline is None or row is baseline or not row.finished:
             continue
         if not baseline.finished:
@@ -50,6 +49,10 @@ def _faster(contest: Contest) -> Iterator[Slower]:
             yield Slower(
                 contest, row, baseline, over, min(row.rounds, baseline.rounds) > 1 and over.low <= 1
             )
+
+
+def _speed(row: Row) -> float:
+    return row.tokens_per_second.value if row.finished else 0.0
 
 
 def better_policies() -> pd.DataFrame:
