@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashmoe.util.machine_code import helper
+
 LAYERS_BELOW = 4  # how many lower layers' choices an event tells (docs/policy.md says why)
 _NO_WEIGHTS = np.empty((0, 0), np.float32)
 
@@ -95,6 +97,21 @@ class Events(NamedTuple):
 
     def __len__(self) -> int:  # of events; a NamedTuple would count its fields
         return len(self.starts) - 1
+
+
+@helper
+def event_at(events: Events, i: int) -> Event:
+    """Event `i` of `events`; its arrays are parts of theirs."""
+    start, end = events.starts[i], events.starts[i + 1]
+    first, until = events.firsts[i], events.firsts[i + 1]
+    return Event(
+        events.keys[start:end],
+        events.counts[start:end],
+        events.last[start:end],
+        events.rows[first:until],
+        events.weights[first:until],  # of none: still none
+        events.below[first:until],
+    )
 
 
 def weight_shares(weights: np.ndarray) -> np.ndarray:

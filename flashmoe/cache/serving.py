@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashmoe.events import Event
+from flashmoe.events import Event, event_at
 from flashmoe.policies.parts.compiled import c_kernel, touch, victim
 from flashmoe.util.by_address import view
 from flashmoe.util.machine_code import helper
@@ -197,17 +197,7 @@ def evict_all_but(policy, residency, keys):
 def replay(policy, residency, events):
     """Serve every event, waves included."""
     for i in range(len(events.starts) - 1):
-        start, end = events.starts[i], events.starts[i + 1]
-        first, until = events.firsts[i], events.firsts[i + 1]
-        event = Event(
-            events.keys[start:end],
-            events.counts[start:end],
-            events.last[start:end],
-            events.rows[first:until],
-            events.weights[first:until],  # of none: still none
-            events.below[first:until],
-        )
-        serve(policy, residency, event)
+        serve(policy, residency, event_at(events, i))
 
 
 class Decision(NamedTuple):

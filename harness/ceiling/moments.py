@@ -11,7 +11,7 @@ import torch
 
 from flashmoe import events
 from flashmoe.cache import simulate
-from flashmoe.events import Event
+from flashmoe.events import event_at
 from flashmoe.policies.parts import features
 from flashmoe.policies.parts.features import (
     N_FEATURES,
@@ -26,6 +26,8 @@ from flashmoe.util.machine_code import compiled
 # Tokens until the next use, the least of each bucket; the last one has no use that comes.
 EDGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 N_BUCKETS = len(EDGES) + 1
+# The features tell how many slots there are; one predictor serves all sizes, so it sees one size.
+SLOTS_ONE_IN = 4  # experts of a layer
 _SOURCES = (*(Path(str(module.__file__)) for module in (events, features)), Path(__file__))
 
 
@@ -57,7 +59,7 @@ class Sequence:
         out = np.zeros((len(self.tokens), scope.n_experts, N_FEATURES), np.float32)
         depth = layer / max(1, scope.depth - 1)
         watch = compiled(_watch, "ceiling", _SOURCES)
-        watch(RoutingHistory.empty(scope), served, scope.n_experts // 4, depth, out)
+        watch(RoutingHistory.empty(scope), served, scope.n_experts // SLOTS_ONE_IN, depth, out)
         return torch.from_numpy(out)
 
     def waits(self, layer: int) -> torch.Tensor:
@@ -86,21 +88,9 @@ def expected_waits(chances: torch.Tensor, longest: float) -> torch.Tensor:
     return chances @ torch.tensor([*middles, torch.inf]).clamp(max=longest)
 
 
-def _watch(history: Any, events: Any, n_slots: int, depth: float, out: Any) -> None:
-    for i in range(len(events.starts) - 1):
-        start, end = events.starts[i], events.starts[i + 1]
-        first, until = events.firsts[i], events.firsts[i + 1]
-        remember(
-            history,
-            Event(
-                events.keys[start:end],
-                events.counts[start:end],
-                events.last[start:end],
-                events.rows[first:until],
-                events.weights[first:until],
-                events.below[first:until],
-            ),
-        )
+def _watch(history: Any, served: Any, n_slots: int, depth: float, out: Any) -> None:
+    for i in range(len(served.starts) - 1):
+        remember(history, event_at(served, i))
         similar, pairs = recall(history, 0)
         for key in range(out.shape[1]):
             describe(history, 0, key, similar, pairs, n_slots, depth, out[i, key])

@@ -26,6 +26,14 @@ def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
 count, amount = _above_zero(int), _above_zero(float)
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The option by which users' own engines come into a table, as a list `engine`."""
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="NAME='COMMAND ...'",
+        help="one of your own beside them (docs/engines.md); repeatable",
+    )  # fmt: skip
+
+
 def command_line(words: Sequence[str], parsed: argparse.Namespace) -> str:
     """The command as it was given, for provenance.
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from harness.commands import amount, count
+from harness.commands import add_engine, amount, count
 
 HELP = "every engine, ours or not, on the same weights in one table"
 
@@ -20,10 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=count, nargs="+", help="tokens (default: 160 2000)")
     parser.add_argument("--rounds", type=count, default=2)
     parser.add_argument("--systems", nargs="+", default=[], help="by the names of a table's rows")
-    parser.add_argument(
-        "--engine", action="append", default=[], metavar="NAME='COMMAND ...'",
-        help="one of your own beside them (docs/engines.md); repeatable",
-    )  # fmt: skip
+    add_engine(parser)
     parser.add_argument(
         "--programs", type=Path, default=os.environ.get("FLASHMOE_LLAMA_BIN"),
         help="a folder with llama.cpp's programs (default: FLASHMOE_LLAMA_BIN)",

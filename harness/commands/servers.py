@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.commands import amount, count
+from harness.commands import add_engine, amount, count
 
 HELP = "llama-server with FlashMoE under it and without"
 
@@ -17,10 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caps", type=amount, nargs="+", help="shares of the file's size")
     parser.add_argument("--rounds", type=count, default=1)
     parser.add_argument("--systems", nargs="+", default=[], help="by the names of a table's rows")
-    parser.add_argument(
-        "--engine", action="append", default=[], metavar="NAME='COMMAND ...'",
-        help="one of your own beside them (docs/engines.md); repeatable",
-    )  # fmt: skip
+    add_engine(parser)
     parser.add_argument(
         "--quant", default="int4", help="as `flashmoe synth --quant`, or int4: Q4_0"
     )

@@ -12,6 +12,7 @@ import torch
 from flashmoe import trace
 from flashmoe.cache import simulate
 from flashmoe.trace import Trace
+from flashmoe.train.learned import LONGEST_WAIT
 from harness.ceiling import scripted
 from harness.ceiling.moments import Sequence, expected_waits
 from harness.ceiling.predictor import Predictor
@@ -22,8 +23,6 @@ from harness.tables.hit_rates import Case
 
 CAPACITIES = (0.25, 0.375, 0.5)
 BESIDE = ("lru", "learned", "belady", "belady-bypass")
-# A wait beyond so many turnovers of the cache counts as these: no policy keeps an expert so long.
-LONGEST_WAIT = 3
 _RESAMPLES = 1000
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from flashmoe import trace
 from flashmoe.engines.transformers.checkpoints.named_models import config_of
 from flashmoe.errors import FlashMoEError
-from flashmoe.store import manifest as manifests
 from harness.progress import say
 from harness.report import report
 from harness.runs import contenders, disturbance, gguf_file, peers, ssd
@@ -255,16 +254,17 @@ def _beside_bytes(model: str, prompt_tokens: int) -> int:
 
 def _drive(path: Path, kind: str) -> float | None:
     """fio's speed for random reads of an expert's bytes from these files."""
+    seconds = full_scale.FIO_SECONDS / 2
+    if kind == STORE:
+        drive = speedups.drive_of(path, seconds)
+        return drive and drive()
     if ssd.fio_path() is None:
         return None
-    if kind == STORE:
-        manifest = manifests.load(path)
-        path, expert_bytes = path / manifest.experts_file, manifest.layers[0].extent_bytes
-    elif kind == peers.GGUF:
+    if kind == peers.GGUF:
         _, expert_bytes = gguf_file.sizes(path)
     else:
         path, expert_bytes = max(path.glob("*.safetensors"), key=os.path.getsize), 1 << 20
-    return ssd.read_speed(path, expert_bytes, full_scale.FIO_SECONDS / 2)
+    return ssd.read_speed(path, expert_bytes, seconds)
 
 
 def _in_words(run: Run) -> str:
