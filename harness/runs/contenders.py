@@ -78,7 +78,8 @@ def available(programs: Path | None, engines: Sequence[str]) -> tuple[list[Conte
         if not system.usual:
             continue
         if not system.installed():
-            reasons.append(f"{system.name} is left out: {system.program} names no program")
+            what = f"program that has {system.option}" if system.option else "program"
+            reasons.append(f"{system.name} is left out: {system.program} names no {what}")
         elif programs is None and not system.program:
             reasons.append(f"{system.name} is left out: --programs names no build of llama.cpp")
         else:

@@ -39,6 +39,16 @@ def test_a_rival_is_left_out_until_its_program_is_named(monkeypatch, tmp_path):
     assert rival.installed()
 
 
+def test_a_build_without_a_rivals_option_is_left_out(monkeypatch, tmp_path):
+    rival = gguf_systems.available()["ik_llama.cpp llama-server --prefetch-experts"]
+    program = tmp_path / "llama-server"
+    monkeypatch.setenv(rival.program, str(program))
+    for options, there in (("--no-mmap", False), ("--prefetch-experts", True)):
+        program.write_text(f"#!/bin/sh\necho usage: {options}\n")
+        program.chmod(0o755)
+        assert rival.installed() is there
+
+
 def test_the_rivals_lines_become_figures():
     lines = ["noise", progress("<|1160|>", 100, 2), progress("<|1161|>", 300, 4), "=== perf ==="]
     figures = big_moe_on_edge.figures("\n".join(lines))

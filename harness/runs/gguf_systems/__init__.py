@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,20 @@ class System:
     clock: str = SERVER
     is_ours: bool = False
     program: str = ""  # the environment variable that names it; "": of the build
+    option: str = ""  # its help must tell of it; "": any such program does
     usual: bool = True
     may_fail: bool = False  # a failure is the outcome of a row, not the table's end
 
     def installed(self) -> bool:
-        return not self.program or Path(os.environ.get(self.program, "")).is_file()
+        program = os.environ.get(self.program, "")
+        if not self.program or not Path(program).is_file():
+            return not self.program
+        return not self.option or self.option in _help(program)
+
+
+def _help(program: str) -> str:
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
 
 
 def available() -> dict[str, System]:

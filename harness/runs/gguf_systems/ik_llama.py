@@ -1,4 +1,4 @@
-"""ik_llama.cpp's llama-server: kernels of its own, the file mapped."""
+"""ik_llama.cpp's llama-server: kernels of its own, the file mapped, experts prefetched or not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from harness.runs.gguf_systems.server_process import measure
 PROGRAM = "FLASHMOE_IK_LLAMA_SERVER"
 
 
-def _run(work: Work) -> dict[str, Any]:
-    return measure(work, Path(os.environ[PROGRAM]))
+_NAME, _PREFETCH = "ik_llama.cpp llama-server", "--prefetch-experts"
 
 
-SYSTEMS = (System("ik_llama.cpp llama-server", _run, program=PROGRAM),)
+def _run(work: Work, *arguments: str) -> dict[str, Any]:
+    return measure(work, Path(os.environ[PROGRAM]), *arguments)
+
+
+SYSTEMS = (
+    System(_NAME, _run, program=PROGRAM),
+    System(
+        f"{_NAME} {_PREFETCH}",
+        lambda work: _run(work, _PREFETCH),
+        program=PROGRAM,
+        option=_PREFETCH,
+    ),
+)
