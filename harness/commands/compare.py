@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a folder with llama.cpp's programs (default: FLASHMOE_LLAMA_BIN)",
     )  # fmt: skip
     parser.add_argument("--stores", type=Path, help="keep the files in this directory")
+    parser.add_argument("--label", help="goes into the table's name")
 
 
 def run(arguments: argparse.Namespace) -> Path:
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> Path:
         say(reason)
     options = {
         name: value
-        for name in ("weights", "caps", "prompts", "rounds", "stores")
+        for name in ("weights", "caps", "prompts", "rounds", "stores", "label")
         if (value := getattr(arguments, name))
     }
     chosen = compare.choose(arguments.systems, known)

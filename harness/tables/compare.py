@@ -46,6 +46,7 @@ class Plan:
     prompts: Sequence[int] = PROMPTS
     rounds: int = ROUNDS
     stores: Path | None = None  # where the files are kept; None: given back
+    label: str = ""  # goes into the table's name
 
     def __post_init__(self) -> None:
         """Raises FlashMoEError for what is unknown, and for prompts that the model cannot take."""
@@ -98,7 +99,7 @@ def choose(names: Sequence[str], known: Sequence[Contender]) -> list[Contender]:
 
 def compare(folder: Path, command: str, plan: Plan) -> None:
     """Write the weights, run all in turn, write the table; an interrupted one goes on."""
-    title = full_scale.title_of("compare", plan.model, "")
+    title = full_scale.title_of("compare", plan.model, "", plan.label)
     routing = full_scale.shipped_routing(plan.model)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(STEERED_TOKENS + contenders.DECODED_TOKENS)
@@ -117,9 +118,8 @@ def compare(folder: Path, command: str, plan: Plan) -> None:
             runs += _measure(plan, weights, table, routing, repeater, journal)
             if not plan.stores:
                 weights.give_back()
-    full_scale.publish(
-        folder, title, compare_rows.rows_of(runs, plan.compared, plan.prompts), command
-    )
+    rows = compare_rows.rows_of(runs, plan.compared, plan.prompts)
+    full_scale.publish(folder, title, [{"model": plan.model} | row for row in rows], command)
 
 
 def _entries(plan: Plan, weights: SameWeights) -> Iterator[_Entry]:

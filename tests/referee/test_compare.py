@@ -77,8 +77,9 @@ def test_systems_take_turns_and_each_reads_its_own_files(place):
 
 def test_a_row_has_both_prompts_the_range_and_a_roofline(place):
     folder, asked = place
-    compare.compare(folder, "command", plan_of(asked, caps=(0.2,), weights=("bf16",)))
-    rows = report.read(folder, "compare-olmoe-quarter").set_index("system")
+    plan = plan_of(asked, caps=(0.2,), weights=("bf16",), label="prompts")
+    compare.compare(folder, "command", plan)
+    rows = report.read(folder, "compare-olmoe-quarter-prompts").set_index("system")
     ours = rows.loc["flashmoe"]
     assert ours.rounds == 2
     assert ours.tokens_per_second == ours.tokens_per_second_max == 8

@@ -163,7 +163,7 @@ def subject(folder: Path, name: str) -> tuple[str, str, str]:
         given = re.search(r"--model (\S+)", command)
         model = given[1] if given else rest
     tail = rest.removeprefix(model).strip("-")
-    if kind == "speedups":
+    if kind in ("speedups", "compare"):
         return model, "bf16", tail
     if kind == "quant":
         return model, "bf16 or quantised", tail
