@@ -6,11 +6,11 @@ anew where it can save nothing there, or cannot read what was saved.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
@@ -19,20 +19,23 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import register_jitable
 
 logger = logging.getLogger(__name__)
 
 helper = register_jitable  # marks a function that others may call, compiled or not
 
-# numba's folder for compiled code is one setting of the process: threads must not set it at once.
-compiling = threading.Lock()
-# No thread holds the lock while the process forks: the child would lack the thread that frees it.
+# numba's own lock: one thread compiles at a time, or sets numba's folder for compiled code.
+compiling = global_compiler_lock
+# No thread holds it while the process forks: the child would lack the thread that frees it.
 os.register_at_fork(
     before=compiling.acquire,
     after_in_parent=compiling.release,
     after_in_child=compiling.release,
 )
+# Nor does any when the process ends: LLVM would be taken apart under it, and abort.
+atexit.register(compiling.acquire)
 
 
 class _SavedCode(FunctionCache):  # type: ignore[misc]

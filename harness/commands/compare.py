@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> Path:
     from harness.progress import say
     from harness.reproduce import folder_for
     from harness.runs import contenders
+    from harness.runs.memory_cap import require_limits
     from harness.tables import compare
 
     programs = arguments.programs and Path(arguments.programs)
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> Path:
     }
     chosen = compare.choose(arguments.systems, known)
     plans = [compare.Plan(model, chosen, **options) for model in arguments.models]
+    require_limits()
     folder = folder_for("full-scale")
     for plan in plans:
         compare.compare(folder, arguments.command_line, plan)

@@ -21,7 +21,7 @@ from harness.datapoints.machine import drive_class, machine
 from harness.progress import say
 from harness.report import provenance, report
 from harness.runs import disturbance, ssd
-from harness.runs.memory_cap import memory_cap
+from harness.runs.memory_cap import require_limits
 from harness.tables import full_scale
 
 MINUTES = 15.0
@@ -45,15 +45,15 @@ def measure(command: str, into: Path, minutes: float = MINUTES) -> Path:
     """
     until = time.monotonic() + 60 * minutes * _BEGIN_SHARE
     gathered = provenance.gather(command, into)
+    if gathered["commit"] is None:
+        raise FlashMoEError(
+            "git does not tell this code's commit: a datapoint needs a clone that you own"
+        )
     if gathered["uncommitted_changes"]:
         raise FlashMoEError("this code differs from its commit: a datapoint needs a clone as it is")
     if ssd.fio_path() is None:
         raise FlashMoEError("fio is missing: install it (for example `sudo apt install fio`)")
-    with memory_cap(1 << 30) as cap:
-        if cap is None:
-            raise FlashMoEError(
-                "no limit on memory can be set here, so nothing would be capped: run it as root"
-            )
+    require_limits()
     with report.scratch(into) as work:
         about = {"machine": machine(), "drive": _drive(work), "speed": _speed()}
         comparison = replace(full_scale.QUICK, caps=CAPS, rounds=ROUNDS, until=until)

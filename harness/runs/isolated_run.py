@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from baselines.accelerate_disk import LEFT_BEHIND
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import folders
 from flashmoe.store import manifest as manifests
@@ -75,9 +77,13 @@ def _limited(job: Job) -> Run:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with memory_cap(job.cap_bytes, _read_limits(job)) as cap:
         enter = cap.enter if cap else None
-        done = subprocess.run(
-            command, capture_output=True, text=True, preexec_fn=enter, env=environment
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, preexec_fn=enter, env=environment
+            )
+        finally:
+            for left in job.store.glob(f"{LEFT_BEHIND}*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
             result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
         elif done.returncode:

@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from flashmoe.errors import FlashMoEError
+from harness.runs.page_cache import drop_all
 
 # (controller's folder, limit, peak, current) of each version
 _VERSIONS = (
@@ -100,14 +101,27 @@ def memory_cap(
             _remove(folder)
 
 
+def require_limits() -> None:
+    """Raises FlashMoEError where a run would not be capped, or would find its files in memory."""
+    with memory_cap(1 << 30) as cap:
+        if cap is None:
+            raise FlashMoEError(
+                "no limit on memory can be set here, so nothing would be capped: run it as root"
+            )
+    if not drop_all():
+        raise FlashMoEError("the page cache cannot be emptied here: run it as root")
+
+
 def _limit_reading(cap: Cap | None, limits: Sequence[ReadLimit]) -> list[Path]:
     """Limit the cap's own cgroup (version 2), or one beside it (version 1), which is returned.
 
     Each device has its own limit.
     """
-    by_device = {limit.device: limit.bytes_per_second for limit in limits}
     try:
-        if cap and (cap.folder / "io.max").exists():
+        by_device = {limit.device: limit.bytes_per_second for limit in limits}
+        if cap is None:
+            raise OSError("no cgroup can be made")
+        if (cap.folder / "io.max").exists():
             for device, speed in by_device.items():
                 (cap.folder / "io.max").write_text(f"{device} rbps={speed}")
             return []

@@ -73,6 +73,7 @@ class _Entry:
     weights: SameWeights
     share: float
     prompt_tokens: int
+    only_first: bool
     contender: Contender
 
     @property
@@ -80,7 +81,7 @@ class _Entry:
         contender = self.contender
         return (
             f"{self.weights.weights} {self.share} {self.prompt_tokens} {contender.name} "
-            f"{contender.identity}"
+            f"{contender.identity} {self.only_first}"
         )
 
 
@@ -139,7 +140,8 @@ def _entries(plan: Plan, weights: SameWeights) -> Iterator[_Entry]:
         for prompt_tokens in plan.prompts:
             for contender in plan.compared:
                 if not weights.refusal(contender.files):
-                    yield _Entry(weights, share, prompt_tokens, contender)
+                    only_first = prompt_tokens != plan.prompts[0]
+                    yield _Entry(weights, share, prompt_tokens, only_first, contender)
 
 
 def _tell_needs(plan: Plan, entries: list[list[_Entry]], home: Path) -> None:
@@ -222,10 +224,9 @@ def _measure(
 def _run(plan: Plan, entry: _Entry, files: dict[str, Path], routing: full_scale.Routing) -> Run:
     cap_bytes = int(entry.share * entry.weights.model_bytes)
     store = files.get(STORE, Path())
-    only_first = entry.prompt_tokens != plan.prompts[0]
     case = Case(
         full_scale.job(routing, store, store), files, cap_bytes,
-        _beside_bytes(plan.model, entry.prompt_tokens), entry.prompt_tokens, only_first,
+        _beside_bytes(plan.model, entry.prompt_tokens), entry.prompt_tokens, entry.only_first,
     )  # fmt: skip
     drive = _drive(files[entry.contender.files], entry.contender.files)
     drop_all()
@@ -234,10 +235,12 @@ def _run(plan: Plan, entry: _Entry, files: dict[str, Path], routing: full_scale.
         outcome = entry.contender.run(case)
     except FlashMoEError as error:
         outcome = {"outcome": str(error)}
+    except FileNotFoundError as error:
+        outcome = {"outcome": f"there is no {Path(error.filename).name}"}
     about = {
         "weights": entry.weights.weights, "cap_share": entry.share, "cap_bytes": cap_bytes,
         "prompt_tokens": entry.prompt_tokens, "system": entry.contender.name,
-        "only_first": only_first, "drive_bytes_per_second": drive,
+        "only_first": entry.only_first, "drive_bytes_per_second": drive,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     return about | outcome | watch.since()

@@ -17,7 +17,9 @@ def rows_of(
     """A row for each weights, limit and system: medians of the rounds."""
     by_name = {contender.name: contender for contender in compared}
     keys = dict.fromkeys((run["weights"], run["cap_share"], run["system"]) for run in runs)
-    fastest = {name: _fastest_seconds(runs, name) for name, _, _ in keys}
+    each = {name: [run for run in runs if run["weights"] == name] for name, _, _ in keys}
+    fastest = {name: _fastest_seconds(those) for name, those in each.items()}
+    drives = {name: _drive(those) for name, those in each.items()}
     rows = []
     for weights, share, system in keys:
         all_runs = [
@@ -43,18 +45,20 @@ def rows_of(
             "tokens_per_second_max": max(speeds, default=None),
         }
         for prompt_tokens in prompts:
-            first = [
-                run["first_token_seconds"]
-                for run in all_runs
-                if run["outcome"] == "ok" and run["prompt_tokens"] == prompt_tokens
-            ]
+            these = [run for run in all_runs if run["prompt_tokens"] == prompt_tokens]
+            first = [run["first_token_seconds"] for run in these if run["outcome"] == "ok"]
             row[f"first_token_{prompt_tokens}_seconds"] = _median(first)
+            if prompt_tokens != prompts[0]:  # that of the first is the row's
+                outcomes = [run["outcome"] for run in these if run["outcome"] != "ok"]
+                row[f"first_token_{prompt_tokens}_outcome"] = (outcomes or ["ok"])[0]
         for name in ("load_seconds", "bytes_per_token", "hit_rate", "own_tokens_per_second",
                      "drive_bytes_per_second"):  # fmt: skip
             row[name] = _median([run.get(name) for run in done])
         peaks = [run["peak_memory_bytes"] for run in all_runs if run.get("peak_memory_bytes")]
         row["peak_memory_bytes"] = max(peaks, default=None)
-        row |= _roofline(done, fastest[weights]) | _same(done, runs, by_name[system])
+        row |= _roofline(done, drives[weights], fastest[weights]) | _same(
+            done, runs, by_name[system]
+        )
         rows.append(row | disturbance.columns(done))
     return rows
 
@@ -64,23 +68,28 @@ def _median(values: Sequence[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _fastest_seconds(runs: Sequence[Run], weights: str) -> float:
-    """What a token takes where nothing is read: the least that any run of these weights tells."""
-    told = [run.get("arithmetic_seconds") for run in runs if run["weights"] == weights]
+def _fastest_seconds(runs: Sequence[Run]) -> float:
+    """What a token takes where nothing is read: the least that any of these runs tells."""
+    told = [run.get("arithmetic_seconds") for run in runs]
     seen = [
         1 / run["tokens_per_second"]
         for run in runs
-        if run["weights"] == weights and run["outcome"] == "ok" and not run["only_first"]
+        if run["outcome"] == "ok" and not run["only_first"]
     ]
     return min([value for value in told if value] + seen, default=0.0)
 
 
-def _roofline(done: Sequence[Run], arithmetic_seconds: float) -> Run:
+def _drive(runs: Sequence[Run]) -> float | None:
+    """fio's fastest: others may share the drive, so that a single look is no bound."""
+    return max(filter(None, (run["drive_bytes_per_second"] for run in runs)), default=None)
+
+
+def _roofline(done: Sequence[Run], drive: float | None, arithmetic_seconds: float) -> Run:
     """The least seconds of a token: of the bytes that it read at fio's speed, or of arithmetic."""
     floors = [
-        (max(run["bytes_per_token"] / run["drive_bytes_per_second"], arithmetic_seconds), run)
+        (max(run["bytes_per_token"] / drive, arithmetic_seconds), run)
         for run in done
-        if run["drive_bytes_per_second"] and run.get("bytes_per_token") is not None
+        if drive and run.get("bytes_per_token") is not None
     ]
     return {
         "roofline_tokens_per_second": _median([1 / floor for floor, _ in floors]),

@@ -9,9 +9,7 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -157,21 +155,25 @@ def _decode_rows(drives: list[LoopDrive], mirrored: Path, say: Say) -> Iterator[
 
 def _losing(drive: LoopDrive, job: Job) -> Run:
     """A run in the midst of which `drive` fails for good."""
-    before, over = drive.read_bytes(), threading.Event()
+    before, over, lost = drive.read_bytes(), threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not over.is_set() and drive.read_bytes() < before + _LOST_AFTER_BYTES:
-            time.sleep(0.02)
-        with suppress(OSError):
-            drive.lose()
+        while not over.wait(0.02):
+            if drive.read_bytes() >= before + _LOST_AFTER_BYTES:
+                drive.lose()
+                lost.set()
+                return
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        return run_alone(job)
+        run = run_alone(job)
     finally:
         over.set()
         thread.join()
+    if not lost.is_set():
+        raise FlashMoEError("the second drive was read too little to be lost on the way")
+    return run
 
 
 def _same(run: Run, other: Run) -> bool:

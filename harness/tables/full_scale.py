@@ -95,6 +95,10 @@ class Comparison:
         for system in self.systems:
             baselines.get(system)
 
+    def home(self, work: Path) -> Path:
+        """Where checkpoint and store lie; `work`: where they are given back."""
+        return self.stores / f"{self.model}-{self.scheme}" if self.stores else work
+
 
 QUICK = Comparison(
     "olmoe-quarter",
@@ -111,7 +115,7 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
     name = comparison.model
     routing = comparison.routing or shipped_routing(name)
     with report.scratch(comparison.stores or folder) as work:
-        home = comparison.stores or work
+        home = comparison.home(work)
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
             write_store(folder, name, comparison.scheme, checkpoint, store)

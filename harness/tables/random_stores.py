@@ -27,7 +27,7 @@ def write_through_checkpoint(name: str, checkpoint: Path, store: Path) -> dict[s
 
 def of_schemes(name: str, schemes: Sequence[str], home: Path) -> dict[str, Path]:
     """A store of each scheme in `home`, of the same random weights; written where it is not yet."""
-    paths = {scheme: home / f"store-{scheme}" for scheme in schemes}
+    paths = {scheme: home / f"store-{name}-{scheme}" for scheme in schemes}
     for scheme, store in paths.items():
         if not manifests.is_store(store):
             say(f"writing {name}, {scheme}")

@@ -24,7 +24,7 @@ def storage(folder: Path, command: str, comparison: Comparison, names: list[str]
     name = comparison.model
     routing = comparison.routing or full_scale.shipped_routing(name)
     with report.scratch(comparison.stores or folder) as work:
-        home = comparison.stores or work
+        home = comparison.home(work)
         checkpoint, store = home / "checkpoint", home / "store"
         if not manifests.is_store(store):
             full_scale.write_store(folder, name, comparison.scheme, checkpoint, store)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +36,30 @@ def serve_some() -> int:
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "flashmoe" / "compiled"
+
+
+ENDS_WHILE_A_THREAD_COMPILES = """
+import threading, time
+from flashmoe.util.machine_code import compiling
+
+held = threading.Event()
+
+def hold():
+    with compiling:
+        held.set()
+        time.sleep(0.3)
+        print("compiled", flush=True)
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+"""
+
+
+def test_a_process_that_ends_awaits_its_compiler():
+    """LLVM would abort, as it did under a short llama-bench."""
+    command = [sys.executable, "-c", ENDS_WHILE_A_THREAD_COMPILES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
 
 
 def test_policies_compile_where_nobody_has_a_home(monkeypatch):

@@ -124,6 +124,7 @@ def test_pins_at_random_change_the_hits_and_not_the_output(deep):
         ("daop:0.5,popular", "write daop:0.25 or daop:0.25,random"),
         ("os-paging:0.5", "system 'os-paging' takes no argument"),
         ("flashmoe:nothing", "no policy is called 'nothing'"),
+        ("flashmoe-lru:fifo", "takes no argument"),
         ("nothing:0.5", "no system is called 'nothing'"),
     ],
 )

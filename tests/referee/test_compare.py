@@ -13,7 +13,7 @@ from flashmoe.engines.transformers.checkpoints import named_models
 from flashmoe.errors import FlashMoEError
 from flashmoe.trace import Trace
 from harness.report import report
-from harness.runs import contenders, peers
+from harness.runs import contenders, disturbance, peers
 from harness.runs.contenders import STORE, Contender
 from harness.runs.gguf_systems import BENCH
 from harness.runs.gguf_systems.llama_server import PLAIN
@@ -38,6 +38,7 @@ def place(monkeypatch, tmp_path):
     asked: list[tuple[str, contenders.Case]] = []
     monkeypatch.setattr(compare, "drop_all", lambda: None)
     monkeypatch.setattr(compare, "_drive", lambda path, kind: 1e9)
+    monkeypatch.setattr(disturbance, "AGAIN_SECONDS", 0)  # nothing is measured again
     monkeypatch.setattr(report, "record", lambda *a, **b: None)
     monkeypatch.setattr(
         SameWeights, "write", lambda weights, kind: weights.path(kind).touch() or weights.path(kind)

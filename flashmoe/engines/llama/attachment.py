@@ -37,7 +37,6 @@ from flashmoe.engines.llama.redirect import redirect
 from flashmoe.engines.llama.same_file import copies_of
 from flashmoe.engines.serving import Watch
 from flashmoe.errors import FlashMoEError
-from flashmoe.residency import rehearsal
 from flashmoe.residency.at_once_work import READY
 from flashmoe.util.sizes import format_bytes
 
@@ -78,8 +77,7 @@ class Attachment:
         tell: gets what the user should know. watch: gets the engine. also: see `same_file`.
         Raises FlashMoEError where this build of llama.cpp does not offer what is needed.
         """
-        rehearsal.compile_policy(policy)
-        decode_event.rehearse()
+        decode_event.rehearse(policy)
         self.memory = memory
         self.policy = policy
         self.prefetch = prefetch

@@ -116,8 +116,12 @@ def compiled(decoding: Decoding) -> Any:
     return c_kernel(decode, decoding, Policy, 2, also=SOURCES)
 
 
-def rehearse() -> None:
-    """Compile all that serves events, but for the policy, before anybody waits for it."""
+def rehearse(policy: str) -> None:
+    """Compile all that serves events before anybody waits for it: a minute, once on a machine.
+
+    Raises FlashMoEError where there is no such policy.
+    """
+    rehearsal.compile_policy(policy)
     rehearsal.compile_reading()
     whole, routing = rehearsal.compile_events(), Routing(1, 1)
     compiled(Decoding.of(whole, [0], routing.n_tokens, routing.last, []))

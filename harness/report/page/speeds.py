@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from flashmoe import quant
 from harness.report import names, report
+from harness.runs.gguf_systems import BENCH
 
 KINDS = ("speedups", "peers", "servers", "quant", "published", "compare")
 BASELINES = ("flashmoe", "flashmoe run llama-server")  # FlashMoE as it runs unless told otherwise
@@ -163,7 +165,9 @@ def subject(folder: Path, name: str) -> tuple[str, str, str]:
         given = re.search(r"--model (\S+)", command)
         model = given[1] if given else rest
     tail = rest.removeprefix(model).strip("-")
-    if kind in ("speedups", "compare"):
+    if kind == "compare":
+        return model, "bf16", tail
+    if kind == "speedups" and tail.partition("-")[0] not in quant.quantisers():
         return model, "bf16", tail
     if kind == "quant":
         return model, "bf16 or quantised", tail
@@ -178,6 +182,8 @@ def _rows(folder: Path, name: str) -> Iterator[tuple[Contest, Row]]:
     if report.kind_of(name) == "published":
         of_table = "as published"
     for values in frame.to_dict("records"):
+        if values.get("clock") == BENCH and report.kind_of(name) == "compare":
+            continue  # its tokens are others, and so is its clock
         weights = str(values.get("weights", of_table))
         cap = values.get("cap_share", values.get("experts_share", math.nan))
         limit = values.get("read_limit_bytes_per_second", math.nan)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from harness.runs.gguf_systems import BENCH, System, Work, capped_program
+from harness.runs.gguf_systems.server_process import compile_ours
 
 
 def _run(work: Work, *before: str) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def _run(work: Work, *before: str) -> dict[str, Any]:
 
 
 def _run_ours(work: Work) -> dict[str, Any]:
+    compile_ours()
     return _run(work, sys.executable, "-m", "flashmoe", "run", "--memory", "auto")
 
 

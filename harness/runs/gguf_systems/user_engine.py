@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from flashmoe.errors import FlashMoEError
-from harness.runs.engines.conversation import OutOfMemoryError, conversation
+from harness.runs.engines.conversation import BrokenProtocolError, OutOfMemoryError, conversation
 from harness.runs.gguf_systems import System, Work
 
 WAIT_SECONDS = 600.0  # for any one line
@@ -43,6 +44,8 @@ def _run(command: str, work: Work) -> dict[str, Any]:
             engine.quit()
         except OutOfMemoryError:
             return {"outcome": "out of memory"}
+    if work.new_tokens > 1 and math.isinf(answer.seen_rate):
+        raise BrokenProtocolError("its tokens came all at once: write each when it is known")
     result: dict[str, Any] = {
         "outcome": "ok",
         "token_ids": answer.token_ids,
