@@ -16,6 +16,7 @@ import pandas as pd
 
 from flashmoe.errors import FlashMoEError
 from harness.report import digests, report
+from harness.runs.gguf_systems import BENCH
 
 WIDEN = 0.25  # of either end of a band of speeds: so much differ runs of one shared machine
 _WIDEN_HIT_RATE = 0.05  # of a measured one: slots are as many as the rest of the memory leaves
@@ -143,13 +144,17 @@ def _word(value: Any) -> str:
 
 def _add_ranges(rows: list[dict[str, Any]]) -> None:
     """The range of a speedup, where a table has but the ranges of speeds that it is made of."""
-    ours = {_word(row.get("cap_share")): row for row in rows if row.get("flashmoe_speedup") == 1}
+    ours = {_cap_and_clock(row): row for row in rows if row.get("flashmoe_speedup") == 1}
     for row in rows:
-        our = ours.get(_word(row.get("cap_share")))
+        our = ours.get(_cap_and_clock(row))
         if our and "flashmoe_speedup_min" not in row and row["flashmoe_speedup"] != 1:
             low, high = "tokens_per_second_min", "tokens_per_second_max"
             row["flashmoe_speedup_min"] = our[low] / row[high]
             row["flashmoe_speedup_max"] = our[high] / row[low]
+
+
+def _cap_and_clock(row: dict[str, Any]) -> tuple[str, bool]:
+    return _word(row.get("cap_share")), BENCH in str(row.get("system"))
 
 
 def _band(row: dict[str, Any], ratio: str, value: float) -> tuple[float, float]:

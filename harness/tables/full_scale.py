@@ -140,7 +140,7 @@ def full_scale(folder: Path, command: str, comparison: Comparison) -> None:
         title = title_of("speedups", name, comparison.scheme, comparison.label)
         rows = measure(folder, title, jobs, comparison.rounds, comparison.until)
         _tell_uneven(rows)
-        publish_tokens(folder, title)
+        publish_tokens(folder, title, jobs, comparison.rounds)
         source = routing.trace.stem if comparison.routing else SHIPPED
         publish(folder, title, label_rows(rows, name, source, routing, total), command)
         if comparison.timelines and speedups.OURS in comparison.systems and not comparison.label:
@@ -194,9 +194,10 @@ def publish(folder: Path, title: str, rows: list[dict[str, Any]], command: str) 
     journal(folder, title).unlink(missing_ok=True)
 
 
-def publish_tokens(folder: Path, title: str) -> None:
+def publish_tokens(folder: Path, title: str, jobs: Sequence[Job], rounds: int) -> None:
     """Write how long each token of the table took. To be called before the table is published."""
-    report.write(folder, f"tokens-{title}", speedups.tokens(journal(folder, title)))
+    rows = speedups.tokens(journal(folder, title), jobs, rounds)
+    report.write(folder, f"tokens-{title}", rows)
 
 
 def journal(folder: Path, title: str) -> Path:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def table(
         for job, runs in zip(jobs, results, strict=True):
             if not round_number and any(results) and time.monotonic() > ends:
                 break
-            name = f"{round_number} {asdict(job)}"
+            name = noted_as(round_number, job)
             run = recall(journal, name)
             if run is not None:
                 just_now = None
@@ -112,6 +112,12 @@ def table(
     return rows
 
 
+def noted_as(round_number: int, job: Job) -> str:
+    """A run's name in a journal, wherever its files lie: they are written anew."""
+    paths = {"checkpoint": job.checkpoint.name, "store": job.store.name}
+    return f"{round_number} {asdict(job) | paths}"
+
+
 def recall(journal: Path | None, name: str) -> Run | None:
     """The run of this name, if the journal has one."""
     if journal is None or not journal.exists():
@@ -131,17 +137,20 @@ def append(journal: Path | None, name: str, round_number: int, run: Run) -> None
             file.write(json.dumps(note) + "\n")
 
 
-def tokens(journal: Path) -> list[dict[str, Any]]:
-    """How long each measured token of the runs noted in `journal` took, in order."""
+def tokens(journal: Path, jobs: Sequence[Job], rounds: int) -> list[dict[str, Any]]:
+    """How long each measured token of these jobs' runs took, in order, as noted in `journal`."""
+    names = {noted_as(number, job) for number in range(rounds) for job in jobs}
     return [
         {
             "system": run["system"],
             "cap_bytes": run["cap_bytes"],
+            "read_limit_bytes_per_second": run.get("read_limit_bytes_per_second"),
             "round": note["round"] + 1,
             "token": number,
             "milliseconds": 1e3 * seconds,
         }
         for note in _notes(journal)
+        if note["name"] in names
         for run in (note["run"],)
         for number, seconds in enumerate(run.get("token_seconds", ()), 1)
     ]

@@ -51,7 +51,7 @@ def storage(folder: Path, command: str, comparison: Comparison, names: list[str]
             raise FlashMoEError(f"this machine has not the memory for {name} at any of those caps")
         title = full_scale.title_of("storage", name, comparison.scheme, comparison.label)
         rows = full_scale.measure(folder, title, jobs, comparison.rounds)
-        full_scale.publish_tokens(folder, title)
+        full_scale.publish_tokens(folder, title, jobs, comparison.rounds)
         source = routing.trace.stem if comparison.routing else SHIPPED
         rows = full_scale.label_rows(rows, name, source, routing, total)
         classes = {speed: name for name, speed in speeds.items()}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +146,45 @@ def test_a_system_that_fails_has_that_for_its_outcome(place):
     rows = report.read(folder, "compare-olmoe-quarter")
     assert set(rows[rows.system == "flashmoe"].outcome) == {"too little memory"}
     assert set(rows[rows.system == PLAIN].outcome) == {"ok"}
+
+
+def test_a_long_prompt_that_fails_has_an_outcome_of_its_own(place):
+    folder, asked = place
+    plan = plan_of(asked, caps=(0.2,), weights=("bf16",), rounds=1)
+
+    def run(case):
+        if case.only_first:
+            raise FlashMoEError("no room for this prompt")
+        return outcome(8)
+
+    object.__setattr__(plan.compared[0], "run", run)
+    compare.compare(folder, "command", plan)
+    ours = report.read(folder, "compare-olmoe-quarter").set_index("system").loc["flashmoe"]
+    assert (ours.outcome, ours.tokens_per_second) == ("ok", 8)
+    assert ours.first_token_2000_outcome == "no room for this prompt"
+
+
+def test_a_program_that_is_not_there_is_an_outcome(place):
+    folder, asked = place
+    plan = plan_of(asked, caps=(0.2,), weights=("bf16",), rounds=1)
+
+    def run(case):
+        subprocess.run(["/nowhere/llama-bench"])
+
+    object.__setattr__(plan.compared[2], "run", run)
+    compare.compare(folder, "command", plan)
+    rows = report.read(folder, "compare-olmoe-quarter").set_index("system")
+    assert rows.loc["bench"].outcome == "there is no llama-bench"
+
+
+def test_every_system_decodes_from_the_first_token_on():
+    case = contenders.Case(
+        full_scale.job(full_scale.shipped_routing("olmoe-1b-7b"), Path("c"), Path("s")),
+        {}, 1 << 30, 0, 160, False,
+    )  # fmt: skip
+    job = contenders._job(case)
+    assert (job.warm_up_tokens, job.tokens) == (0, contenders.DECODED_TOKENS)
+    assert contenders._job(replace(case, only_first=True)).tokens == 2
 
 
 def test_other_tokens_than_those_of_the_same_kernels_are_told():

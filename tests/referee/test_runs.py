@@ -41,13 +41,16 @@ def generation(tmp_path_factory):
     prompt = text_table.PROMPTS["bible"]
     base = Job("flashmoe", flashmoe.demo_path(), folder / "store", 0, prompt, 6)
     base = replace(base, routing=flashmoe.demo_routing_path())
+    rows = speedups.table(jobs_of(base), 1, lambda: 1e9, str, calm(), folder / "kept.jsonl")
+    return folder, base, {row["system"]: row for row in rows}
+
+
+def jobs_of(base: Job) -> list[Job]:
     jobs = speedups.jobs_for(base, [16], [16])
     given = {job.system for job in jobs}
     others = sorted(set(baselines.available()) - given)
     memory_bytes = speedups.budget_for(base.store, 16)
-    jobs += [replace(base, system=name, memory_bytes=memory_bytes) for name in others]
-    rows = speedups.table(jobs, 1, lambda: 1e9, str, calm(), folder / "kept.jsonl")
-    return folder, base, {row["system"]: row for row in rows}
+    return jobs + [replace(base, system=name, memory_bytes=memory_bytes) for name in others]
 
 
 def test_every_system_gives_the_same_tokens(generation):
@@ -76,8 +79,8 @@ def test_the_parts_of_a_token_add_up(generation):
 
 
 def test_the_time_of_each_token_is_kept_in_order(generation):
-    folder, _, rows = generation
-    each = pd.DataFrame(speedups.tokens(folder / "kept.jsonl"))
+    folder, base, rows = generation
+    each = pd.DataFrame(speedups.tokens(folder / "kept.jsonl", jobs_of(base), 1))
     assert set(each.system) == set(rows)
     for system, its in each.groupby("system"):
         row = rows[system]

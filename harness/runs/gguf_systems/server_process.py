@@ -80,6 +80,8 @@ class ServerRun:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     _, errors = process.communicate()
+                    if answer["outcome"] == "failed":
+                        answer["outcome"] = "failed, and did not end"
             answer["peak_memory_bytes"] = cap.peak_bytes() if cap else None
         said = errors.strip().splitlines() or ["it said nothing"]
         if answer["outcome"] == "failed":
@@ -87,6 +89,7 @@ class ServerRun:
                 return answer | {"outcome": "out of memory"}
             last = f"{said[-1]} (status {process.returncode})"
             why = next((line for line in said if _OURS_FAILS in line), last)
+            why = why.replace(f"{self.model.parent}/", "")  # a table tells no one's folders
             raise FlashMoEError(f"{self.program.name} failed: {why}")
         if answer["outcome"] == "ok" and self.memory and self.trace:
             if not self.trace.exists():
