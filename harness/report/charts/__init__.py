@@ -10,6 +10,7 @@ drive     the drive by fio and by the engine's reader
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import altair as alt
@@ -22,7 +23,8 @@ CHARTS: dict[str, Callable[[pd.DataFrame], list[alt.LayerChart | alt.Chart]]] = 
     "speedups": speeds.against_memory,
     "peers": speeds.against_memory,
     "servers": speeds.against_memory,
-    "compare": speeds.compared,
+    "compare": partial(speeds.each, "weights"),
+    "storage": partial(speeds.each, "storage"),
     "published": speeds.formats,
     "plan": speeds.predicted,
     "generation": tokens.parts,

@@ -22,11 +22,11 @@ def against_memory(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
     return [_lines(done)]
 
 
-def compared(rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
-    """The same for each of several weights."""
+def each(column: str, rows: pd.DataFrame) -> list[alt.LayerChart | alt.Chart]:
+    """The same for each value of a column, such as the weights."""
     return [
-        chart.properties(title=f"Weights: {weights}")
-        for weights, part in rows.groupby("weights", sort=False)
+        chart.properties(title=f"{column.capitalize()}: {value}")
+        for value, part in rows.groupby(column, sort=False)
         for chart in against_memory(part)
     ]
 
