@@ -150,7 +150,8 @@ def test_a_lock_that_another_thread_has_is_free_in_the_child():
     thread.start()
     held.wait()
     threading.Timer(0.2, leave.set).start()
-    assert in_child(lambda: machine_code.compiling.acquire() is None)
+    numbas_lock = machine_code.compiling._lock  # its own acquire waits without end
+    assert in_child(lambda: numbas_lock.acquire(timeout=10))
     thread.join()
 
 
