@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from baselines.base import Setting, System
 from flashmoe.store import manifest as manifests
 
-LEFT_BEHIND = "accelerate-"  # begins the name of what it writes beside a store
-
 
 class AccelerateDisk(System):
     """Whole modules in DRAM while they fit; the others are loaded from disk at every use.
@@ -23,7 +21,7 @@ class AccelerateDisk(System):
 
     def load(self, setting: Setting) -> PreTrainedModel:
         dense_bytes = manifests.load(setting.store).dense_bytes
-        self.folder = tempfile.TemporaryDirectory(prefix=LEFT_BEHIND, dir=setting.store)
+        self.folder = tempfile.TemporaryDirectory(dir=setting.scratch or setting.store)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             setting.checkpoint,
             device_map="auto",

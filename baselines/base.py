@@ -23,6 +23,7 @@ class Setting:
     store: Path
     memory_bytes: int  # for experts, page cache included: however the system divides it
     profile: Trace | None = None  # routing of other text, for those that calibrate by one
+    scratch: Path | None = None  # for files of its own; its runner removes what a kill leaves
 
 
 class System(ABC):

@@ -30,8 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Path:
     from harness.reproduce import folder_for
+    from harness.runs.memory_cap import require_limits
     from harness.tables.server_table import CAPS, server_table
 
+    require_limits()
     folder = folder_for("full-scale")
     server_table(
         folder,

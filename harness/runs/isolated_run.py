@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from baselines.accelerate_disk import LEFT_BEHIND
 from flashmoe.errors import FlashMoEError
 from flashmoe.store import folders
 from flashmoe.store import manifest as manifests
@@ -34,7 +35,11 @@ def run_alone(job: Job) -> Run:
     process's last words when it fails otherwise.
     """
     limited = job.cap_bytes or job.read_bytes_per_second
-    return _limited(job) if limited or job.system in peers.available() else _forked(job)
+    apart = limited or job.system in peers.available()
+    # beside the store: what a system writes there may be as large
+    with tempfile.TemporaryDirectory(dir=job.store, ignore_cleanup_errors=True) as scratch:
+        job = replace(job, scratch=Path(scratch))
+        return _limited(job) if apart else _forked(job)
 
 
 def _forked(job: Job) -> Run:
@@ -77,13 +82,9 @@ def _limited(job: Job) -> Run:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with memory_cap(job.cap_bytes, _read_limits(job)) as cap:
         enter = cap.enter if cap else None
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, preexec_fn=enter, env=environment
-            )
-        finally:
-            for left in job.store.glob(f"{LEFT_BEHIND}*"):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=enter, env=environment
+        )
         if done.returncode == -signal.SIGKILL and cap and job.cap_bytes:
             result: Run = {"system": job.system, "outcome": OUT_OF_MEMORY}
         elif done.returncode:

@@ -35,6 +35,7 @@ class Job:
     read_bytes_per_second: int | None = None  # the kernel's limit on its reading
     timeline: bool = False  # say when, within the last token, what was read and computed
     decode_seconds: float | None = None  # stop after so many, though tokens are missing
+    scratch: Path | None = None  # a folder that is removed when the run has ended
 
     @property
     def tokens(self) -> int:
@@ -49,6 +50,6 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         values = json.loads(text)
-        for key in ("checkpoint", "store", "routing"):
+        for key in ("checkpoint", "store", "routing", "scratch"):
             values[key] = Path(values[key]) if values[key] else None
         return cls(**values)

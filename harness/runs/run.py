@@ -46,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     recorded = trace.load(job.routing) if job.routing else None
     profile = recorded and recorded.without(job.sequence)
-    model = system.load(Setting(job.checkpoint, job.store, job.memory_bytes, profile))
+    model = system.load(Setting(job.checkpoint, job.store, job.memory_bytes, profile, job.scratch))
     load_seconds = time.perf_counter() - started
     manifest = manifests.load(job.store)
     forced: AbstractContextManager[None]

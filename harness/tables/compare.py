@@ -235,8 +235,6 @@ def _run(plan: Plan, entry: _Entry, files: dict[str, Path], routing: full_scale.
         outcome = entry.contender.run(case)
     except FlashMoEError as error:
         outcome = {"outcome": str(error)}
-    except FileNotFoundError as error:
-        outcome = {"outcome": f"there is no {Path(error.filename).name}"}
     about = {
         "weights": entry.weights.weights, "cap_share": entry.share, "cap_bytes": cap_bytes,
         "prompt_tokens": entry.prompt_tokens, "system": entry.contender.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from flashmoe.trace import Trace
 from harness.report import report
 from harness.runs import contenders, disturbance, peers
 from harness.runs.contenders import STORE, Contender
-from harness.runs.gguf_systems import BENCH
+from harness.runs.gguf_systems import BENCH, capped_program
 from harness.runs.gguf_systems.llama_server import PLAIN
 from harness.runs.job import FIRST_TOKEN, prompt_ids
 from harness.runs.memory_cap import memory_cap
@@ -169,7 +168,7 @@ def test_a_program_that_is_not_there_is_an_outcome(place):
     plan = plan_of(asked, caps=(0.2,), weights=("bf16",), rounds=1)
 
     def run(case):
-        subprocess.run(["/nowhere/llama-bench"])
+        capped_program.run(["/nowhere/llama-bench"], None)
 
     object.__setattr__(plan.compared[2], "run", run)
     compare.compare(folder, "command", plan)

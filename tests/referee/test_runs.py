@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,21 @@ def test_a_run_that_fails_says_so(generation):
             pytest.skip("no memory cgroup can be made here")
     killed = isolated_run.run_alone(replace(base, memory_bytes=8 << 20, cap_bytes=64 << 20))
     assert killed["outcome"] == isolated_run.OUT_OF_MEMORY
+
+
+def test_a_killed_run_leaves_nothing_on_the_drive(generation, monkeypatch):
+    _, base, _ = generation
+    before = sorted(base.store.iterdir())
+    program = (
+        "import json, os, sys\n"
+        "path = os.path.join(json.loads(sys.argv[1])['scratch'], 'weights')\n"
+        "open(path, 'wb').write(b'1')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setattr(isolated_run, "_program", lambda job: [sys.executable, "-c", program])
+    killed = isolated_run.run_alone(replace(base, cap_bytes=1 << 30))
+    assert killed["outcome"] == isolated_run.OUT_OF_MEMORY
+    assert sorted(base.store.iterdir()) == before
 
 
 def test_a_killed_run_is_a_row_and_an_interrupted_table_goes_on(generation, monkeypatch):

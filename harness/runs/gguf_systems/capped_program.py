@@ -5,11 +5,30 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from flashmoe.errors import FlashMoEError
-from harness.runs.memory_cap import memory_cap
+from harness.runs.memory_cap import Cap, memory_cap
 
 LIMIT_SECONDS = 900
+
+
+def start(command: Sequence[str], cap: Cap | None, **options: Any) -> subprocess.Popen[str]:
+    """The program in the cap's cgroups, its errors piped as text.
+
+    Raises FlashMoEError where there is no such program.
+    """
+    try:
+        return subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=cap.enter if cap else None,
+            **options,
+        )
+    except FileNotFoundError:
+        raise FlashMoEError(f"there is no {Path(command[0]).name}") from None
 
 
 def run(
@@ -21,14 +40,7 @@ def run(
     Raises FlashMoEError with the program's last words when it fails otherwise.
     """
     with memory_cap(cap_bytes) as cap:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            preexec_fn=cap.enter if cap else None,
-        )
+        process = start(command, cap, stdout=subprocess.PIPE, errors="replace")
         late = False
         try:
             output, errors = process.communicate(timeout=LIMIT_SECONDS)

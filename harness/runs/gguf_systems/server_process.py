@@ -16,7 +16,7 @@ from typing import Any
 from flashmoe.engines.llama.decode_event import rehearse
 from flashmoe.errors import FlashMoEError
 from harness.runs import llama_client
-from harness.runs.gguf_systems import Work
+from harness.runs.gguf_systems import Work, capped_program
 from harness.runs.memory_cap import memory_cap
 
 START_SECONDS, ANSWER_SECONDS = 120, 600
@@ -64,13 +64,7 @@ class ServerRun:
         port = llama_client.free_port()
         with memory_cap(self.cap_bytes) as cap:
             started = time.perf_counter()
-            process = subprocess.Popen(
-                self.command(port),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=cap.enter if cap else None,
-            )
+            process = capped_program.start(self.command(port), cap, stdout=subprocess.DEVNULL)
             try:
                 answer = self._ask(process, port, started)
             finally:
