@@ -21,7 +21,7 @@ from harness.runs.engines.conversation import (
     conversation,
 )
 from harness.runs.engines.second_opinion import NEAR_NATS, Given, opinions
-from harness.runs.page_cache import cached_bytes, drop
+from harness.runs.page_cache import cached_bytes, drop, drop_all
 from harness.runs.process_usage import Usage
 
 PROMPT_TOKENS, NEW_TOKENS, CONTEXT_TOKENS = 24, 16, 1024
@@ -29,6 +29,8 @@ PROMPT_TOKENS, NEW_TOKENS, CONTEXT_TOKENS = 24, 16, 1024
 _SLACK_SHARE, _SLACK_BYTES = 0.01, 256 << 10
 # How far two clocks may be apart, as a share and in seconds: a busy machine stops one at times.
 _CLOCK_SHARE, _CLOCK_SECONDS = 0.1, 0.25
+_LEAST_DECODE_SHARE = 0.05  # of the first token's time, if the others were not made with it
+_COUNTED_SECONDS = 3  # in which the kernel brings its count of a cgroup's memory up to date
 _PROBE_BYTES = 1 << 20
 
 
@@ -55,7 +57,9 @@ def check(command: str, terms: Terms) -> list[str]:
     found: list[str] = []
     answers: list[Given] = []
     needed_bytes = least_bytes(terms.file)  # these read of the file's head, before it is dropped
-    prompts = _prompts(terms)
+    words = _vocabulary(terms.file)
+    prompts = _prompts(words, terms.seed)
+    drop_all()
     reads_count = _reads_are_counted(terms.file)
     with conversation(command, terms.limit_bytes, terms.wait_seconds) as engine:
         if engine.cap is None:
@@ -67,7 +71,7 @@ def check(command: str, terms: Terms) -> list[str]:
         except BrokenProtocolError as error:
             found.append(str(error))
     if answers:
-        found += _wrong_tokens(terms.file, answers)
+        found += _wrong_tokens(terms.file, words, answers)
     return found
 
 
@@ -111,19 +115,22 @@ def _session(
     """Everything that is asked of one process, and what is seen meanwhile."""
     one, other = prompts
     engine.hello()
+    before_bytes = engine.followed.read_bytes()  # of its own program
     threads = os.cpu_count() or 1
     seen, said = engine.load(terms.file, threads, CONTEXT_TOKENS, terms.limit_bytes)
     if _apart(seen, said):
         yield f"it says that loading took {said:.2f} s, and it took {seen:.2f} s"
+    held = [_held_outside(engine, terms)]
     yield from _reads_before_the_clock(engine, terms)
 
     def ask(prompt: list[int], new_tokens: int = NEW_TOKENS) -> Answer:
         answer = engine.run(prompt, new_tokens)
         answers.append(Given(prompt, answer.token_ids))
+        held.append(_held_outside(engine, terms))
         return answer
 
     first = ask(one)
-    read_bytes = engine.followed.read_bytes()
+    read_bytes = engine.followed.read_bytes() - before_bytes
     if read_bytes < needed_bytes:
         yield (
             f"it answered after {read_bytes} bytes read from the drive, and no answer needs fewer "
@@ -143,20 +150,25 @@ def _session(
     if _held_back(short, runs[-1]) and _held_back(ask(one, 1), again := ask(one)):
         yield (
             f"it holds tokens back: the first of {NEW_TOKENS} came after "
-            f"{again.seen_seconds[0]:.2f} s, and alone after {short.seen_seconds[0]:.2f} s"
+            f"{again.seen_seconds[0]:.4f} s, the last after {again.seen_seconds[-1]:.4f} s, and "
+            f"the first alone after {short.seen_seconds[0]:.4f} s"
         )
+    yield from list(filter(None, held))[:1]
     yield from _outside_memory(engine, terms)
     engine.quit()
     if left := engine.followed.started():
         yield f"it left {len(left)} processes behind after quit"
 
 
-def _prompts(terms: Terms) -> tuple[list[int], list[int]]:
+def _vocabulary(file: Path) -> int:
+    tensors = gguf.GGUFReader(file).tensors
+    return next(int(t.shape[-1]) for t in tensors if t.name == "token_embd.weight")
+
+
+def _prompts(words: int, seed: int | None) -> tuple[list[int], list[int]]:
     """Two prompts of ids from the whole vocabulary."""
-    tensors = gguf.GGUFReader(terms.file).tensors
-    rows = next(int(t.shape[-1]) for t in tensors if t.name == "token_embd.weight")
-    drawn = random.Random(terms.seed)
-    one, other = ([drawn.randrange(rows) for _ in range(PROMPT_TOKENS)] for _ in range(2))
+    drawn = random.Random(seed)
+    one, other = ([drawn.randrange(words) for _ in range(PROMPT_TOKENS)] for _ in range(2))
     return one, other
 
 
@@ -168,6 +180,18 @@ def _reads_before_the_clock(engine: Conversation, terms: Terms) -> Iterator[str]
     more = max(b - a for a, b in zip(before, after, strict=True))
     if more > terms.slack_bytes:
         yield f"it read {more} bytes between loaded and run, when no clock runs"
+
+
+def _held_outside(engine: Conversation, terms: Terms) -> str | None:
+    """Do its processes hold more than is charged to the limit, as if they had been elsewhere?"""
+    if engine.cap is None:
+        return None
+    for _ in range(_COUNTED_SECONDS):
+        held, charged = engine.followed.memory_bytes(), engine.cap.own_bytes()
+        if held <= charged + terms.slack_bytes:
+            return None
+        time.sleep(1)
+    return f"its processes hold {held} bytes beside files, and its limit counts {charged}"
 
 
 def _outside_memory(engine: Conversation, terms: Terms) -> Iterator[str]:
@@ -198,15 +222,20 @@ def _clock_lie(run: Answer) -> str | None:
 
 
 def _held_back(alone: Answer, among_others: Answer) -> bool:
-    """Did the first token of many take far longer than the only one, as if all were made first?"""
+    """Do the others come at once, or the first far later than alone, as if all were made first?"""
     start, first = alone.seen_seconds[0], among_others.seen_seconds[0]
-    decode = among_others.seen_seconds[-1] - start
-    return first - start > max(decode / 2, _CLOCK_SECONDS)
+    last = among_others.seen_seconds[-1]
+    if last - first < _LEAST_DECODE_SHARE * first:
+        return True
+    return first - start > max((last - start) / 2, _CLOCK_SECONDS)
 
 
-def _wrong_tokens(file: Path, answers: list[Given]) -> Iterator[str]:
+def _wrong_tokens(file: Path, words: int, answers: list[Given]) -> Iterator[str]:
     """The first token that llama.cpp does not say, nor nearly so; ties are told, not found."""
     ties = 0
+    if unknown := [token for given in answers for token in given.tokens if token >= words]:
+        yield f"it gave the token {unknown[0]}, and the file has {words}"
+        return
     for given, found in zip(answers, opinions(file, os.cpu_count() or 1, answers), strict=True):
         for place, (token, opinion) in enumerate(zip(given.tokens, found, strict=True), 1):
             if not opinion.is_near:

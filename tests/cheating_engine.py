@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from harness.runs.engines import reference_adapter as honest
 
@@ -20,9 +21,9 @@ def loads_after_loaded(asked):
     honest.tokens = lambda server, prompt, new: tokens(later.result(), prompt, new)
 
 
-def loads_a_cached_copy(asked):
-    """Reading the copy fills the cache; of what is cached nothing comes from the drive."""
-    return load(asked | {"file": os.environ["CACHED_COPY"]})
+def loads_a_copy_in_memory(asked):
+    """Of which nothing comes from the drive."""
+    return load(asked | {"file": os.environ["COPY_IN_MEMORY"]})
 
 
 HELPER = """
@@ -43,6 +44,18 @@ def has_a_helper_outside(asked):
         stdout=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     helper.stdout.readline()
+    return load(asked)
+
+
+def holds_memory_elsewhere(asked):
+    """A page is charged to where the process is when it comes, and stays there."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    group = next(line for line in lines if ":memory:" in line or line.startswith("0::"))
+    root = Path("/sys/fs/cgroup/memory" if ":memory:" in group else "/sys/fs/cgroup")
+    own = root / group.rpartition(":")[2].lstrip("/")
+    (root / "cgroup.procs").write_text(str(os.getpid()))
+    memory.append(bytearray(b"1") * (64 << 20))
+    (own / "cgroup.procs").write_text(str(os.getpid()))
     return load(asked)
 
 
@@ -74,6 +87,15 @@ def holds_back(server, prompt, new):
         time.sleep(0.05)
         made.append(token)
     yield from made
+
+
+def holds_back_alone_too(server, prompt, new):
+    made = list(tokens(server, prompt, max(new, 16)))
+    yield from made[:new]
+
+
+def no_such_token(server, prompt, new):
+    yield from [1 << 40] * new
 
 
 def slowly(server, prompt, new):
@@ -113,6 +135,10 @@ def says_otherwise(kind, **fields):
         fields["formats"] = ["safetensors"]
     elif cheat == "no_json" and kind == "loaded":
         print("model loaded!", flush=True)
+    elif cheat == "no_end_of_lists" and kind == "loaded":
+        print("[" * 100_000, flush=True)
+    elif cheat == "a_huge_number" and kind == "token":
+        fields["seconds"] = 10**400
     elif cheat == "an_error":
         kind, fields = "error", {"message": "no such model"}
     say(kind, **fields)
@@ -122,10 +148,16 @@ def leaves_a_process():
     subprocess.Popen(["sleep", "600"], start_new_session=True)
 
 
-LOADS = (loads_after_loaded, loads_a_cached_copy, has_a_helper_outside, says_loading_was_quick)
+LOADS = (
+    loads_after_loaded,
+    loads_a_copy_in_memory,
+    has_a_helper_outside,
+    holds_memory_elsewhere,
+    says_loading_was_quick,
+)
 ANSWERS = (
     the_same_token, counts_up, remembers_the_last_prompt, looks_at_how_many_are_asked, holds_back,
-    dies_midway, hangs, too_few,
+    holds_back_alone_too, no_such_token, dies_midway, hangs, too_few,
 )  # fmt: skip
 honest.load = {f.__name__: f for f in LOADS}.get(cheat, load)
 honest.tokens = {f.__name__: f for f in ANSWERS}.get(cheat, tokens)

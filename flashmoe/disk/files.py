@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import BinaryIO
 from flashmoe.errors import FlashMoEError
 from flashmoe.util.sizes import format_bytes
 
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 _FREE_SHARE = 1.02  # of the bytes: headers, indices and the file system's own need some
 
 
@@ -39,6 +41,11 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
             "unchanged"
         ) from None
     _sync_directory(path.parent)
+
+
+def is_partial(path: Path) -> bool:
+    """Is it by its name what a `replace` that was killed leaves?"""
+    return bool(_PARTIAL.fullmatch(path.name))
 
 
 def check_replaceable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from flashmoe.store import manifest as manifests
 from flashmoe.store.layout import config_digest
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.shares import Range, Shares
+
+logger = logging.getLogger(__name__)
 
 
 class PackedExperts(Backend):
@@ -41,22 +44,42 @@ class PackedExperts(Backend):
         """
         self.path = path
         self.manifest = manifest or open_manifest(path)
-        self.files = files or folders.files_of(path, self.manifest, also)
-        self.n_copies = len(self.files)
         self._shares = Shares(self.manifest.layers, self.manifest.shares)
-        self._copies = Copies([paths[0].parent for paths in self.files])
         self._read_bytes = [0] * self.manifest.shares  # of each share
         self._lock = threading.Lock()
+        self.files: list[list[Path]] = []
         self._descriptors: list[list[tuple[int, bool]]] = []
         try:
-            for paths in self.files:
-                self._descriptors.append([])
-                for file in paths:
-                    self._descriptors[-1].append(open_direct(file, os.O_RDONLY))
+            self._open(files or folders.files_of(path, self.manifest, also), also)
         except BaseException:
             self.close()
             raise
+        self.n_copies = len(self.files)
+        self._copies = Copies([paths[0].parent for paths in self.files])
         self.direct = all(direct for copy in self._descriptors for _, direct in copy)
+
+    def _open(self, files: list[list[Path]], also: Sequence[Path]) -> None:
+        """All copies that can be read; one that cannot is told, and the others are read.
+
+        Raises OSError where none can, or one of `also` cannot.
+        """
+        for number, paths in enumerate(files):
+            self._descriptors.append([])
+            try:
+                for file in paths:
+                    self._descriptors[-1].append(_opened(file))
+                self.files.append(paths)
+            except OSError as error:
+                others = len(self.files) + len(files) - number - 1
+                if not others or paths[0].parent in also:
+                    raise
+                for descriptor, _ in self._descriptors.pop():
+                    os.close(descriptor)
+                logger.warning(
+                    "%s cannot be read (%s): its copy is left out until the store is loaded again",
+                    error.filename,
+                    error.strerror or error,
+                )
 
     def parts(self, layer: int) -> list[Range]:
         if self.manifest.shares > 1:
@@ -111,6 +134,15 @@ class PackedExperts(Backend):
         for descriptor, _ in (one for copy in self._descriptors for one in copy):
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _opened(file: Path) -> tuple[int, bool]:
+    """As `open_direct`; an OSError names the file."""
+    try:
+        return open_direct(file, os.O_RDONLY)
+    except OSError as error:
+        error.filename = str(file)
+        raise
 
 
 def open_manifest(store: Path) -> Manifest:

@@ -13,6 +13,7 @@ from flashmoe.errors import FlashMoEError, reading
 from flashmoe.reading.packed import PackedExperts, open_manifest
 from flashmoe.reading.reader import ExtentReader
 from flashmoe.store import folders
+from flashmoe.store import manifest as manifests
 from flashmoe.store.manifest import Manifest
 
 
@@ -38,11 +39,11 @@ def verify(
     with reading(store):
         manifest = open_manifest(store)
         copies = folders.files_of(store, manifest, [*also, *folders.listed(store, manifest)])
-    try:
-        with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise FlashMoEError(f"store {store}: {manifest.dense_file} is damaged ({error})") from None
+    _check_dense(store, manifest)
+    for mirror in (files[0].parent for files in copies[1:]):
+        if manifests.is_store(mirror):  # that can be loaded where the others are gone
+            with reading(mirror):
+                _check_dense(mirror, open_manifest(mirror))
     total = manifest.experts_bytes * len(copies)
     for number, files in enumerate(copies):
         before = number * manifest.experts_bytes
@@ -55,6 +56,15 @@ def verify(
         finally:
             reader.close()
     return Verified(manifest, len(copies))
+
+
+def _check_dense(store: Path, manifest: Manifest) -> None:
+    """Raises FlashMoEError where the rest of the model is not whole."""
+    try:
+        with safe_open(store / manifest.dense_file, framework="pt", backend="pread"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise FlashMoEError(f"store {store}: {manifest.dense_file} is damaged ({error})") from None
 
 
 def _read_all(reader: ExtentReader) -> Iterator[int]:

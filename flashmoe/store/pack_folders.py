@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flashmoe.disk import files
 from flashmoe.errors import FlashMoEError, reading
 from flashmoe.store import manifest as manifests
 from flashmoe.store.layout import config_digest
@@ -37,10 +38,12 @@ def exists(store: Path, checkpoint: Path) -> bool:
             raise FlashMoEError(f"{store} is a file: name a directory for the store")
         if store.samefile(checkpoint):
             raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
-        if manifests.is_store(store) and config_digest(store) != config_digest(checkpoint):
+        config = store / "config.json"
+        taken = manifests.is_store(store) or (config.is_file() and not config.is_symlink())
+        if taken and config_digest(store) != config_digest(checkpoint):
             raise FlashMoEError(
-                f"{store} is a store of another model than {checkpoint}: name another directory, "
-                "or remove that store first"
+                f"{store} holds another model than {checkpoint}: name another directory, or remove "
+                "that model first"
             )
     return True
 
@@ -77,11 +80,13 @@ def without_leftovers(folder: Path, store: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        stems = {Path(name).stem for place in (folder, store) for name in _named(place)}
-        leftovers = [path for name in _DATA_FILES for path in folder.glob(name)]
-        for path in leftovers + list(folder.rglob(".*.partial")):
-            if not {path.stem, path.stem.rpartition("-")[0]} & stems:  # a share has a number more
-                path.unlink(missing_ok=True)
+        with suppress(ValueError):  # what a damaged manifest names is not known
+            stems = {Path(name).stem for place in (folder, store) for name in _named(place)}
+            leftovers = [path for name in _DATA_FILES for path in folder.glob(name)]
+            for path in leftovers + [p for p in folder.rglob(".*.partial") if files.is_partial(p)]:
+                # a share has a number more
+                if not {path.stem, path.stem.rpartition("-")[0]} & stems:
+                    path.unlink(missing_ok=True)
 
 
 def _named(store: Path) -> list[str]:

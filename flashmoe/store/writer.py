@@ -81,6 +81,7 @@ def write_store(
     folders = [store, *also]
     pack_folders.check_distinct(folders)
     new = [folder for folder in folders if not pack_folders.exists(folder, checkpoint)]
+    ours: list[Path] = []  # to remove where nothing comes of it
     model = source.description
     layers = lay_out_layers(model, scheme)
     token = secrets.token_hex(4)
@@ -107,6 +108,7 @@ def write_store(
             for number, folder in enumerate(folders):
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(pack_folders.locked(folder))
+                ours += [folder] if folder in new else []
                 held.enter_context(pack_folders.without_leftovers(folder, store))
                 here_bytes = layer_bytes if folder == store else 0
                 here_bytes = here_bytes or shares.file_bytes(number * stripe)
@@ -130,11 +132,11 @@ def write_store(
             return manifest
     except OSError as error:
         raise FlashMoEError(
-            f"{store}: packing stopped ({error.strerror or error}); "
+            f"{' and '.join(map(str, folders))}: packing stopped ({error.strerror or error}); "
             "a store that was there before is unchanged"
         ) from None
     finally:
-        for folder in new:
+        for folder in ours:
             if folder.is_dir() and not manifests.is_store(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 

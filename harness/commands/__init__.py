@@ -7,6 +7,7 @@ heavy inside `run`: `python -m harness run` may have little memory.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from pathlib import Path
 def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number above zero")
         return value
 
     parse.__name__ = kind.__name__  # which argparse names where `kind` itself refuses

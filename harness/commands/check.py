@@ -46,6 +46,8 @@ def _mine(arguments: argparse.Namespace) -> Path:
         return Path(arguments.mine)
     from harness.report import provenance, report
 
+    if not (arguments.against / report.RECORDS).is_file():
+        raise FlashMoEError(f"{arguments.against} has no {report.RECORDS}: no results lie there")
     profile = arguments.against.resolve().name.rpartition("gib-")[2]
     folder = report.RESULTS / f"{provenance.machine_slug()}-{profile}"
     if not (folder / report.RECORDS).is_file():

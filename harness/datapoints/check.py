@@ -16,22 +16,14 @@ from jsonschema.exceptions import best_match
 from flashmoe.errors import FlashMoEError
 from harness.datapoints import files
 from harness.datapoints.files import Datapoint
-from harness.datapoints.machine import SATA_BYTES_PER_SECOND
+from harness.datapoints.machine import BUS_BYTES_PER_SECOND
 
 # A speed may be so many times its roofline: a shared drive is at times faster than fio found it.
 ROOFLINE_BAND = 1.25
-# What the fastest bus of a class carries: PCIe 6 with four lanes, USB4, eMMC 5.1 (and UFS under its
-# name), 400 Gb/s; a drive of unknown class may be several on all lanes of a slot.
-BUS_BYTES_PER_SECOND = {
-    "nvme": 32e9,
-    "sata": SATA_BYTES_PER_SECOND,
-    "usb": 10e9,
-    "emmc": 6e9,
-    "network": 50e9,
-    "unknown": 64e9,
-}
+_SHARE_BAND = 1.5  # speed, roofline and share of it are medians, each of its own round
 _LARGEST_BYTES = 64 << 10
 _LONGEST_MESSAGE = 160
+_LARGEST_NUMBER = 1 << 63
 
 
 def check(paths: Sequence[Path]) -> None:
@@ -53,6 +45,8 @@ def refused(paths: Sequence[Path]) -> Iterator[str]:
             expected = "" if why else files.name_of(datapoint)
         except FlashMoEError as error:
             why = str(error)
+        except RecursionError:
+            why = "its lists are too deep"
         if not why and path.name != expected:
             why = f"by its content it must be called {expected}"
         if not why:
@@ -80,9 +74,10 @@ def faults(datapoint: Any) -> Iterator[str]:
     of_row = [(row["system"], row["cap_share"]) for row in datapoint["rows"]]
     if len(set(of_row)) < len(of_row):
         yield "a system has two rows at one cap"
+    rooflines = [row["roofline_tokens_per_second"] or 0.0 for row in datapoint["rows"]]
     for row in datapoint["rows"]:
         cap = "no cap" if row["cap_share"] is None else f"a cap of {row['cap_share']:.0%}"
-        for why in _row_faults(row):
+        for why in _row_faults(row, max(rooflines)):
             yield f"{row['system']} at {cap}: {why}"
 
 
@@ -99,7 +94,8 @@ def _drive_faults(drive: dict[str, Any]) -> Iterator[str]:
         yield "class_by must be null for an unknown drive, and for no other"
 
 
-def _row_faults(row: dict[str, Any]) -> Iterator[str]:
+def _row_faults(row: dict[str, Any], highest: float) -> Iterator[str]:
+    """highest: of the datapoint's rooflines, where the least is read: arithmetic allows no more."""
     if row["outcome"] != "ok":
         return
     speed, least, most = (row[f"tokens_per_second{end}"] for end in ("", "_min", "_max"))
@@ -108,11 +104,17 @@ def _row_faults(row: dict[str, Any]) -> Iterator[str]:
     roofline, share = row["roofline_tokens_per_second"], row["share_of_roofline"]
     if (roofline is None) != (share is None):
         yield "of the roofline and the share of it there are both or neither"
+    elif row["system"] == "flashmoe" and not roofline:
+        yield "a row of flashmoe has a roofline"
     elif roofline and max(speed / roofline, share) > ROOFLINE_BAND:
         yield (
             f"{speed:g} token/s are more than {ROOFLINE_BAND:g} times the roofline of "
             f"{roofline:g}, or its share of that says so"
         )
+    elif roofline and not 1 / _SHARE_BAND <= share * roofline / speed <= _SHARE_BAND:
+        yield f"{speed:g} token/s are not {share:.0%} of {roofline:g}"
+    elif not roofline and speed > ROOFLINE_BAND * highest:
+        yield f"{speed:g} token/s are more than any roofline here allows, {highest:g}"
 
 
 @cache
@@ -137,6 +139,7 @@ def _read(path: Path) -> Any:
         return json.loads(
             content.decode(),
             parse_constant=_refuse_constant,
+            parse_int=_whole,
             parse_float=_finite,
             object_pairs_hook=_unique,
         )
@@ -148,6 +151,13 @@ def _read(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if abs(value) >= _LARGEST_NUMBER:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return value
 
 
 def _finite(text: str) -> float:

@@ -94,7 +94,7 @@ def _drive(folder: Path) -> dict[str, Any]:
             ssd.read_speed(path, block_bytes, _FIO_SECONDS, pattern)
             for pattern in ("random", "sequential")
         )
-    kind, said_by = drive_class(folder, sequential)
+    kind, said_by = drive_class(folder, max(random, sequential))
     return {
         "class": kind,
         "class_by": said_by,

@@ -27,6 +27,7 @@ _KEYS = {
     "speedups": ("cap_share", "system"),
     "peers": ("cap_share", "system"),
     "servers": ("cap_share", "system"),
+    "compare": ("weights", "cap_share", "system"),
     "generation": ("slots", "system"),
     "quant": ("cap_share", "quant"),
     "published": ("experts_share", "quant", "system"),
@@ -127,11 +128,16 @@ def _rows(folder: Path, name: str) -> dict[str, dict[str, Any]] | None:
     """The table's rows by what names them; None where there is no such table, or of no ratios."""
     if not (folder / f"{name}.csv").exists():
         return None
-    frame = report.read(folder, name)
+    try:
+        frame = report.read(folder, name)
+    except ValueError:
+        raise FlashMoEError(f"{folder.name}/{name}.csv is no table: fetch it again") from None
     keys = _KEYS[report.kind_of(name)]
     if not set(keys) <= set(frame):
         return None
     rows = frame.to_dict("records")
+    if report.kind_of(name) == "compare":
+        _add_speedups(rows)
     _add_ranges(rows)
     return {", ".join(_word(row[key]) for key in keys): row for row in rows}
 
@@ -142,15 +148,36 @@ def _word(value: Any) -> str:
     return f"{value:g}" if _is_number(value) else "none"
 
 
+def _add_speedups(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast the better of FlashMoE's engines is, where a table has speeds only."""
+    for row in rows:
+        speed, is_ours = row.get("tokens_per_second"), str(row["system"]).startswith("flashmoe")
+        best = max(
+            (
+                other["tokens_per_second"]
+                for other in rows
+                if str(other["system"]).startswith("flashmoe")
+                and other["weights"] == row["weights"]
+                and _cap_and_clock(other) == _cap_and_clock(row)
+                and _is_number(other.get("tokens_per_second"))
+            ),
+            default=None,
+        )
+        if best and _is_number(speed) and speed > 0 and not is_ours:
+            row["flashmoe_speedup"] = best / speed
+
+
 def _add_ranges(rows: list[dict[str, Any]]) -> None:
     """The range of a speedup, where a table has but the ranges of speeds that it is made of."""
     ours = {_cap_and_clock(row): row for row in rows if row.get("flashmoe_speedup") == 1}
     for row in rows:
         our = ours.get(_cap_and_clock(row))
-        if our and "flashmoe_speedup_min" not in row and row["flashmoe_speedup"] != 1:
+        if our and "flashmoe_speedup_min" not in row and row.get("flashmoe_speedup") != 1:
             low, high = "tokens_per_second_min", "tokens_per_second_max"
-            row["flashmoe_speedup_min"] = our[low] / row[high]
-            row["flashmoe_speedup_max"] = our[high] / row[low]
+            ends = (our.get(low), our.get(high), row.get(low), row.get(high))
+            if all(_is_number(end) and end > 0 for end in ends):
+                row["flashmoe_speedup_min"] = our[low] / row[high]
+                row["flashmoe_speedup_max"] = our[high] / row[low]
 
 
 def _cap_and_clock(row: dict[str, Any]) -> tuple[str, bool]:

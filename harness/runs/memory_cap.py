@@ -63,6 +63,13 @@ class Cap:
     def current_bytes(self) -> int:
         return int((self.folder / self._current).read_text())
 
+    def own_bytes(self) -> int:
+        """Of that what is no file's: anonymous memory and what processes share."""
+        lines = (self.folder / "memory.stat").read_text().splitlines()
+        each = {name: int(value) for name, value in map(str.split, lines)}
+        names = ("total_rss", "total_shmem") if "total_rss" in each else ("anon", "shmem")
+        return sum(each.get(name, 0) for name in names)
+
     def process_ids(self) -> set[int]:
         return {int(line) for line in (self.folder / "cgroup.procs").read_text().split()}
 

@@ -61,6 +61,9 @@ def server_table(
     Raises FlashMoEError for a system that is unknown or not installed.
     """
     chosen = _chosen(systems) + user_engine.systems(engines)
+    names = [system.name for system in chosen]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise FlashMoEError(f"two systems are called {min(twice)!r}: name the engine otherwise")
     routing = full_scale.shipped_routing(name)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(PROMPT_TOKENS + NEW_TOKENS)

@@ -124,10 +124,11 @@ def test_nothing_is_written_through_a_link_in_the_store(tmp_path, store):
 
 
 def test_packing_again_leaves_what_is_not_of_the_source(checkpoints, own_store, tmp_path):
-    write(own_store, "mine.txt", "templates/mine.jinja", "templates/.half.partial")
+    write(own_store, "mine.txt", "templates/mine.jinja", "templates/.0123456789abcdef.partial")
     pack(checkpoints(), own_store)
     assert {"mine.txt", "templates/mine.jinja"} <= files_in(own_store)
-    assert not (own_store / "templates" / ".half.partial").exists()  # of a pack that was killed
+    killed = own_store / "templates" / ".0123456789abcdef.partial"
+    assert not killed.exists()
 
 
 def test_what_stands_in_the_way_is_one_sentence_and_stays(checkpoints, own_store):

@@ -114,6 +114,28 @@ def test_a_server_tables_band_is_made_of_its_speeds(folders):
     assert (one.low, one.high) == pytest.approx((2.0 * 0.75, 16.0 * 1.25))
 
 
+def test_a_comparisons_ratio_is_that_of_the_better_engine(folders):
+    def table(*speeds: float) -> list[dict[str, object]]:
+        names = ("flashmoe", "flashmoe run llama-server", "llama-server")
+        each = [row(name, speed, weights="bf16") for name, speed in zip(names, speeds, strict=True)]
+        return [*each, row("flashmoe", 9.0, weights="int4")]
+
+    other = folders("there-full-scale", **{"compare-m": table(2.0, 4.0, 1.0)})
+    for speeds, verdict in (((4.1, 1.0, 1.0), WITHIN), ((2.0, 4.0, 2.0), OUTSIDE)):
+        mine = folders("here-full-scale", **{"compare-m": table(*speeds)})
+        (one,) = against.compare(mine, other)
+        assert (one.row, one.ratio) == ("bf16, 0.4, llama-server", "flashmoe_speedup")
+        assert (one.theirs, one.verdict) == (4.0, verdict)
+
+
+def test_speeds_of_zero_and_missing_ranges_have_no_band_of_their_own(folders):
+    plain = row("plain", 1.0, flashmoe_speedup=6.0, tokens_per_second_max=0.0)
+    del plain["tokens_per_second_min"]
+    folder = folders("there-full-scale", **{"servers-m": [OURS, plain]})
+    found = told(folders("here-full-scale", **{"servers-m": [OURS, plain]}), folder)
+    assert found["0.4, plain", "flashmoe_speedup"] == (WITHIN, "")
+
+
 def test_replayed_hit_rates_are_equal_or_listed(folders):
     one = {"trace": "demo", "part": "p", "start": "cold", "capacity": 0.25}
     rows = [one | {"policy": name, "hit_rate": 0.5} for name in ("lru", "lfu")]
@@ -136,8 +158,12 @@ def test_the_command_finds_this_machines_folder_by_the_profile(folders, monkeypa
 
 def test_bad_input_is_refused_in_a_sentence(folders, tmp_path):
     other = folders("there-quick", speedups=[OURS])
+    broken = folders("broken-quick", speedups=[OURS])
+    (broken / "speedups.csv").write_bytes(b"")
     for words, why in (
         (["--mine", str(other)], "go with --against"),
+        (["--against", str(tmp_path / "none")], "no results lie there"),
+        (["--against", str(broken), "--mine", str(other)], r"speedups\.csv is no table"),
         (["--against", str(tmp_path / "none"), "--mine", str(other)], "no results lie there"),
         (["--against", str(other), "--mine", str(tmp_path)], "no results lie there"),
         (["--against", str(other), "--mine", str(other)], "compared with itself"),

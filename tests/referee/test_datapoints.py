@@ -115,6 +115,15 @@ IMPOSSIBLE = {
         {"rows__0__tokens_per_second": 13.0, "rows__0__tokens_per_second_max": 14.0},
         "more than 1.25 times the roofline",
     ),
+    "too fast for arithmetic": (
+        {"rows__1__tokens_per_second": 13.0, "rows__1__tokens_per_second_max": 14.0},
+        "13 token/s are more than any roofline here allows, 10",
+    ),
+    "no roofline": (
+        {"rows__0__roofline_tokens_per_second": None, "rows__0__share_of_roofline": None},
+        "a row of flashmoe has a roofline",
+    ),
+    "another share": ({"rows__0__share_of_roofline": 0.1}, "7 token/s are not 10% of 10"),
     "share": ({"rows__0__share_of_roofline": 1.3}, "roofline"),
     "half a roofline": ({"rows__0__share_of_roofline": None}, "both or neither"),
     "min": ({"rows__0__tokens_per_second_min": 7.2}, "is not between 7.2 and 7.5"),
@@ -130,6 +139,9 @@ IMPOSSIBLE = {
     "uncommitted": ({"uncommitted_changes": True}, "never committed"),
     "other name": ({"machine__host": "x"}, "'host' was unexpected"),
     "path": ({"machine__cpu": "a\\b"}, "does not match"),
+    "another path": ({"machine__cpu": "/home/me"}, "does not match"),
+    "a host": ({"machine__accelerator": "me@laptop.lan"}, "is not valid|does not match"),
+    "a line's end": ({"torch": "2.13.0\n"}, "does not match"),
     "version": ({"schema": 2}, "1 was expected"),
     "no figure": ({"rows__0__tokens_per_second": None}, "is not of type 'number'"),
     "killed, with a speed": ({"rows__2__tokens_per_second": 1.0}, "'null'"),
@@ -149,6 +161,13 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path, case):
     assert "\n" not in said
 
 
+def deep(levels: int) -> list[object]:
+    found: list[object] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
 BROKEN = {
     "no JSON": ("{", "it is no JSON"),
     "no object": ("7", "is not of type 'object'"),
@@ -156,6 +175,8 @@ BROKEN = {
     "endless": ('{"a": 1e999}', "too large a number"),
     "twice": ('{"a": 1, "a": 2}', "a name twice"),
     "deep": ("[" * 20_000, "it is no JSON"),
+    "large": (json.dumps(changed(machine__memory_bytes=10**400)), "is too large a number"),
+    "deep lists": (json.dumps(changed(machine__instruction_sets=[deep(400)] * 2)), "too deep"),
     "long": (" " * (65 << 10), "larger than 64 KiB"),
     "no text": (b"\xff\xfe", "it is no JSON"),
 }
@@ -283,6 +304,12 @@ def test_a_measurement_becomes_a_file_that_is_accepted(tmp_path, monkeypatch, re
 )
 def test_the_kernels_path_tells_what_a_drive_is(path, kind):
     assert machine._kind(Path(path)) == kind
+
+
+def test_a_drive_that_is_faster_than_its_bus_is_of_no_known_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_told_class", lambda *given: ("sata", "kernel"))
+    assert machine.drive_class(tmp_path, 0.55e9) == ("sata", "kernel")
+    assert machine.drive_class(tmp_path, 2e9) == ("unknown", None)
 
 
 def test_a_volume_is_what_lies_below_it(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,6 +14,7 @@ from flashmoe.errors import FlashMoEError
 from harness import commands, engine_check
 from harness.__main__ import build_parser, main
 from harness.runs.disturbance import Repeater
+from harness.runs.engines import conversation
 from harness.runs.engines.second_opinion import Given, opinions
 from harness.runs.gguf_systems import Work, user_engine
 from harness.runs.memory_cap import memory_cap
@@ -29,9 +31,12 @@ CHEATS = {
     "remembers_the_last_prompt": "tokens that it was not given",
     "looks_at_how_many_are_asked": "tokens that it was not given",
     "loads_after_loaded": "bytes between loaded and run",
-    "loads_a_cached_copy": "something outside its limit holds the weights",
+    "loads_a_copy_in_memory": "bytes beside files, and its limit counts",
     "has_a_helper_outside": "1 processes outside its memory limit",
+    "holds_memory_elsewhere": "bytes beside files, and its limit counts",
     "holds_back": "it holds tokens back",
+    "holds_back_alone_too": "it holds tokens back",
+    "no_such_token": f"it gave the token {1 << 40}",
     "a_slow_clock": "its clock says",
     "a_clock_that_goes_back": "its clock went backwards",
     "says_loading_was_quick": "it says that loading took 0.00 s",
@@ -43,6 +48,8 @@ CHEATS = {
     "a_token_is_text": "lacks 'token' of type int",
     "another_protocol": "it speaks protocol 2, the referee 1",
     "another_format": "it reads no gguf",
+    "no_end_of_lists": "which is no JSON object",
+    "a_huge_number": "lacks 'seconds' of type float",
     "no_json": "it wrote 'model loaded!', which is no JSON object",
     "an_error": "it says: no such model",
 }
@@ -65,12 +72,12 @@ def test_an_honest_engine_conforms(gguf_files):
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_a_cheat_is_found(gguf_files, tmp_path, monkeypatch, cheat):
-    copy = tmp_path / "copy.gguf"
-    shutil.copy(gguf_files(), copy)
-    copy.read_bytes()
-    monkeypatch.setenv("CACHED_COPY", str(copy))
-    found = findings(f"{CHEATING} {cheat}", gguf_files(), 4 if cheat == "hangs" else 60)
+def test_a_cheat_is_found(gguf_files, monkeypatch, cheat):
+    with TemporaryDirectory(dir="/dev/shm") as memory:
+        copy = Path(memory, "copy.gguf")
+        shutil.copy(gguf_files(), copy)
+        monkeypatch.setenv("COPY_IN_MEMORY", str(copy))
+        found = findings(f"{CHEATING} {cheat}", gguf_files(), 4 if cheat == "hangs" else 60)
     assert any(CHEATS[cheat] in sentence for sentence in found), found
 
 
@@ -149,6 +156,15 @@ def test_what_an_engine_does_not_survive_is_its_outcome(gguf_files, monkeypatch,
         gguf_files(), Path("p"), [dying], (), 1, tmp_path, calm, PROMPT, 8
     )
     assert "no more tokens" in run["outcome"]
+
+
+def test_an_outcome_tells_no_folders(tmp_path):
+    said = conversation._words(f"hello\n{tmp_path}/mine.bin: error in /usr/lib/x.so, at 3/4\n\n")
+    assert said == "mine.bin: error in x.so, at 3/4"
+    assert len(conversation._words("word " * 1000)) <= 160
+    (lost,) = user_engine.systems([f"mine={tmp_path}/engine --key secret"])
+    with pytest.raises(FlashMoEError, match=r"^its command cannot be started: No such file or"):
+        lost.run(work(tmp_path))
 
 
 @pytest.mark.parametrize("words", ["no-equals-sign", "=command", "name=", ""])

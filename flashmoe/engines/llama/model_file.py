@@ -15,7 +15,7 @@ import numpy as np
 
 from flashmoe.disk.direct_io import drop_page_cache, open_direct
 from flashmoe.engines.llama.expert_tensors import ExpertTensor
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, reading
 from flashmoe.reading.copies import Copies
 from flashmoe.util.sizes import format_bytes
 
@@ -50,22 +50,30 @@ class ModelFile:
         self.tensors = tensors
         self.places = [path, *copies]
         self.descriptors: list[int] = []  # of each place
-        direct = []
+        self.base = self.size_bytes = 0
         try:
-            for place in self.places:
-                descriptor, is_direct = open_direct(place, os.O_RDONLY)
-                self.descriptors.append(descriptor)
-                direct.append(is_direct)
+            with reading(path):
+                self._fill()
+        except EOFError:
+            self.free()
+            raise FlashMoEError(f"{path} was cut short: fetch it again") from None
         except BaseException:
-            self.close()
+            self.free()
             raise
+
+    def _fill(self) -> None:
+        """Open the file wherever it lies, and read its dense part."""
+        direct = []
+        for place in self.places:
+            descriptor, is_direct = open_direct(place, os.O_RDONLY)
+            self.descriptors.append(descriptor)
+            direct.append(is_direct)
         self.direct = all(direct)
         self._copies = Copies(self.places)
         self._states = [_state(descriptor) for descriptor in self.descriptors]
         self.size_bytes = self._states[0][0]
-        if any(t.offset_bytes + t.size_bytes > self.size_bytes for t in tensors):
-            self.close()
-            raise FlashMoEError(f"{path} was cut short: fetch it again")
+        if any(t.offset_bytes + t.size_bytes > self.size_bytes for t in self.tensors):
+            raise EOFError
         self.base = self._reserve()
         with ThreadPoolExecutor(_READERS) as threads:
             list(threads.map(lambda part: self.read(*part), self._dense_parts()))
@@ -77,7 +85,6 @@ class ModelFile:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         base: int = _libc.mmap(None, self.size_bytes, protection, flags, -1, 0)
         if base == _FAILED:
-            self.close()
             raise FlashMoEError(
                 f"{self.path}: no address space for its {format_bytes(self.size_bytes)} "
                 f"({os.strerror(ctypes.get_errno())}): raise the limit (`ulimit -v`), or allow "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -23,6 +24,8 @@ from harness.runs.memory_cap import Cap, memory_cap
 
 PROTOCOL = 1
 _LINE_BYTES = 1 << 20  # a longer line is no answer
+_LARGEST_NUMBER = 1 << 63
+_WORDS_BYTES, _WORDS_LENGTH = 4096, 160  # of what an engine says in its own words
 _QUIT_SECONDS = 30.0
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # the second as a shell says it
 
@@ -145,12 +148,12 @@ class Conversation:
         line = self._line(expected)
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise BrokenProtocolError(f"it wrote {_cut(line)}, which is no JSON object")
         if said.get("say") == "error":
-            raise BrokenProtocolError(f"it says: {said.get('message')}")
+            raise BrokenProtocolError(f"it says: {_words(str(said.get('message')))}")
         if said.get("say") != expected:
             raise BrokenProtocolError(f"it wrote {_cut(line)} in place of {expected!r}")
         for name, kind in kinds.items():
@@ -184,23 +187,27 @@ class Conversation:
             status = None
         if status in _KILLED and self.cap:
             return OutOfMemoryError(f"it was killed {when}: out of memory")
-        self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-        return BrokenProtocolError(
-            f"it ended {when} (status {status}), its last words: {words[-1]}"
-        )
+        length = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, length - _WORDS_BYTES))
+        words = _words(self._errors.read().decode(errors="replace"))
+        return BrokenProtocolError(f"it ended {when} (status {status}), its last words: {words}")
 
 
 def _field(said: dict[str, Any], name: str, kind: type, line: bytes) -> Any:
     value: Any = said.get(name)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    sound = isinstance(value, kind) and not isinstance(value, bool)
+    kinds = (int, float) if kind is float else (kind,)
+    sound = isinstance(value, kinds) and not isinstance(value, bool)
     if sound and kind in (int, float):
-        sound = math.isfinite(value) and value >= 0
+        sound = 0 <= value < _LARGEST_NUMBER
     if not sound:
         raise BrokenProtocolError(f"its {_cut(line)} lacks {name!r} of type {kind.__name__}")
-    return value
+    return kind(value)
+
+
+def _words(text: str) -> str:
+    """The last line, not too long, and without anyone's folders: a table may show it."""
+    lines = text.strip().splitlines() or ["nothing"]
+    return re.sub(r"(?<!\S)[^\s/]*/\S*/", "", lines[-1])[:_WORDS_LENGTH]
 
 
 def _cut(line: bytes) -> str:
@@ -230,7 +237,8 @@ def conversation(
                 preexec_fn=cap.enter if cap else None,
             )
         except (OSError, ValueError, IndexError) as error:
-            raise FlashMoEError(f"{command!r} cannot be started: {error}") from None
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise FlashMoEError(f"its command cannot be started: {why}") from None
         try:
             yield Conversation(process, cap, followed, wait_seconds, errors)
         finally:

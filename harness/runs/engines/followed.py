@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+from harness.runs.process_usage import drive_bytes
 
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_ROUNDS = 60
@@ -20,6 +23,7 @@ class Followed:
 
     def __enter__(self) -> Followed:
         self._before = {process.pid for process in _descendants()}
+        self._read_bytes = 0
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         return self
 
@@ -40,24 +44,39 @@ class Followed:
 
     def started(self) -> list[psutil.Process]:
         """Those that run now."""
-        return [
-            process
-            for process in _descendants()
-            if process.pid not in self._before and _runs(process)
-        ]
+        return [process for process in self._all() if _runs(process)]
 
     def read_bytes(self) -> int:
-        """What drives have delivered to them, page faults included; of the ended, if waited for."""
+        """What drives have delivered to them, page faults included, and to those that have ended.
+
+        It never falls. Of a process for whose end nobody waits, the kernel may forget it.
+        """
         total = 0
-        for process in self.started():
-            with suppress(psutil.Error):
-                total += process.io_counters().read_bytes
-        return total
+        for process in self._all():
+            with suppress(OSError, StopIteration):
+                total += drive_bytes(process.pid)
+        self._read_bytes = max(self._read_bytes, total)
+        return self._read_bytes
+
+    def memory_bytes(self) -> int:
+        """What they hold beside files; what several share counts once."""
+        return sum(map(_own_bytes, self.started()))
+
+    def _all(self) -> list[psutil.Process]:
+        return [process for process in _descendants() if process.pid not in self._before]
 
 
 def _descendants() -> list[psutil.Process]:
     children: list[psutil.Process] = psutil.Process().children(recursive=True)
     return children
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    with suppress(OSError):
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        kinds = ("Pss_Anon:", "Pss_Shmem:")
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(kinds))
+    return 0
 
 
 def _runs(process: psutil.Process) -> bool:

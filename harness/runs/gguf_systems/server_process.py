@@ -18,6 +18,7 @@ from flashmoe.errors import FlashMoEError
 from harness.runs import llama_client
 from harness.runs.gguf_systems import Work, capped_program
 from harness.runs.memory_cap import memory_cap
+from harness.runs.process_usage import drive_bytes
 
 START_SECONDS, ANSWER_SECONDS = 120, 600
 _OURS_FAILS = "flashmoe: this request fails: "
@@ -114,7 +115,7 @@ class ServerRun:
                         tokens += answer.get("tokens", [])
                         begun = answer.get("tokens") or answer.get("content")
                         if answer.get("stop") or (begun and not reads):
-                            reads.append(read_bytes(process.pid))
+                            reads.append(drive_bytes(process.pid))
         except TimeoutError:
             return {"outcome": f"no answer in {ANSWER_SECONDS} s"}
         except OSError:
@@ -132,12 +133,6 @@ class ServerRun:
             "prompt_seconds": times["prompt_ms"] / 1e3,
             "tokens_per_second": steps / times["predicted_ms"] * 1e3 if steps else None,
         }
-
-
-def read_bytes(pid: int) -> int:
-    """What a process has had read from drives, page faults included; Linux counts it."""
-    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 def _stats(errors: str) -> dict[str, Any]:

@@ -55,9 +55,18 @@ def _run(command: str, work: Work) -> dict[str, Any]:
         "bytes_per_token": answer.decode_read_bytes / max(work.new_tokens - 1, 1),
         "peak_memory_bytes": peak_bytes,
     }
-    if abs(answer.said_rate - answer.seen_rate) > _SAME_CLOCK * answer.seen_rate:
-        result["own_tokens_per_second"] = answer.said_rate
-    hits, misses = (answer.counters.get(name) for name in ("hits", "misses"))
-    if isinstance(hits, int) and isinstance(misses, int) and hits + misses:
+    own_rate = answer.said_rate
+    if math.isfinite(own_rate) and abs(own_rate - answer.seen_rate) > (
+        _SAME_CLOCK * answer.seen_rate
+    ):
+        result["own_tokens_per_second"] = own_rate
+    hits, misses = (_count(answer.counters.get(name)) for name in ("hits", "misses"))
+    if hits is not None and misses is not None and hits + misses:
         result["hit_rate"] = hits / (hits + misses)
     return result
+
+
+def _count(said: Any) -> int | None:
+    """None where it is no count."""
+    sound = isinstance(said, int) and not isinstance(said, bool) and said >= 0
+    return said if sound else None
