@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from time import perf_counter
@@ -23,9 +24,11 @@ from flashmoe.residency.at_once_work import (
     FINISH,
     GUESS,
     N_GUESSED,
+    N_KEYS,
     N_LEAVING,
     N_LIKELY,
     N_NEEDED,
+    N_SLOTS,
     NOTE,
     READS,
     READY,
@@ -235,6 +238,31 @@ class AtOnce:
             if pool.slot_of(layer)[expert] >= 0:
                 pool.cache.forget(pool.first_key(layer) + expert)
         self._step(NOTE, layer)
+
+    def read_all(self) -> int:
+        """Read every expert whose place is empty, where all have room; how many there were.
+
+        The caches hear of none before it is chosen, so they count as ever. Raises FlashMoEError
+        for the first read that fails.
+        """
+        places, pools = self.places, self.whole.pools
+        if (pools[:, N_SLOTS] < pools[:, N_KEYS]).any():
+            return 0
+        take = kernel(place_work.take, Policy)
+        with self.residency.lock:
+            reads = []
+            for layer, (first, end) in enumerate(itertools.pairwise(places.first.tolist())):
+                absent = np.flatnonzero(places.marks[first:end] & FILLED == 0).tolist()
+                for expert in absent:
+                    take(places, layer, first + expert)
+                nowhere = memoryview(b"")
+                reads += self._reader.submit(layer, [(expert, nowhere) for expert in absent])
+            errors = {read: error for read in reads if (error := read.exception())}
+            for read in errors:
+                self._forget(read.layer, [read.expert])
+            for error in errors.values():
+                raise error
+        return len(reads)
 
     def take_restored(self) -> None:
         """Every resident was just read into its place."""

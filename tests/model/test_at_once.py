@@ -146,6 +146,38 @@ def test_what_could_not_be_read_is_neither_resident_nor_filled():
     engine.close()
 
 
+def test_all_are_read_ahead_where_all_fit_and_counted_as_ever():
+    fitting, tight = Memory(), Memory()
+    engine = LlamaEngine(fitting, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    assert engine.read_all() == EXPERTS * LAYERS
+    assert len(fitting.settled_content(engine)) == EXPERTS * LAYERS
+    assert engine.read_all() == 0
+    before = engine.snapshot().bytes_read
+    for layer in range(LAYERS):
+        engine.at_once.make_ready(layer, np.array([[3, 4]]))
+        assert fitting.holds(layer, 3) and fitting.holds(layer, 4)
+    assert engine.snapshot().bytes_read == before
+    assert engine.snapshot().hits == 0
+    engine.close()
+    engine = LlamaEngine(tight, (EXPERTS * LAYERS - 1) * EXTENT_BYTES, "lru")
+    assert engine.read_all() == 0
+    assert tight.settled_content(engine) == {}
+    engine.close()
+
+
+def test_an_expert_that_cannot_be_read_ahead_is_named_and_read_again():
+    memory = Memory()
+    engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")
+    memory.broken = {(1, 3)}
+    with pytest.raises(FlashMoEError, match="expert 3 of 1"):
+        engine.read_all()
+    assert (1, 3) not in memory.settled_content(engine)
+    memory.broken = set()
+    assert engine.read_all() >= 1
+    assert memory.holds(1, 3)
+    engine.close()
+
+
 def test_what_was_read_of_a_changed_file_is_forgotten():
     memory = Memory()
     engine = LlamaEngine(memory, EXPERTS * LAYERS * EXTENT_BYTES, "lru")

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -276,6 +277,9 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
+        started = time.perf_counter()
+        if self.engine.read_all():
+            self.tell(f"all experts were read in {time.perf_counter() - started:.1f} s")
         if self.memory == "auto":
             self.engine.follow()
         if self.watch:

@@ -108,6 +108,14 @@ class LlamaEngine(Engine):
                 raise
             self.at_once.take_restored()
 
+    def read_all(self) -> int:
+        """Read the experts ahead where all fit, as the program alone does; how many."""
+        with self._by_python():
+            count = self.at_once.read_all()
+            if count:
+                self.experts.check_unchanged()
+        return count
+
     @contextmanager
     def _by_python(self) -> Iterator[None]:
         """What is changed within, machine code learns of when it is armed anew.

@@ -21,7 +21,8 @@ from flashmoe.util.sizes import format_bytes
 
 PAGE_BYTES = mmap.PAGESIZE
 _READERS, _STEP_BYTES = 8, 8 << 20
-_MAP_NORESERVE, _MADV_NOHUGEPAGE = 0x4000, 15
+_MAP_NORESERVE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 0x4000, 14, 15
+_HUGE_BYTES = 2 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -90,8 +91,13 @@ class ModelFile:
                 f"({os.strerror(ctypes.get_errno())}): raise the limit (`ulimit -v`), or allow "
                 "overcommitting (vm.overcommit_memory 0 or 1)"
             )
-        # else one touched page may bring 2 MiB, which nobody accounts for
+        # else one touched page of an expert may bring 2 MiB, which nobody accounts for
         _libc.madvise(base, self.size_bytes, _MADV_NOHUGEPAGE)
+        for start, end in self._dense_ranges():  # of these all is touched, at every token
+            first = -(-(base + start) // _HUGE_BYTES) * _HUGE_BYTES
+            last = (base + end) // _HUGE_BYTES * _HUGE_BYTES
+            if last > first:
+                _libc.madvise(first, last - first, _MADV_HUGEPAGE)
         return base
 
     @property
