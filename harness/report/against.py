@@ -25,7 +25,6 @@ WITHIN, OUTSIDE, NOT_COMPARED = "within", "outside", "not compared"
 # What names a row in each kind of table. Replayed rows must be equal as they are written.
 _KEYS = {
     "speedups": ("cap_share", "system"),
-    "peers": ("cap_share", "system"),
     "servers": ("cap_share", "system"),
     "compare": ("weights", "cap_share", "system"),
     "generation": ("slots", "system"),

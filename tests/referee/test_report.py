@@ -151,7 +151,7 @@ def test_a_link_to_a_picture_that_cannot_be_drawn_is_said(results):
 
 def test_records_are_found_for_what_a_run_writes_beside_its_table():
     assert report.record_of("timeline-m") == report.record_of("packing-m") == "speedups-m"
-    assert report.record_of("tokens-peers-m-int4") == "peers-m-int4"
+    assert report.record_of("tokens-speedups-m-int4") == "speedups-m-int4"
     assert report.record_of("faults-kills") == "faults"
     assert report.record_of("reader") == "ssd"
 

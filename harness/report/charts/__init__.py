@@ -21,7 +21,6 @@ from harness.report.charts import drive, policies, speeds, tokens
 
 CHARTS: dict[str, Callable[[pd.DataFrame], list[alt.LayerChart | alt.Chart]]] = {
     "speedups": speeds.against_memory,
-    "peers": speeds.against_memory,
     "servers": speeds.against_memory,
     "compare": partial(speeds.each, "weights"),
     "storage": partial(speeds.each, "storage"),

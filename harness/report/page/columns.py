@@ -14,8 +14,6 @@ from harness.report import digests, names, report
 COLUMNS: dict[str, tuple[str, ...]] = {
     "speedups": ("cap_share", "system", "slots", "hit_rate", "bytes_per_token",
                  "tokens_per_second", "share_of_roofline", "flashmoe_speedup"),
-    "peers": ("cap_share", "system", "slots", "hit_rate", "tokens_per_second",
-              "share_of_roofline", "flashmoe_speedup", "tokens_differing"),
     "compare": ("weights", "cap_share", "system", "tokens_per_second", "share_of_roofline",
                 "first_token_160_seconds", "first_token_2000_seconds", "same_output"),
     "servers": ("cap_share", "system", "outcome", "slots_per_layer", "hit_rate",

@@ -15,7 +15,6 @@ from harness.report.page.verdicts import anchor
 
 TITLES = {
     "speedups": "Decode speed under memory caps, transformers",
-    "peers": "Against llama.cpp and AirLLM",
     "compare": "Every engine on the same weights",
     "servers": "llama-server with FlashMoE and without, and BigMoeOnEdge",
     "published": "Experts in the format that they are published in",

@@ -18,7 +18,7 @@ from flashmoe import quant
 from harness.report import names, report
 from harness.runs.gguf_systems import BENCH
 
-KINDS = ("speedups", "peers", "servers", "quant", "published", "compare")
+KINDS = ("speedups", "servers", "quant", "published", "compare")
 BASELINES = ("flashmoe", "flashmoe run llama-server")  # FlashMoE as it runs unless told otherwise
 
 
