@@ -84,12 +84,14 @@ def _tips(done: pd.DataFrame) -> list[alt.Tooltip]:
 
 
 def _lines(done: pd.DataFrame) -> alt.LayerChart:
-    color = alt.Color("system:N", scale=theme.scale(done.key))
+    colours = theme.scale(done.key)
+    color = alt.Color("system:N", scale=colours)
+    stroke = alt.StrokeDash("system:N", scale=theme.strokes(colours))
     x = alt.X("memory:O", sort=list(done.memory.unique()), title="Memory cap, share of the model",
               axis=alt.Axis(labelAngle=0))  # fmt: skip
     base = alt.Chart(done.drop(columns="key")).encode(x=x, color=color)
     ranges = base.mark_rule().encode(y=alt.Y("least:Q", title=_SPEED), y2="most:Q")
-    lines = base.mark_line().encode(y=alt.Y("speed:Q", title=_SPEED))
+    lines = base.mark_line().encode(y=alt.Y("speed:Q", title=_SPEED), strokeDash=stroke)
     points = base.mark_point(opacity=1).encode(
         y=alt.Y("speed:Q", title=_SPEED), tooltip=_tips(done)
     )

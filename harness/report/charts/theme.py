@@ -43,6 +43,7 @@ _OF = {
     "lfu-decay": "teal", "arc": "gold", "s3-fifo": "green", "lecar": "purple", "belady": "ink",
     "belady-bypass": "faint", "paper's network": "pink",
 }  # fmt: skip
+_STROKES = [1, 0], [5, 3], [2, 2]
 PANEL_HEIGHT = 240  # pixels
 _LABEL_WIDTH = 165  # pixels
 _PNG_COLOURS = 96  # the hues on white, with what smooths their edges
@@ -65,6 +66,16 @@ def scale(keys: Iterable[str]) -> alt.Scale:
         for number, key in enumerate(domain)
     }
     return alt.Scale(domain=list(given), range=[colour(hue) for hue in given.values()])
+
+
+def strokes(colours: alt.Scale) -> alt.Scale:
+    """Whole lines, and broken ones in another way where a colour comes again."""
+    before: dict[str, int] = {}
+    given = []
+    for hue in colours.range:
+        given.append(_STROKES[before.get(hue, 0) % len(_STROKES)])
+        before[hue] = before.get(hue, 0) + 1
+    return alt.Scale(domain=colours.domain, range=given)
 
 
 def two_lines(names: pd.Series) -> pd.Series:
