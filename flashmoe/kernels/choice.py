@@ -70,8 +70,12 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [n, in] times a weight [out, in], or a view of an [in, out] one: [n, out], bfloat16."""
-    return WAYS[_way(len(x), weight)](x, weight).to(x.dtype)
+    """x [n, in] times a weight [out, in], or a view of an [in, out] one: [n, out], bfloat16.
+
+    Rows are contiguous, without which attention would hold all of its weights at once.
+    """
+    out = WAYS[_way(len(x), weight)](x, weight)
+    return out.to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

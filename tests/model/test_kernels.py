@@ -112,6 +112,13 @@ def test_all_is_computed_where_fewer_threads_start(setting):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_products_rows_are_contiguous(every_way, way):
+    """Else attention's fused kernel does not take them, and [tokens, tokens] weights are made."""
+    every_way(way)
+    assert choice.product(bf16(40, 64), bf16(96, 64, seed=1)).is_contiguous()
+
+
 def test_tiles_take_a_weight_of_any_strides():
     x, weight = bf16(5, 70), bf16(70, 1100, seed=1)
     assert torch.equal(by_tiles.product(x, weight.T), by_tiles.product(x, weight.T.contiguous()))
