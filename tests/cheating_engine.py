@@ -90,7 +90,7 @@ def holds_back(server, prompt, new):
 
 
 def holds_back_alone_too(server, prompt, new):
-    made = list(tokens(server, prompt, max(new, 16)))
+    made = list(slowly(server, prompt, max(new, 16)))
     yield from made[:new]
 
 
