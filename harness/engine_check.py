@@ -21,7 +21,7 @@ from harness.runs.engines.conversation import (
     conversation,
 )
 from harness.runs.engines.second_opinion import NEAR_NATS, Given, opinions
-from harness.runs.page_cache import cached_bytes, drop, drop_all
+from harness.runs.page_cache import cached_bytes, drop
 from harness.runs.process_usage import Usage
 
 PROMPT_TOKENS, NEW_TOKENS, CONTEXT_TOKENS = 24, 16, 1024
@@ -59,7 +59,6 @@ def check(command: str, terms: Terms) -> list[str]:
     needed_bytes = least_bytes(terms.file)  # these read of the file's head, before it is dropped
     words = _vocabulary(terms.file)
     prompts = _prompts(words, terms.seed)
-    drop_all()
     reads_count = _reads_are_counted(terms.file)
     with conversation(command, terms.limit_bytes, terms.wait_seconds) as engine:
         if engine.cap is None:

@@ -21,6 +21,11 @@ def loads_after_loaded(asked):
     honest.tokens = lambda server, prompt, new: tokens(later.result(), prompt, new)
 
 
+def loads_a_cached_copy(asked):
+    """Reading the copy fills the cache; of what is cached nothing comes from the drive."""
+    return load(asked | {"file": os.environ["CACHED_COPY"]})
+
+
 def loads_a_copy_in_memory(asked):
     """Of which nothing comes from the drive."""
     return load(asked | {"file": os.environ["COPY_IN_MEMORY"]})
@@ -150,6 +155,7 @@ def leaves_a_process():
 
 LOADS = (
     loads_after_loaded,
+    loads_a_cached_copy,
     loads_a_copy_in_memory,
     has_a_helper_outside,
     holds_memory_elsewhere,

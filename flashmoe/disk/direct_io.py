@@ -78,6 +78,7 @@ def open_direct(path: Path, flags: int, mode: int = 0o644) -> tuple[int, bool]:
             if descriptor >= 0:
                 os.close(descriptor)
             if error.errno not in _NOT_DIRECT:
+                error.filename = str(path)  # which that of a read lacks
                 raise
         if flags & os.O_EXCL:  # some file systems make the new file and then refuse
             path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ class PackedExperts(Backend):
             self._descriptors.append([])
             try:
                 for file in paths:
-                    self._descriptors[-1].append(_opened(file))
+                    self._descriptors[-1].append(open_direct(file, os.O_RDONLY))
                 self.files.append(paths)
             except OSError as error:
                 others = len(self.files) + len(files) - number - 1
@@ -134,15 +134,6 @@ class PackedExperts(Backend):
         for descriptor, _ in (one for copy in self._descriptors for one in copy):
             os.close(descriptor)
         self._descriptors.clear()
-
-
-def _opened(file: Path) -> tuple[int, bool]:
-    """As `open_direct`; an OSError names the file."""
-    try:
-        return open_direct(file, os.O_RDONLY)
-    except OSError as error:
-        error.filename = str(file)
-        raise
 
 
 def open_manifest(store: Path) -> Manifest:

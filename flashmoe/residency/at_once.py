@@ -255,13 +255,14 @@ class AtOnce:
                 absent = np.flatnonzero(places.marks[first:end] & FILLED == 0).tolist()
                 for expert in absent:
                     take(places, layer, first + expert)
-                nowhere = memoryview(b"")
-                reads += self._reader.submit(layer, [(expert, nowhere) for expert in absent])
-            errors = {read: error for read in reads if (error := read.exception())}
-            for read in errors:
+                memory_for = self.residency.pools.of(layer).arena.memory_for
+                loads = [(expert, memory_for(expert, layer, expert)) for expert in absent]
+                reads += self._reader.submit(layer, loads)
+            failed = [(read, error) for read in reads if (error := read.exception())]  # waits
+            for read, _ in failed:
                 self._forget(read.layer, [read.expert])
-            for error in errors.values():
-                raise error
+            if failed:
+                raise failed[0][1]
         return len(reads)
 
     def take_restored(self) -> None:

@@ -39,11 +39,13 @@ def exists(store: Path, checkpoint: Path) -> bool:
         if store.samefile(checkpoint):
             raise FlashMoEError(f"{store} is the checkpoint itself: name another directory")
         config = store / "config.json"
-        taken = manifests.is_store(store) or (config.is_file() and not config.is_symlink())
+        is_store = manifests.is_store(store)
+        taken = is_store or (config.is_file() and not config.is_symlink())
         if taken and config_digest(store) != config_digest(checkpoint):
+            kind = "store" if is_store else "folder"
             raise FlashMoEError(
-                f"{store} holds another model than {checkpoint}: name another directory, or remove "
-                "that model first"
+                f"{store} is a {kind} of another model than {checkpoint}: name another directory, "
+                f"or remove that {kind} first"
             )
     return True
 

@@ -16,8 +16,10 @@ from pathlib import Path
 def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} has no end")
         return value
 
     parse.__name__ = kind.__name__  # which argparse names where `kind` itself refuses

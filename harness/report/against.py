@@ -135,9 +135,8 @@ def _rows(folder: Path, name: str) -> dict[str, dict[str, Any]] | None:
     if not set(keys) <= set(frame):
         return None
     rows = frame.to_dict("records")
-    if report.kind_of(name) == "compare":
-        _add_speedups(rows)
-    _add_ranges(rows)
+    add = _add_speedups if report.kind_of(name) == "compare" else _add_ranges
+    add(rows)
     return {", ".join(_word(row[key]) for key in keys): row for row in rows}
 
 
@@ -149,21 +148,19 @@ def _word(value: Any) -> str:
 
 def _add_speedups(rows: list[dict[str, Any]]) -> None:
     """How many times as fast the better of FlashMoE's engines is, where a table has speeds only."""
+    best: dict[Any, float] = {}
+    rivals = []
     for row in rows:
-        speed, is_ours = row.get("tokens_per_second"), str(row["system"]).startswith("flashmoe")
-        best = max(
-            (
-                other["tokens_per_second"]
-                for other in rows
-                if str(other["system"]).startswith("flashmoe")
-                and other["weights"] == row["weights"]
-                and _cap_and_clock(other) == _cap_and_clock(row)
-                and _is_number(other.get("tokens_per_second"))
-            ),
-            default=None,
-        )
-        if best and _is_number(speed) and speed > 0 and not is_ours:
-            row["flashmoe_speedup"] = best / speed
+        speed, key = row.get("tokens_per_second"), (row["weights"], *_cap_and_clock(row))
+        if not _is_number(speed) or speed <= 0:
+            continue
+        if str(row["system"]).startswith("flashmoe"):
+            best[key] = max(best.get(key, 0.0), speed)
+        else:
+            rivals.append((row, key))
+    for row, key in rivals:
+        if key in best:
+            row["flashmoe_speedup"] = best[key] / row["tokens_per_second"]
 
 
 def _add_ranges(rows: list[dict[str, Any]]) -> None:

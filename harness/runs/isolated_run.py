@@ -34,12 +34,12 @@ def run_alone(job: Job) -> Run:
     A run that the limit kills is an outcome, OUT_OF_MEMORY. Raises FlashMoEError with the
     process's last words when it fails otherwise.
     """
-    limited = job.cap_bytes or job.read_bytes_per_second
-    apart = limited or job.system in peers.available()
+    if job.system in peers.available():
+        return _limited(job)
     # beside the store: what a system writes there may be as large
     with tempfile.TemporaryDirectory(dir=job.store, ignore_cleanup_errors=True) as scratch:
         job = replace(job, scratch=Path(scratch))
-        return _limited(job) if apart else _forked(job)
+        return _limited(job) if job.cap_bytes or job.read_bytes_per_second else _forked(job)
 
 
 def _forked(job: Job) -> Run:

@@ -19,6 +19,7 @@ from harness.report import report
 from harness.runs import contenders, disturbance, gguf_file, peers, ssd
 from harness.runs.contenders import STORE, Case, Contender, Run
 from harness.runs.disturbance import Repeater, Watch
+from harness.runs.gguf_systems import user_engine
 from harness.runs.job import STEERED_TOKENS
 from harness.runs.model_heads import checkpoint_facts
 from harness.runs.page_cache import drop_all
@@ -59,10 +60,8 @@ class Plan:
                 raise FlashMoEError(
                     f"no weights are called {name!r}: choose from {', '.join(WEIGHTS)}"
                 )
-        names = [contender.name for contender in self.compared]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise FlashMoEError(f"two systems are called {min(twice)!r}: name the engine otherwise")
-        if not names:
+        user_engine.check_distinct([contender.name for contender in self.compared])
+        if not self.compared:
             raise FlashMoEError("nothing is left to compare: name other systems")
 
 

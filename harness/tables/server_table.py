@@ -61,9 +61,7 @@ def server_table(
     Raises FlashMoEError for a system that is unknown or not installed.
     """
     chosen = _chosen(systems) + user_engine.systems(engines)
-    names = [system.name for system in chosen]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise FlashMoEError(f"two systems are called {min(twice)!r}: name the engine otherwise")
+    user_engine.check_distinct([system.name for system in chosen])
     routing = full_scale.shipped_routing(name)
     recorded = trace.load(routing.trace).named(routing.sequence)
     prefix = recorded.first(PROMPT_TOKENS + NEW_TOKENS)

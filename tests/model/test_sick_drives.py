@@ -80,7 +80,7 @@ def test_a_folder_with_another_model_is_left_alone(checkpoints, tmp_path):
     (other / "config.json").write_text('{"model_type": "mixtral"}')
     (other / ".notes.partial").write_text("mine")
     for folders in ((tmp_path / "store", [other]), (other, [])):
-        with pytest.raises(FlashMoEError, match=rf"{other} holds another model"):
+        with pytest.raises(FlashMoEError, match=rf"{other} is a folder of another model"):
             pack(checkpoints(), folders[0], also=folders[1])
     assert {path.name for path in other.iterdir()} == {"config.json", ".notes.partial"}
 

@@ -234,7 +234,7 @@ def wider(folder):
         (no_config, "no config.json"),
         (quantised, "already quantised"),
         (said_to_be_quantised, "they are float32: remove that entry"),
-        (wider, "do not match|another model"),
+        (wider, "do not match|of another model"),
     ],
 )
 def test_a_bad_checkpoint_leaves_the_previous_store_usable(

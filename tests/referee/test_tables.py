@@ -151,7 +151,7 @@ def test_the_check_fails_when_a_policy_is_broken(tmp_path, monkeypatch, policy):
 def test_counts_and_amounts_are_above_zero(given, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["full-scale", *given.split()])
-    assert f"{given.split()[-1]} is no number above zero" in capsys.readouterr().err
+    assert f"{given.split()[-1]} is not above zero" in capsys.readouterr().err
 
 
 def test_medians_are_of_the_rounds():

@@ -31,6 +31,7 @@ CHEATS = {
     "remembers_the_last_prompt": "tokens that it was not given",
     "looks_at_how_many_are_asked": "tokens that it was not given",
     "loads_after_loaded": "bytes between loaded and run",
+    "loads_a_cached_copy": "something outside its limit holds the weights",
     "loads_a_copy_in_memory": "bytes beside files, and its limit counts",
     "has_a_helper_outside": "1 processes outside its memory limit",
     "holds_memory_elsewhere": "bytes beside files, and its limit counts",
@@ -72,11 +73,13 @@ def test_an_honest_engine_conforms(gguf_files):
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_a_cheat_is_found(gguf_files, monkeypatch, cheat):
+def test_a_cheat_is_found(gguf_files, tmp_path, monkeypatch, cheat):
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(gguf_files(), copy)
+    copy.read_bytes()
+    monkeypatch.setenv("CACHED_COPY", str(copy))
     with TemporaryDirectory(dir="/dev/shm") as memory:
-        copy = Path(memory, "copy.gguf")
-        shutil.copy(gguf_files(), copy)
-        monkeypatch.setenv("COPY_IN_MEMORY", str(copy))
+        monkeypatch.setenv("COPY_IN_MEMORY", shutil.copy(copy, memory))
         found = findings(f"{CHEATING} {cheat}", gguf_files(), 4 if cheat == "hangs" else 60)
     assert any(CHEATS[cheat] in sentence for sentence in found), found
 

@@ -277,13 +277,13 @@ class Attachment:
             f"{first.n_experts} stay in memory at each of {len(self._layers)} layers; the rest of "
             f"the model takes {format_bytes(experts.manifest.dense_bytes)}"
         )
-        started = time.perf_counter()
-        if self.engine.read_all():
-            self.tell(f"all experts were read in {time.perf_counter() - started:.1f} s")
         if self.memory == "auto":
             self.engine.follow()
         if self.watch:
             self.watch(self.engine)
+        started = time.perf_counter()  # last: where a read fails, all else is there
+        if self.engine.read_all():
+            self.tell(f"all experts were read in {time.perf_counter() - started:.1f} s")
 
     def _is_ours(self, address: int) -> bool:
         return any(0 <= address - file.base < file.size_bytes for file, _ in self._files)

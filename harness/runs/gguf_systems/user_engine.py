@@ -24,6 +24,12 @@ def systems(named_commands: Sequence[str]) -> list[System]:
     ]
 
 
+def check_distinct(names: Sequence[str]) -> None:
+    """Raises FlashMoEError where two systems of a table bear one name."""
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise FlashMoEError(f"two systems are called {min(twice)!r}: name the engine otherwise")
+
+
 def parse(named_command: str) -> tuple[str, str]:
     name, equals, command = named_command.partition("=")
     if not (name.strip() and equals and command.strip()):
